@@ -1,0 +1,225 @@
+"""The one call that users make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from ._layers import Layer
+from .adaptive import AdaptiveBudget, GradientAllocation, SensitivityAllocation
+from .budget import SparsitySchedule
+from .groups import FROZEN, UNUSED, find_components, unwrap
+from .paper import PaperBudget, PaperMode
+from .pruner import AdapMTL
+from .thresholds import SoftThreshold
+from .weighting import LossWeighting, make_weighting
+
+__all__ = ["apply_adapmtl"]
+
+
+def apply_adapmtl(
+    model: nn.Module,
+    *,
+    target_sparsity: float,
+    total_steps: int,
+    example_inputs: Any = None,
+    groups: Mapping[str, Any] | None = None,
+    task_outputs: Any = None,
+    prunable: Mapping[type[nn.Module], str | Sequence[str]] | None = None,
+    exclude: Iterable[Any] = (),
+    mode: Literal["adaptive", "paper"] | PaperMode = "adaptive",
+    granularity: Literal["layer", "component"] = "layer",
+    allocation: Literal["sensitivity", "gradient", "common"]
+    | SensitivityAllocation
+    | GradientAllocation = "sensitivity",
+    gradient: Literal["straight_through", "mask"] | None = None,
+    schedule: SparsitySchedule | None = None,
+    min_density: float | Mapping[str, float] | None = None,
+    max_density: float | Mapping[str, float] | None = None,
+    weighting: str
+    | Mapping[str, float]
+    | Callable[[dict[str, Tensor]], Mapping[str, Tensor | float]]
+    | LossWeighting = "stability",
+) -> AdapMTL:
+    """Prepare a multi-task model for training to a given sparsity with AdapMTL (arXiv 2408.03913).
+
+    Finds which weights all tasks share and which belong to some, puts a learned soft threshold on
+    each, and returns the handle that weights the losses and moves the sparsity. The model is
+    changed in place and used as before; its parameters keep their identity, so an optimiser made
+    before the call goes on working.
+
+    By default all thresholds follow one level that is solved so that the overall sparsity keeps to
+    its schedule and ends at the target exactly, times an offset learned for each layer; see the
+    concepts page. `mode="paper"` is the authors' mechanism instead.
+
+    Args:
+        model: Any module with several outputs, each a task. `torch.compile`'s and
+            `DistributedDataParallel`'s wrappers are looked through; apply before wrapping where
+            thresholds are trained (`allocation="gradient"`, `mode="paper"`).
+        target_sparsity: Zeros among all prunable weights at the end, as a fraction in [0, 1).
+        total_steps: How often `step` will be called: the number of optimiser steps of the run.
+        example_inputs: What the model is called with to see its outputs: a tensor, a tuple of
+            arguments or a dict of keyword arguments. Not needed for models over a timm or
+            segmentation-models-pytorch encoder, nor when `groups` covers every weight.
+        groups: Components given by hand, in whole or in part: from component name to modules,
+            parameters, names or globs. See [`find_components`][torch_adapmtl.find_components].
+        task_outputs: How the model's output splits into tasks, where it is not a mapping or tuple.
+        prunable: Which tensors are prunable besides, or in place of, the default ones.
+        exclude: Modules, parameters, names or globs that stay dense and count in no figure.
+        mode: `"adaptive"`, or `"paper"` or a `PaperMode` for the paper's own mechanism.
+        granularity: One offset for each `"layer"`, or each `"component"` as in the paper.
+        allocation: How offsets are learned: balanced by `"sensitivity"`, by the task `"gradient"`
+            (the paper's way), or not at all (`"common"`: one threshold for all).
+        gradient: Whether pruned weights keep learning (`"straight_through"`, the default) or not
+            (`"mask"`, the paper's, and the default in paper mode).
+        schedule: How the sparsity rises; the default is cubic from 5 % to 60 % of the run.
+        min_density: Least share of nonzero weights of a component, as a fraction; one for all or a
+            mapping by component. Every layer also keeps a tenth of the overall density.
+        max_density: Largest share of nonzero weights of a component, likewise.
+        weighting: Of the task losses: `"stability"` (the paper's text: a stable loss weighs more),
+            `"deviation"` (the authors' code: a deviating one does), `"equal"`, a mapping of fixed
+            weights, a callable, or a `LossWeighting`.
+
+    Returns:
+        The handle. It is also `model.adapmtl`, until `finalize`.
+
+    Raises:
+        ValueError: If an argument is out of range or contradicts another, or the tasks cannot be
+            told apart; the model is untouched then.
+        RuntimeError: If the model has a handle already.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch_adapmtl import apply_adapmtl
+        >>> class Net(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.body, self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 2), nn.Linear(16, 1)
+        ...     def forward(self, x):
+        ...         h = self.body(x).relu()
+        ...         return {"a": self.a(h), "b": self.b(h)}
+        >>> pruner = apply_adapmtl(
+        ...     Net(), target_sparsity=0.9, total_steps=100, example_inputs=torch.randn(2, 8)
+        ... )
+        >>> pruner.components.names
+        ('shared', 'a', 'b')
+    """
+    target_sparsity = _check_fraction("target_sparsity", target_sparsity)
+    if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+        raise ValueError(f"total_steps must be an integer >= 1, got {total_steps!r}")
+    _check_choice("granularity", granularity, ("layer", "component"))
+    inner = unwrap(model)
+    if isinstance(inner._modules.get("adapmtl"), AdapMTL):
+        raise RuntimeError(
+            "apply_adapmtl was called on this model before: use its handle (model.adapmtl), or "
+            "call finalize() on it first"
+        )
+    if hasattr(inner, "adapmtl"):
+        raise ValueError("the model has an attribute 'adapmtl', where the handle goes: rename it")
+
+    components = find_components(
+        inner,
+        example_inputs,
+        task_outputs=task_outputs,
+        groups=groups,
+        prunable=prunable,
+        exclude=exclude,
+    )
+    unset = SoftThreshold()
+    layers = [
+        Layer(t.name, t.component, t.owners, unset)
+        for t in components.tensors
+        if t.component not in (UNUSED, FROZEN)
+    ]
+    if not layers:
+        raise ValueError(
+            "the model has no prunable weights that are trained and reach an output: "
+            + ", ".join(f"{t.name} is {t.component}" for t in components.tensors[:5])
+        )
+    losses = make_weighting(weighting, components.tasks, total_steps)
+    budget: AdaptiveBudget | PaperBudget
+    if isinstance(mode, PaperMode) or mode == "paper":
+        _check_unused(
+            schedule=schedule, min_density=min_density, max_density=max_density,
+        )  # fmt: skip
+        budget = PaperBudget(
+            layers,
+            target=target_sparsity,
+            mode=mode if isinstance(mode, PaperMode) else PaperMode(),
+            straight_through=_straight_through(gradient, "mask"),
+        )
+    else:
+        _check_choice("mode", mode, ("adaptive", "paper"))
+        budget = AdaptiveBudget(
+            layers,
+            target=target_sparsity,
+            total_steps=total_steps,
+            schedule=SparsitySchedule() if schedule is None else schedule,
+            granularity=granularity,
+            allocation=_allocation(allocation),
+            straight_through=_straight_through(gradient, "straight_through"),
+            min_density=min_density,
+            max_density=max_density,
+        )
+    handle = AdapMTL(
+        inner,
+        components,
+        layers,
+        budget,
+        losses.to(layers[0].weight.device),
+        target_sparsity=target_sparsity,
+        total_steps=total_steps,
+    )
+    attached = []
+    try:
+        for layer in layers:
+            attached.append(layer)
+            layer.attach()
+    except Exception:
+        for layer in attached:
+            if layer.attached:
+                layer.remove(bake=False)
+        raise
+    # Not `add_module`, which a model's own __setattr__ or an attribute hook might refuse.
+    inner._modules["adapmtl"] = handle
+    return handle
+
+
+def _allocation(value: Any) -> SensitivityAllocation | GradientAllocation | None:
+    if isinstance(value, SensitivityAllocation | GradientAllocation):
+        return value
+    _check_choice("allocation", value, ("sensitivity", "gradient", "common"))
+    return {
+        "sensitivity": SensitivityAllocation(), "gradient": GradientAllocation(), "common": None
+    }[value]
+
+
+def _straight_through(value: str | None, default: str) -> bool:
+    if value is None:
+        return default == "straight_through"
+    _check_choice("gradient", value, ("straight_through", "mask"))
+    return value == "straight_through"
+
+
+def _check_fraction(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value < 1.0:
+        hint = "; 90 % is 0.9" if isinstance(value, int | float) and value >= 1.0 else ""
+        raise ValueError(f"{name} must be a fraction in [0, 1), got {value!r}{hint}")
+    return float(value)
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _check_unused(**options: object) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(
+                f"{name} has no effect in mode='paper', where weight decay raises the thresholds: "
+                f"leave it out, or use mode='adaptive'"
+            )

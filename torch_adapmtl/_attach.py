@@ -1,0 +1,96 @@
+"""Attaching a parametrization to a tensor so that its module can still be copied and pickled.
+
+`torch.nn.utils.parametrize` does the work. It leaves three things to mend:
+
+- a parametrized module refuses to be pickled;
+- a deep copy shares the generated class with its source, so that removing the parametrization
+  from one of the two breaks the other;
+- recurrent modules read their weights from a list that never sees the parametrization.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+__all__ = ["attach", "detach"]
+
+
+def attach(module: nn.Module, name: str, parametrization: nn.Module) -> None:
+    """Make `module.<name>` the output of `parametrization`; the parameter keeps its identity."""
+    order = tuple(module._parameters)
+    # The consistency check that `unsafe` skips would evaluate every parametrization once; ours
+    # never changes shape or dtype.
+    parametrize.register_parametrization(module, name, parametrization, unsafe=True)
+    plist: Any = module.parametrizations[name]  # type: ignore[index]
+    plist.order = order
+    _mend_class(type(module))
+
+
+def detach(module: nn.Module, name: str) -> nn.Parameter:
+    """Undo `attach`: put the parameter itself back at `module.<name>`, in its old place."""
+    parametrizations: Any = module.parametrizations
+    plist = parametrizations[name]
+    parameter: nn.Parameter = plist.original
+    del parametrizations[name]
+    cls = type(module)
+    if len(parametrizations) == 0:
+        del module.parametrizations
+        module.__class__ = cls.__bases__[0]
+    else:
+        # A class of its own, because a copy made by others may share this one.
+        kept = {k: v for k, v in vars(cls).items() if k not in (name, "__dict__", "__weakref__")}
+        module.__class__ = type(cls)(cls.__name__, cls.__bases__, kept)
+    setattr(module, name, parameter)
+    followers = set(plist.order[plist.order.index(name) + 1 :])
+    later = [k for k in module._parameters if k in followers]
+    for key in later:
+        module._parameters[key] = module._parameters.pop(key)
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()
+    return parameter
+
+
+def _mend_class(cls: Any) -> None:
+    if "__reduce_ex__" in vars(cls):
+        return
+    cls.__reduce_ex__ = _reduce_ex
+    if "__deepcopy__" in vars(cls):  # torch's own, which shares the class; ours goes by reduce
+        del cls.__deepcopy__
+    if "__getstate__" in vars(cls):  # torch's own, which raises
+        del cls.__getstate__
+    if issubclass(cls, nn.RNNBase):
+        cls._flat_weights = property(_flat_weights, _ignore)
+        cls.flatten_parameters = cls._update_flat_weights = _nothing
+
+
+def _reduce_ex(self: Any, protocol: int) -> tuple[Any, ...]:
+    base = type(self).__bases__[0]
+    getstate = getattr(base, "__getstate__", None)  # every object has one from Python 3.11 on
+    state = self.__dict__ if getstate is None else getstate(self)
+    return _shell, (base, tuple(self.parametrizations)), state
+
+
+def _shell(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    """An empty module of a fresh parametrized class, to be filled by `__setstate__`."""
+    shell = base.__new__(base)
+    nn.Module.__init__(shell)
+    for name in names:
+        shell._parameters[name] = nn.Parameter()
+        parametrize.register_parametrization(shell, name, nn.Identity(), unsafe=True)
+    _mend_class(type(shell))
+    return shell
+
+
+def _flat_weights(self: Any) -> list[Tensor | None]:
+    return [getattr(self, name, None) for name in self._flat_weights_names]
+
+
+def _ignore(self: Any, value: list[Tensor | None]) -> None:
+    """The list follows from the parameters; `nn.RNNBase` assigns it when it moves devices."""
+
+
+def _nothing(self: Any) -> None:
+    """Computed weights share no storage that cuDNN could flatten, and no list goes stale."""

@@ -1,0 +1,122 @@
+"""The authors' own mechanism: one sigmoid threshold a component, raised by weight decay."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._layers import Layer, PerComponent, apply_keeping_dtype, members
+from .thresholds import SoftThreshold
+
+__all__ = ["PaperBudget", "PaperMode"]
+
+
+@dataclass(frozen=True)
+class PaperMode:
+    """Settings of the paper's mechanism (AdapMTL, arXiv 2408.03913, and the authors' code).
+
+    Each component has one trained number s and the threshold `alpha = sigmoid(s)`. It starts low;
+    the optimiser's weight decay pulls s toward 0, which raises the threshold. When the overall
+    sparsity reaches the target, the thresholds stay as they are. The target is passed by up to one
+    step, or missed if s does not rise fast enough: the pair of `start` and `weight_decay` has to be
+    found for each model, which is why it is not the default mode.
+
+    Args:
+        start: Initial value of s; the authors suggest -20.
+        weight_decay: Weight decay of s in `AdapMTL.param_groups`; the authors use 5e-8 to 1e-4.
+
+    Raises:
+        ValueError: If `start` is not finite or `weight_decay` is negative.
+
+    Example:
+        >>> from torch_adapmtl import PaperMode
+        >>> PaperMode(start=-8.0)
+        PaperMode(start=-8.0, weight_decay=0.0001)
+    """
+
+    start: float = -20.0
+    weight_decay: float = 1e-4
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.start):
+            raise ValueError(f"mode: start must be finite, got {self.start}")
+        if not 0.0 <= self.weight_decay < math.inf:
+            raise ValueError(f"mode: weight_decay must be >= 0, got {self.weight_decay}")
+
+
+class _SigmoidThreshold(SoftThreshold):
+    """alpha = sigmoid(s), with the s of the layer's component."""
+
+    def __init__(self, scores: PerComponent, component: str, **options: Any) -> None:
+        super().__init__(0.0, **options)
+        self._source = (scores, component)  # in a tuple: not a submodule of its own
+
+    def threshold(self) -> Tensor:
+        scores, component = self._source
+        return scores[component].sigmoid()
+
+    def _value(self) -> None:
+        return None
+
+
+class PaperBudget(nn.Module):
+    """Trains one threshold a component and holds them all once the target is reached.
+
+    The sparsity is counted after every step, on the device and without waiting for it; that is one
+    pass over the weights, as in the authors' code.
+
+    Args:
+        layers: The layers, in the model's order; their thresholds are made here.
+        target: Zeros among all weights of the layers, as a fraction.
+        mode: The settings.
+        straight_through: Whether pruned weights keep learning; the paper's do not.
+    """
+
+    reached: Tensor
+
+    def __init__(
+        self, layers: Sequence[Layer], *, target: float, mode: PaperMode, straight_through: bool
+    ) -> None:
+        super().__init__()
+        self.layers = list(layers)
+        self.mode = mode
+        self.zeros = round(target * sum(layer.weight.numel() for layer in layers))
+        device = layers[0].weight.device
+        names = list(members(layers))
+        start = torch.full((), mode.start, device=device)
+        self.s = PerComponent({name: nn.Parameter(start.clone()) for name in names})
+        # What s was when the target was reached; the optimiser may move s, step() moves it back.
+        self.held = PerComponent({name: start.clone() for name in names})
+        self.register_buffer("reached", torch.zeros((), dtype=torch.bool, device=device))
+        for layer in layers:
+            threshold = _SigmoidThreshold(
+                self.s, layer.component, straight_through=straight_through, persistent=False
+            )
+            layer.threshold = threshold.to(layer.weight.device, layer.weight.dtype)
+
+    def thresholds(self) -> Tensor:
+        """The threshold of each layer, in units of the weight, float32 of shape (L,)."""
+        return torch.stack([self.s[layer.component].detach().sigmoid() for layer in self.layers])
+
+    @torch.no_grad()
+    def step(self, step: int) -> bool:
+        """Hold the thresholds if the target was reached before; count the zeros."""
+        for name in members(self.layers):
+            s, held = self.s[name], self.held[name]
+            s.copy_(torch.where(self.reached, held, s))
+            held.copy_(s)
+        zeros = sum((layer.sparse() == 0).sum() for layer in self.layers)
+        self.reached |= zeros >= self.zeros
+        return False
+
+    def refresh(self) -> None:
+        """Nothing is derived from the state."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PaperBudget:
+        super()._apply(apply_keeping_dtype(fn), recurse)
+        return self

@@ -1,0 +1,409 @@
+"""The handle on a model that is being made sparse."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from ._layers import Layer, members
+from ._masks import pack_mask, unpack_mask
+from .adaptive import AdaptiveBudget
+from .groups import FROZEN, UNUSED, Components
+from .paper import PaperBudget
+from .report import ComponentRow, LayerRow, Report
+from .weighting import LossWeighting
+
+__all__ = ["AdapMTL"]
+
+_STATE_VERSION = 1
+
+
+class AdapMTL(nn.Module):
+    """The handle that [`apply_adapmtl`][torch_adapmtl.apply_adapmtl] returns.
+
+    It lives in the model as the submodule `adapmtl`: it moves with the model, its state is part of
+    the model's `state_dict`, and a copy of the model carries a copy of the handle. Saving
+    `model.state_dict()` and loading it into a freshly prepared model resumes a run.
+
+    Attributes:
+        components: What was found in the model.
+        tasks: The task names, in order.
+        target_sparsity: Zeros among all prunable weights at the end, as a fraction.
+        total_steps: Number of calls of `step` until then.
+        weighting: The loss weighting.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch_adapmtl import apply_adapmtl
+        >>> class Net(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.body, self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 2), nn.Linear(16, 1)
+        ...     def forward(self, x):
+        ...         h = self.body(x).relu()
+        ...         return {"a": self.a(h), "b": self.b(h)}
+        >>> model = Net()
+        >>> pruner = apply_adapmtl(
+        ...     model, target_sparsity=0.75, total_steps=20, example_inputs=torch.randn(2, 8)
+        ... )
+        >>> optimizer = torch.optim.SGD(pruner.param_groups(lr=0.1))
+        >>> for _ in range(20):
+        ...     outputs = model(torch.randn(4, 8))
+        ...     losses = {task: out.square().mean() for task, out in outputs.items()}
+        ...     pruner.loss(losses).backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        ...     pruner.step()
+        >>> pruner.sparsity()
+        0.75
+        >>> model = pruner.finalize()
+        >>> int((model.body.weight == 0).sum() + (model.a.weight == 0).sum())  # of 160
+        116
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        components: Components,
+        layers: Sequence[Layer],
+        budget: AdaptiveBudget | PaperBudget,
+        weighting: LossWeighting,
+        *,
+        target_sparsity: float,
+        total_steps: int,
+    ) -> None:
+        super().__init__()
+        self.__dict__["_model"] = model  # not a submodule: this module is one of the model's
+        self.components = components
+        self.tasks = weighting.tasks
+        self.target_sparsity = target_sparsity
+        self.total_steps = total_steps
+        self.budget = budget
+        self.weighting = weighting
+        self._layers = list(layers)
+        self._step = 0
+        self._finalized = False
+        self._attached: Any = None
+        self.register_load_state_dict_post_hook(_refresh)
+
+    def forward(self, *args: Any) -> Any:
+        """Return the input: a model that runs its children in a row runs this one too."""
+        return args[0] if len(args) == 1 else args
+
+    # --- in the training loop -------------------------------------------------------------------
+
+    def loss(self, losses: Mapping[str, Tensor | None]) -> Tensor:
+        """Weight the task losses and sum them (AdapMTL, Section 3, adaptive weighting).
+
+        Args:
+            losses: For each task its loss, a 0-d tensor. A task that is absent or None is skipped.
+
+        Returns:
+            The weighted sum, 0-d, differentiable in the losses. The weights are detached and sum
+            to the number of tasks.
+
+        Raises:
+            ValueError: If a task is unknown, a loss is not a scalar, or there is none.
+            RuntimeError: After `finalize`.
+        """
+        self._check_active("loss")
+        total: Tensor = self.weighting(losses)
+        return total
+
+    def step(self) -> None:
+        """Move the sparsity along its schedule; call it once after each step of the optimiser.
+
+        Most calls only count. Every few steps the thresholds are solved for anew, from a sample of
+        the weights, which waits for the device once. The last call writes the sparse weights into
+        the parameters, exactly `round(target_sparsity * N)` of them zero, and keeps them zero
+        under masks from then on.
+
+        Raises:
+            RuntimeError: If called more than `total_steps` times, after `finalize`, while
+                attached to an optimiser, or if a loss was not finite since the last update.
+        """
+        if self._attached is not None:
+            raise RuntimeError(
+                "step() is called by the optimizer that attach() was given; leave out your own call"
+            )
+        self._advance()
+
+    def _advance(self) -> None:
+        self._check_active("step")
+        if self._step >= self.total_steps:
+            raise RuntimeError(
+                f"step() was called more than total_steps={self.total_steps} times. The model is "
+                f"at its target and its zeros are held: train on without calling step(), or call "
+                f"finalize(). To prune more slowly, pass a larger total_steps to apply_adapmtl."
+            )
+        self._check_layers()
+        self._step += 1
+        if self.budget.step(self._step):
+            self.weighting.check_finite()
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the optimiser call `step` after each of its steps, until `total_steps` is reached.
+
+        Args:
+            optimizer: The optimiser that trains the model; with several, the one that steps last.
+
+        Raises:
+            RuntimeError: If attached already, or after `finalize`.
+
+        Example:
+            >>> import torch
+            >>> from torch_adapmtl import apply_adapmtl
+            >>> model = torch.nn.Linear(4, 4)
+            >>> pruner = apply_adapmtl(
+            ...     model, target_sparsity=0.5, total_steps=1, groups={"main": ["*"]}
+            ... )
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> pruner.attach(optimizer)
+            >>> pruner.loss({"main": model(torch.randn(2, 4)).square().mean()}).backward()
+            >>> optimizer.step()
+            >>> pruner.sparsity()
+            0.5
+        """
+        self._check_active("attach")
+        if self._attached is not None:
+            raise RuntimeError("attach() was called already; one optimizer moves the schedule")
+
+        def after_step(*_: Any) -> None:
+            self._advance()
+            if self._step == self.total_steps:
+                self._detach_optimizer()
+
+        self._attached = optimizer.register_step_post_hook(after_step)
+
+    def _detach_optimizer(self) -> None:
+        if self._attached is not None:
+            self._attached.remove()
+            self._attached = None
+
+    def param_groups(
+        self, *, threshold_lr: float | None = None, **options: Any
+    ) -> list[dict[str, Any]]:
+        """Split the model's parameters into groups for an optimiser.
+
+        The first group holds the model's own parameters, with `options`. Where thresholds are
+        trained (`allocation="gradient"`, `mode="paper"`) a second one holds them, without weight
+        decay, or in paper mode with the paper's.
+
+        Args:
+            threshold_lr: Learning rate of the thresholds; `lr` if None.
+            **options: What the optimiser takes for each group: `lr`, `weight_decay`, …
+        """
+        learned = {id(p): p for p in self.parameters()}
+        own = [p for p in self._model.parameters() if id(p) not in learned]
+        groups: list[dict[str, Any]] = [{"params": own, **options}]
+        if learned:
+            decay = self.budget.mode.weight_decay if isinstance(self.budget, PaperBudget) else 0.0
+            group = {"params": list(learned.values()), **options, "weight_decay": decay}
+            if threshold_lr is not None:
+                group["lr"] = threshold_lr
+            groups.append(group)
+        return groups
+
+    # --- looking at it --------------------------------------------------------------------------
+
+    @overload
+    def sparsity(self, by: Literal["overall"] = "overall") -> float: ...
+    @overload
+    def sparsity(self, by: Literal["component", "layer"]) -> dict[str, float]: ...
+    def sparsity(
+        self, by: Literal["overall", "component", "layer"] = "overall"
+    ) -> float | dict[str, float]:
+        """Count the zeros in the weights as the model sees them now; reads every weight.
+
+        Args:
+            by: `"overall"` for one number; `"component"` or `"layer"` for one by name.
+
+        Returns:
+            Zeros / prunable weights, as a fraction.
+
+        Raises:
+            ValueError: If `by` is none of these.
+        """
+        report = self.report()
+        if by == "overall":
+            return report.sparsity
+        if by not in ("component", "layer"):
+            raise ValueError(f"by must be 'overall', 'component' or 'layer', got {by!r}")
+        rows: Sequence[ComponentRow | LayerRow] = (
+            report.components if by == "component" else report.layers
+        )
+        return {row.name: row.zeros / row.weights for row in rows}
+
+    def report(self) -> Report:
+        """Say how sparse every component and layer is now; reads every weight.
+
+        Returns:
+            A frozen result that prints as a table and renders as one in a notebook.
+        """
+        self._check_active("report")
+        zeros = torch.stack([(layer.sparse() == 0).sum().cpu() for layer in self._layers]).tolist()
+        alphas = self.budget.thresholds().tolist()
+        layers = tuple(
+            LayerRow(layer.name, layer.component, tuple(layer.weight.shape), z, alpha)
+            for layer, z, alpha in zip(self._layers, zeros, alphas, strict=True)
+        )
+        by_component = {
+            name: [layers[i] for i in indices] for name, indices in members(self._layers).items()
+        }
+        rows = tuple(
+            ComponentRow(
+                name,
+                len(by_component[name]),
+                sum(row.weights for row in by_component[name]),
+                sum(row.zeros for row in by_component[name]),
+            )
+            for name in self.components.names
+        )
+        dense = tuple(
+            (tensor.name, reason, tensor.parameter.numel())
+            for reason in (UNUSED, FROZEN)
+            for tensor in self.components[reason]
+        )
+        weights = dict(zip(self.tasks, self.weighting.weights().tolist(), strict=True))
+        return Report(
+            components=rows,
+            layers=layers,
+            target_sparsity=self.target_sparsity,
+            step=self._step,
+            total_steps=self.total_steps,
+            dense=dense,
+            task_weights=weights,
+        )
+
+    def extra_repr(self) -> str:
+        """Show where the run stands."""
+        return (
+            f"target_sparsity={self.target_sparsity}, step={self._step} of {self.total_steps}"
+        )
+
+    # --- the end --------------------------------------------------------------------------------
+
+    def freeze(self) -> None:
+        """Prune the model to its target now, whatever the schedule says, and hold its zeros.
+
+        The last `step` does this by itself. Call it to end early; train on as long as you like,
+        without `step`, to let the remaining weights recover.
+
+        Raises:
+            RuntimeError: In paper mode, which has no exact target, or after `finalize`.
+        """
+        self._check_active("freeze")
+        self._check_layers()
+        if isinstance(self.budget, PaperBudget):
+            raise RuntimeError(
+                "freeze() prunes to the target exactly, which mode='paper' does not do: call "
+                "finalize() to keep the sparsity it has reached"
+            )
+        if not self.budget.frozen:
+            self.budget.freeze()
+        self._step = self.total_steps
+        self._detach_optimizer()
+
+    def finalize(self) -> nn.Module:
+        """Leave a plain model: its own classes, keys and parameters, the zeros written in.
+
+        Outputs in eval mode are bit for bit what they were before. Masks that
+        `torch.nn.utils.prune` had put on tensors before are put back, with the sparse weight
+        under them.
+
+        Returns:
+            The model, changed in place (without the wrapper of `torch.compile` or
+            `DistributedDataParallel`, if it was given with one).
+
+        Raises:
+            RuntimeError: If the target is not reached yet, or after a `finalize` before.
+        """
+        self._check_active("finalize")
+        if isinstance(self.budget, AdaptiveBudget) and not self.budget.frozen:
+            raise RuntimeError(
+                f"finalize() was called after {self._step} of total_steps={self.total_steps} "
+                f"steps: the model is {self.sparsity():.1%} sparse, not {self.target_sparsity:.1%}."
+                f" Call freeze() to prune it to its target now (and train on to recover), or call "
+                f"step() after every optimizer step until the end."
+            )
+        for layer in self._layers:
+            if layer.attached:  # prune.remove(module, name) may have been there before
+                layer.remove()
+        self._detach_optimizer()
+        del self._model._modules["adapmtl"]
+        self._finalized = True
+        return self._model
+
+    def _check_active(self, method: str) -> None:
+        if self._finalized:
+            raise RuntimeError(
+                f"{method}() was called after finalize(): the model is plain again. Call "
+                f"apply_adapmtl to prune it further."
+            )
+
+    def _check_layers(self) -> None:
+        for layer in self._layers:
+            if not layer.attached:
+                raise RuntimeError(
+                    f"the soft threshold on {layer.name!r} was removed (by "
+                    f"torch.nn.utils.prune.remove, for instance) while the model is being pruned: "
+                    f"call finalize() instead of removing thresholds one by one"
+                )
+
+    # --- state and copies -----------------------------------------------------------------------
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The part of the state that is not in tensors: where the run stands, and the masks."""
+        frozen = isinstance(self.budget, AdaptiveBudget) and self.budget.frozen
+        masks = {
+            layer.name: pack_mask(layer.threshold.mask)
+            for layer in self._layers
+            if layer.threshold.mask is not None
+        }
+        return {
+            "version": _STATE_VERSION,
+            "step": self._step,
+            "total_steps": self.total_steps,
+            "target_sparsity": self.target_sparsity,
+            "frozen": frozen,
+            "masks": masks,
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Load what `get_extra_state` returned.
+
+        Raises:
+            ValueError: If it comes from another version or a run with other settings.
+        """
+        if state.get("version") != _STATE_VERSION:
+            raise ValueError(
+                f"the state dict's adapmtl state has version {state.get('version')!r}, this "
+                f"version of torch-adapmtl reads {_STATE_VERSION}"
+            )
+        for name in ("total_steps", "target_sparsity"):
+            if state[name] != getattr(self, name):
+                raise ValueError(
+                    f"the state dict comes from a run with {name}={state[name]}, this model was "
+                    f"prepared with {name}={getattr(self, name)}: prepare it alike"
+                )
+        self._step = state["step"]
+        if isinstance(self.budget, AdaptiveBudget):
+            self.budget.frozen = state["frozen"]
+        for layer in self._layers:
+            packed = state["masks"].get(layer.name)
+            layer.threshold.mask = (
+                None if packed is None else unpack_mask(packed, layer.weight)
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The hook belongs to an optimiser of the original's parameters.
+        return {**self.__dict__, "_attached": None}
+
+
+def _refresh(module: nn.Module, incompatible_keys: Any) -> None:
+    assert isinstance(module, AdapMTL)
+    module.budget.refresh()
