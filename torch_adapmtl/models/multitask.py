@@ -1,0 +1,129 @@
+"""One encoder, one head per task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["MultiTaskModel"]
+
+_RESERVED = ("shared", "unused", "frozen")
+
+
+class MultiTaskModel(nn.Module):
+    """One shared encoder and one head per task (the paper's "shared backbone" and "heads").
+
+    The encoder may be a timm model (`features_only=True`, or pooled with `num_classes=0`), an
+    SMP encoder, or any module that returns a tensor or a list of feature maps. Each head gets
+    the feature map that `feature` picks and returns a map `(B, C, h, w)`, which is resized to the
+    size of the input, or a vector `(B, C)`, which is left alone.
+
+    Args:
+        encoder: The shared part.
+        heads: One module per task; the keys name the tasks and order the outputs. A module
+            given for two tasks is shared by them.
+        feature: Which of a list of feature maps the heads get: an index (the last one by
+            default), or `None` for the whole list (an SMP decoder wants that).
+        resize: Whether maps are resized (bilinear) to the height and width of the input.
+
+    Raises:
+        TypeError: If the encoder, a head or a task name has the wrong type.
+        ValueError: If there is no head, or a task name cannot be used.
+
+    Example:
+        >>> import torch
+        >>> from torch_adapmtl.models import ClassificationHead, DenseHead
+        >>> encoder = torch.nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        >>> heads = {"depth": DenseHead(8, 1), "scene": ClassificationHead(8, 10)}
+        >>> model = MultiTaskModel(encoder, heads)
+        >>> {task: tuple(out.shape) for task, out in model(torch.zeros(2, 3, 16, 16)).items()}
+        {'depth': (2, 1, 16, 16), 'scene': (2, 10)}
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        heads: Mapping[str, nn.Module],
+        *,
+        feature: int | None = -1,
+        resize: bool = True,
+    ) -> None:
+        super().__init__()
+        if not isinstance(encoder, nn.Module):
+            raise TypeError(f"encoder must be a torch.nn.Module, got {type(encoder).__name__}")
+        _check_heads(heads)
+        self.encoder = encoder
+        self.heads = nn.ModuleDict(dict(heads))
+        self.feature = feature
+        self.resize = resize
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The task names, in the order of the outputs."""
+        return tuple(self.heads)
+
+    def extra_repr(self) -> str:
+        """The options that `print(model)` shows beside the parts."""
+        return f"feature={self.feature}, resize={self.resize}"
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Map images `(B, channels, H, W)` to one output per task.
+
+        Returns:
+            Task name to `(B, C, H, W)` for dense heads (`(B, C, h, w)` without `resize`) or
+            `(B, C)` for pooled ones.
+        """
+        features = self._features(x)
+        outputs = {}
+        for task, head in self.heads.items():
+            out = head(features)
+            if self.resize and out.ndim == 4 and out.shape[-2:] != x.shape[-2:]:
+                out = F.interpolate(out, size=x.shape[-2:], mode="bilinear", align_corners=False)
+            outputs[task] = out
+        return outputs
+
+    def _features(self, x: Tensor) -> Tensor | list[Tensor]:
+        encoded = self.encoder(x)
+        maps = [encoded] if isinstance(encoded, Tensor) else encoded
+        if not isinstance(maps, Sequence) or not all(isinstance(m, Tensor) for m in maps):
+            raise TypeError(
+                "encoder must return a tensor or a list of tensors, got "
+                f"{type(encoded).__name__}; wrap it in a module that picks its feature maps"
+            )
+        if getattr(self.encoder, "output_fmt", None) == "NHWC":  # timm's swin and its kin
+            maps = [m.permute(0, 3, 1, 2) if m.ndim == 4 else m for m in maps]
+        if self.feature is None:
+            return list(maps)
+        if not -len(maps) <= self.feature < len(maps):
+            raise ValueError(
+                f"feature={self.feature} is out of range: the encoder returns {len(maps)} "
+                "feature map(s)"
+            )
+        return maps[self.feature]
+
+
+def _check_heads(heads: Mapping[str, nn.Module]) -> None:
+    if not isinstance(heads, Mapping):
+        raise TypeError(
+            f"heads must be a mapping of task name to module, got {type(heads).__name__}"
+        )
+    if not heads:
+        raise ValueError("heads is empty: give one module per task")
+    for task, head in heads.items():
+        if not isinstance(task, str):
+            raise TypeError(f"task names in heads must be strings, got {task!r}")
+        if task in _RESERVED:
+            raise ValueError(f"task name {task!r} is reserved: choose another key in heads")
+        if not task or set(task) & {"+", "."}:
+            raise ValueError(
+                f"task name {task!r} in heads is empty or contains '+' or '.': choose another"
+            )
+        if hasattr(nn.ModuleDict(), task):
+            raise ValueError(
+                f"task name {task!r} in heads is an attribute of torch.nn.ModuleDict: choose "
+                "another"
+            )
+        if not isinstance(head, nn.Module):
+            raise TypeError(f"heads[{task!r}] must be a torch.nn.Module, got {type(head).__name__}")
