@@ -1,0 +1,24 @@
+"""Modules whose tensors keep their precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["KeepsPrecision"]
+
+
+class KeepsPrecision(nn.Module):
+    """A module whose tensors follow the model to another device, but not to another dtype.
+
+    `model.half()` must not round or overflow statistics.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]

@@ -1,0 +1,282 @@
+"""The report of a pruning run: how sparse each part is, as a table for terminals and notebooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from math import prod
+from typing import Any, NamedTuple
+
+__all__ = ["ComponentRow", "DensePart", "LayerRow", "Report"]
+
+
+@dataclass(frozen=True)
+class ComponentRow:
+    """How sparse one component is.
+
+    Attributes:
+        name: The component: `shared`, a task, or tasks joined by `+`.
+        tensors: Number of prunable tensors in it.
+        weights: Number of prunable weights in it.
+        zeros: Number of those that are zero.
+    """
+
+    name: str
+    tensors: int
+    weights: int
+    zeros: int
+
+    @property
+    def sparsity(self) -> float:
+        """Zeros as a fraction of the component's prunable weights."""
+        return _fraction(self.zeros, self.weights)
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """How sparse one prunable tensor is.
+
+    Attributes:
+        name: The tensor's qualified name in the model.
+        component: The component it belongs to.
+        shape: Its shape.
+        zeros: Number of its weights that are zero.
+        threshold: The magnitude up to which its weights are zero.
+    """
+
+    name: str
+    component: str
+    shape: tuple[int, ...]
+    zeros: int
+    threshold: float
+
+    @property
+    def weights(self) -> int:
+        """Number of weights in the tensor."""
+        return prod(self.shape)
+
+    @property
+    def sparsity(self) -> float:
+        """Zeros as a fraction of the tensor's weights."""
+        return _fraction(self.zeros, self.weights)
+
+
+class DensePart(NamedTuple):
+    """A tensor that is left dense and counts in no sparsity figure.
+
+    Attributes:
+        name: The tensor's qualified name in the model.
+        reason: Why it is left dense, for example `unused` or `frozen`.
+        weights: Number of its weights.
+    """
+
+    name: str
+    reason: str
+    weights: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """How sparse a model is at one point of its training.
+
+    Prints as a table of components; a notebook shows the layers too. Sparsity is the number of
+    zeros over the number of prunable weights: a fraction in the attributes, percent in the tables.
+
+    Attributes:
+        components: One row per component.
+        layers: One row per prunable tensor.
+        target_sparsity: The sparsity asked for at the end, a fraction of all prunable weights.
+        step: Steps taken.
+        total_steps: Steps the run was set up for.
+        dense: What is left dense (tuples of name, reason and weights will do).
+        task_weights: The current weight of each task's loss.
+
+    Example:
+        >>> print(
+        ...     Report(
+        ...         components=(
+        ...             ComponentRow("shared", 2, 600, 480),
+        ...             ComponentRow("seg", 1, 400, 400),
+        ...         ),
+        ...         layers=(
+        ...             LayerRow("body.0.weight", "shared", (20, 15), 200, 0.01),
+        ...             LayerRow("body.1.weight", "shared", (20, 15), 280, 0.03),
+        ...             LayerRow("seg.weight", "seg", (20, 20), 400, 0.02),
+        ...         ),
+        ...         target_sparsity=0.9,
+        ...         step=70,
+        ...         total_steps=100,
+        ...         dense=[("aux.weight", "unused", 1200)],
+        ...         task_weights={"seg": 1.0},
+        ...     )
+        ... )
+        component  tensors  weights  zeros  sparsity      threshold
+        shared           2      600    480   80.00 %  0.01 ... 0.03
+        seg              1      400    400  100.00 %           0.02
+        overall          3    1,000    880   88.00 %
+        target 90.00 %, step 70 of 100
+        task weights: seg 1.00
+        left dense, not counted: 1,200 weights
+          aux.weight  unused  1,200
+    """
+
+    components: tuple[ComponentRow, ...]
+    layers: tuple[LayerRow, ...]
+    target_sparsity: float
+    step: int
+    total_steps: int
+    dense: Sequence[tuple[str, str, int]] = ()
+    task_weights: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "components", tuple(self.components))
+        object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "dense", tuple(DensePart(*part) for part in self.dense))
+        object.__setattr__(self, "task_weights", dict(self.task_weights))
+
+    @property
+    def weights(self) -> int:
+        """Number of prunable weights."""
+        return sum(row.weights for row in self.components)
+
+    @property
+    def zeros(self) -> int:
+        """Number of prunable weights that are zero."""
+        return sum(row.zeros for row in self.components)
+
+    @property
+    def sparsity(self) -> float:
+        """Zeros as a fraction of all prunable weights."""
+        return _fraction(self.zeros, self.weights)
+
+    def thresholds(self, component: str) -> tuple[float, float] | None:
+        """Smallest and largest threshold in a component, or None if it has no layer here."""
+        found = [row.threshold for row in self.layers if row.component == component]
+        return (min(found), max(found)) if found else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns everything as plain dicts, lists, strings and numbers, as JSON can hold them."""
+        return {
+            "target_sparsity": self.target_sparsity,
+            "sparsity": self.sparsity,
+            "weights": self.weights,
+            "zeros": self.zeros,
+            "step": self.step,
+            "total_steps": self.total_steps,
+            "task_weights": dict(self.task_weights),
+            "components": [
+                {
+                    "name": row.name,
+                    "tensors": row.tensors,
+                    "weights": row.weights,
+                    "zeros": row.zeros,
+                    "sparsity": row.sparsity,
+                    "thresholds": list(self.thresholds(row.name) or ()),
+                }
+                for row in self.components
+            ],
+            "layers": [
+                {
+                    "name": row.name,
+                    "component": row.component,
+                    "shape": list(row.shape),
+                    "weights": row.weights,
+                    "zeros": row.zeros,
+                    "sparsity": row.sparsity,
+                    "threshold": row.threshold,
+                }
+                for row in self.layers
+            ],
+            "dense": [DensePart(*part)._asdict() for part in self.dense],
+        }
+
+    def __str__(self) -> str:
+        lines = [*_text_table(self._component_table(), left=1), self._progress()]
+        if self.task_weights:
+            lines.append(self._weights_line())
+        if self.dense:
+            lines.append(self._dense_line())
+            parts = [[name, reason, f"{count:,}"] for name, reason, count in self.dense]
+            lines += [f"  {line}" for line in _text_table(parts, left=2)]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        blocks = [_html_table(self._component_table(), left=1, caption=self._progress())]
+        if self.task_weights:
+            blocks.append(f"<p>{escape(self._weights_line())}</p>")
+        if self.layers:
+            rows = [["layer", "component", "shape", "weights", "zeros", "sparsity", "threshold"]]
+            for row in self.layers:
+                shape = " x ".join(map(str, row.shape))
+                counts = [f"{row.weights:,}", f"{row.zeros:,}", _percent(row.sparsity)]
+                rows.append([row.name, row.component, shape, *counts, f"{row.threshold:.3g}"])
+            blocks.append(_details(f"{len(self.layers)} layers", _html_table(rows, left=3)))
+        if self.dense:
+            rows = [["tensor", "reason", "weights"]]
+            rows += [[name, reason, f"{count:,}"] for name, reason, count in self.dense]
+            blocks.append(_details(self._dense_line(), _html_table(rows, left=2)))
+        return "<div>" + "".join(blocks) + "</div>"
+
+    def _component_table(self) -> list[list[str]]:
+        rows = [["component", "tensors", "weights", "zeros", "sparsity", "threshold"]]
+        for row in self.components:
+            found = dict.fromkeys(f"{x:.3g}" for x in self.thresholds(row.name) or ())
+            counts = [f"{row.tensors:,}", f"{row.weights:,}", f"{row.zeros:,}"]
+            rows.append([row.name, *counts, _percent(row.sparsity), " ... ".join(found)])
+        tensors = sum(row.tensors for row in self.components)
+        counts = [f"{tensors:,}", f"{self.weights:,}", f"{self.zeros:,}"]
+        rows.append(["overall", *counts, _percent(self.sparsity), ""])
+        return rows
+
+    def _progress(self) -> str:
+        target = _percent(self.target_sparsity)
+        return f"target {target}, step {self.step:,} of {self.total_steps:,}"
+
+    def _weights_line(self) -> str:
+        weights = (f"{task} {weight:.2f}" for task, weight in self.task_weights.items())
+        return f"task weights: {', '.join(weights)}"
+
+    def _dense_line(self) -> str:
+        return f"left dense, not counted: {sum(part[2] for part in self.dense):,} weights"
+
+
+def _fraction(zeros: int, weights: int) -> float:
+    return zeros / weights if weights else 0.0
+
+
+def _percent(fraction: float) -> str:
+    text = f"{100 * fraction:.2f} %"
+    # 100 % says that nothing is left, so it must not come from rounding
+    return "99.99 %" if text == "100.00 %" and fraction < 1 else text
+
+
+def _text_table(rows: Sequence[Sequence[str]], *, left: int) -> list[str]:
+    """Aligned lines; the first `left` columns to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = (
+            f"{cell:<{width}}" if index < left else f"{cell:>{width}}"
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def _html_table(rows: Sequence[Sequence[str]], *, left: int, caption: str = "") -> str:
+    def line(row: Iterable[str], tag: str) -> str:
+        cells = []
+        for index, cell in enumerate(row):
+            side = "left" if index < left else "right"
+            cells.append(f'<{tag} style="text-align:{side}">{escape(cell)}</{tag}>')
+        return f"<tr>{''.join(cells)}</tr>"
+
+    head, *body = rows
+    title = f"<caption>{escape(caption)}</caption>" if caption else ""
+    lines = "".join(line(row, "td") for row in body)
+    return f"<table>{title}<thead>{line(head, 'th')}</thead><tbody>{lines}</tbody></table>"
+
+
+def _details(summary: str, body: str) -> str:
+    return f"<details><summary>{escape(summary)}</summary>{body}</details>"
