@@ -1,0 +1,12 @@
+"""What holds for every test, those in docstrings included."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Starts each test and each example in a docstring from the same random state."""
+    torch.manual_seed(0)

@@ -1,0 +1,82 @@
+"""Every Python block of README.md and docs/ runs, page by page, and prints what the page says."""
+
+from __future__ import annotations
+
+import doctest
+import re
+import sys
+import textwrap
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(
+    r"^(?P<indent> *)(?P<fence>```+) *(?P<info>[^\n`]*)\n"
+    r"(?P<code>.*?)^(?P=indent)(?P=fence) *$",
+    re.DOTALL | re.MULTILINE,
+)
+SHOWN_ONLY = {"bash", "bibtex"}  # languages that are not code to run
+
+
+def blocks(page: Path) -> list[tuple[str, int, str]]:
+    """The page's fenced blocks: language, line of the first line of code, code."""
+    text = page.read_text(encoding="utf-8")
+    return [
+        (
+            match["info"].split()[0] if match["info"].strip() else "",
+            text.count("\n", 0, match.start("code")),
+            textwrap.dedent(match["code"]),
+        )
+        for match in FENCE.finditer(text)
+    ]
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_block_says_its_language(page: Path) -> None:
+    for language, line, _ in blocks(page):
+        assert language in SHOWN_ONLY | {"python", "text"}, (
+            f"{name(page)}:{line} is marked {language!r}"
+        )
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if any(b[0] == "python" for b in blocks(p))], ids=name
+)
+def test_python_blocks_run(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)  # what a page writes, it writes there
+    # As a module that can be found by its name, so that a page's classes can be pickled.
+    module = ModuleType("docs_page")
+    monkeypatch.setitem(sys.modules, "docs_page", module)
+    printed = ""
+    for language, line, code in blocks(page):
+        if language == "python":
+            # The blank lines make a traceback point at the page's own line.
+            exec(compile("\n" * line + code, str(page), "exec"), module.__dict__)
+            printed = capsys.readouterr().out
+        elif language == "text":  # what the block before prints
+            options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+            same = doctest.OutputChecker().check_output(code, printed, options)
+            assert same, f"{name(page)}:{line} shows\n{code}\nbut the code prints\n{printed}"
+
+
+def test_the_runner_finds_what_it_should(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "a\n\n```python\nx = 1\n```\n\n!!! note\n    ```python hl_lines='1'\n    if x:\n"
+        "        y = 2\n    ```\n\n```\nplain\n```\n",
+        encoding="utf-8",
+    )
+    assert blocks(page) == [
+        ("python", 3, "x = 1\n"),
+        ("python", 8, "if x:\n    y = 2\n"),
+        ("", 13, "plain\n"),
+    ]
