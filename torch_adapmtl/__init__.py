@@ -6,22 +6,29 @@ from .budget import SparsitySchedule
 from .groups import Components, PrunableTensor, find_components
 from .paper import PaperMode
 from .pruner import AdapMTL
+from .pruning import SoftThresholdPruning, soft_threshold_unstructured
 from .report import ComponentRow, LayerRow, Report
-from .thresholds import (
-    SoftThreshold,
-    SoftThresholdPruning,
-    soft_threshold,
-    soft_threshold_unstructured,
+from .thresholds import SoftThreshold, soft_threshold
+from .weighting import (
+    CallableWeighting,
+    EqualWeighting,
+    FixedWeighting,
+    LossWeighting,
+    StabilityWeighting,
 )
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdapMTL",
+    "CallableWeighting",
     "ComponentRow",
     "Components",
+    "EqualWeighting",
+    "FixedWeighting",
     "GradientAllocation",
     "LayerRow",
+    "LossWeighting",
     "PaperMode",
     "PrunableTensor",
     "Report",
@@ -29,6 +36,7 @@ __all__ = [
     "SoftThreshold",
     "SoftThresholdPruning",
     "SparsitySchedule",
+    "StabilityWeighting",
     "apply_adapmtl",
     "find_components",
     "soft_threshold",

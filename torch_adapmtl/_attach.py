@@ -20,13 +20,28 @@ __all__ = ["attach", "detach"]
 
 def attach(module: nn.Module, name: str, parametrization: nn.Module) -> None:
     """Make `module.<name>` the output of `parametrization`; the parameter keeps its identity."""
-    order = tuple(module._parameters)
-    # The consistency check that `unsafe` skips would evaluate every parametrization once; ours
-    # never changes shape or dtype.
-    parametrize.register_parametrization(module, name, parametrization, unsafe=True)
+    order = _order(module)
+    if parametrize.is_parametrized(module, name):
+        # First in the chain, on the parameter itself: what others made of it goes on from there.
+        parametrization.train(module.training)
+        chain: Any = module.parametrizations[name]  # type: ignore[index]
+        chain.insert(0, parametrization)
+    else:
+        # The consistency check that `unsafe` skips would evaluate every parametrization once; ours
+        # never changes shape or dtype.
+        parametrize.register_parametrization(module, name, parametrization, unsafe=True)
     plist: Any = module.parametrizations[name]  # type: ignore[index]
     plist.order = order
     _mend_class(type(module))
+
+
+def _order(module: nn.Module) -> tuple[str, ...]:
+    """The names of the module's parameters in their old order, those taken out before included."""
+    known: tuple[str, ...] = ()
+    if parametrize.is_parametrized(module):
+        plists: Any = module.parametrizations
+        known = max((getattr(plist, "order", ()) for plist in plists.values()), key=len)
+    return known + tuple(name for name in module._parameters if name not in known)
 
 
 def detach(module: nn.Module, name: str) -> nn.Parameter:
@@ -34,8 +49,11 @@ def detach(module: nn.Module, name: str) -> nn.Parameter:
     parametrizations: Any = module.parametrizations
     plist = parametrizations[name]
     parameter: nn.Parameter = plist.original
+    if len(plist) > 1:
+        del plist[0]  # the parametrizations of others stay
+        return parameter
     del parametrizations[name]
-    cls = type(module)
+    cls: Any = type(module)
     if len(parametrizations) == 0:
         del module.parametrizations
         module.__class__ = cls.__bases__[0]

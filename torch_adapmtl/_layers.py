@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from .thresholds import SoftThreshold, attach_threshold, attached_threshold, detach_threshold
+from .pruning import attach_threshold, attached_threshold, detach_threshold
+from .thresholds import SoftThreshold
 
-__all__ = ["Layer", "PerComponent", "apply_keeping_dtype"]
+__all__ = ["Layer", "PerComponent", "members"]
 
 
 @dataclass(eq=False)
@@ -37,19 +38,23 @@ class Layer:
     def weight(self) -> nn.Parameter:
         """The parameter, looked up anew because loading a state dict may replace it."""
         module, name = self.owners[0]
-        if self.attached:
+        if self._is_on(module, name):
             parametrizations: Any = module.parametrizations
             parameter: nn.Parameter = parametrizations[name].original
             return parameter
-        plain = module._parameters.get(name)  # torch.nn.utils.prune renames what it masks
-        plain = module._parameters[name + "_orig"] if plain is None else plain
+        # torch.nn.utils.prune renames what it masks.
+        held = name if name in module._parameters else name + "_orig"
+        plain = module._parameters[held]
         assert plain is not None
         return plain
 
     @property
     def attached(self) -> bool:
         """Whether the threshold is still there; `prune.remove` may have taken it off."""
-        return attached_threshold(*self.owners[0]) is self.threshold
+        return all(self._is_on(module, name) for module, name in self.owners)
+
+    def _is_on(self, module: nn.Module, name: str) -> bool:
+        return attached_threshold(module, name) is self.threshold
 
     @torch.no_grad()
     def sparse(self) -> Tensor:
@@ -61,7 +66,7 @@ class Layer:
         """Put the threshold on the tensor wherever it is held."""
         for module, name in self.owners:
             attach_threshold(module, name, self.threshold)
-        self.earlier_mask = self.threshold.mask
+            self.earlier_mask = self.threshold.mask
 
     def remove(self, *, bake: bool = True) -> None:
         """Leave the plain parameter, with the sparse weight written into it unless told not to.
@@ -70,6 +75,8 @@ class Layer:
         """
         sparse = self.sparse()
         for module, name in self.owners:
+            if not self._is_on(module, name):  # removed by `prune.remove`, or never put there
+                continue
             parameter = detach_threshold(module, name)
             if bake:
                 with torch.no_grad():
@@ -91,20 +98,12 @@ class PerComponent(nn.Module):
                 self._buffers[name] = tensor
 
     def __getitem__(self, component: str) -> Tensor:
-        tensor = self._parameters.get(component)
-        tensor = self._buffers.get(component) if tensor is None else tensor
+        held: Mapping[str, Tensor | None] = (
+            self._parameters if component in self._parameters else self._buffers
+        )
+        tensor = held[component]
         assert tensor is not None
         return tensor
-
-
-def apply_keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Make `nn.Module._apply`'s function move devices only: statistics stay in their precision."""
-
-    def move(tensor: Tensor) -> Tensor:
-        moved = fn(tensor)
-        return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-    return move
 
 
 def members(layers: Sequence[Layer]) -> dict[str, list[int]]:
