@@ -88,6 +88,7 @@ def apply_adapmtl(
     Raises:
         ValueError: If an argument is out of range or contradicts another, or the tasks cannot be
             told apart; the model is untouched then.
+        TypeError: If an argument is of the wrong kind; likewise.
         RuntimeError: If the model has a handle already.
 
     Example:
@@ -98,6 +99,7 @@ def apply_adapmtl(
         ...     def __init__(self):
         ...         super().__init__()
         ...         self.body, self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 2), nn.Linear(16, 1)
+        ...
         ...     def forward(self, x):
         ...         h = self.body(x).relu()
         ...         return {"a": self.a(h), "b": self.b(h)}
@@ -108,9 +110,9 @@ def apply_adapmtl(
         ('shared', 'a', 'b')
     """
     target_sparsity = _check_fraction("target_sparsity", target_sparsity)
-    if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
-        raise ValueError(f"total_steps must be an integer >= 1, got {total_steps!r}")
+    _check_steps(total_steps)
     _check_choice("granularity", granularity, ("layer", "component"))
+    _check_schedule(schedule)
     inner = unwrap(model)
     if isinstance(inner._modules.get("adapmtl"), AdapMTL):
         raise RuntimeError(
@@ -119,6 +121,7 @@ def apply_adapmtl(
         )
     if hasattr(inner, "adapmtl"):
         raise ValueError("the model has an attribute 'adapmtl', where the handle goes: rename it")
+    _check_unthresholded(inner)
 
     components = find_components(
         inner,
@@ -180,8 +183,7 @@ def apply_adapmtl(
             layer.attach()
     except Exception:
         for layer in attached:
-            if layer.attached:
-                layer.remove(bake=False)
+            layer.remove(bake=False)
         raise
     # Not `add_module`, which a model's own __setattr__ or an attribute hook might refuse.
     inner._modules["adapmtl"] = handle
@@ -192,9 +194,9 @@ def _allocation(value: Any) -> SensitivityAllocation | GradientAllocation | None
     if isinstance(value, SensitivityAllocation | GradientAllocation):
         return value
     _check_choice("allocation", value, ("sensitivity", "gradient", "common"))
-    return {
-        "sensitivity": SensitivityAllocation(), "gradient": GradientAllocation(), "common": None
-    }[value]
+    if value == "common":
+        return None
+    return SensitivityAllocation() if value == "sensitivity" else GradientAllocation()
 
 
 def _straight_through(value: str | None, default: str) -> bool:
@@ -204,16 +206,39 @@ def _straight_through(value: str | None, default: str) -> bool:
     return value == "straight_through"
 
 
-def _check_fraction(name: str, value: float) -> float:
+def _check_fraction(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value < 1.0:
         hint = "; 90 % is 0.9" if isinstance(value, int | float) and value >= 1.0 else ""
         raise ValueError(f"{name} must be a fraction in [0, 1), got {value!r}{hint}")
     return float(value)
 
 
+def _check_steps(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"total_steps must be an integer >= 1, got {value!r}")
+
+
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _check_schedule(value: object) -> None:
+    if value is not None and not isinstance(value, SparsitySchedule):
+        raise TypeError(
+            f"schedule must be a SparsitySchedule, such as SparsitySchedule(shape='linear'), got "
+            f"{value!r}"
+        )
+
+
+def _check_unthresholded(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, SoftThreshold):
+            name = path.replace("parametrizations.", "").rpartition(".")[0]
+            raise ValueError(
+                f"{name!r} has a soft threshold already: remove it first, with "
+                f"torch.nn.utils.prune.remove for instance"
+            )
 
 
 def _check_unused(**options: object) -> None:

@@ -29,7 +29,15 @@ def attach(module: nn.Module, name: str, parametrization: nn.Module) -> None:
     else:
         # The consistency check that `unsafe` skips would evaluate every parametrization once; ours
         # never changes shape or dtype.
+        parameter = module._parameters.get(name)
+        if parameter is not None:
+            # A stand-in takes what registering does to the tensor: it writes to it (`set_`), which
+            # would cut it off from a DistributedDataParallel that has wrapped the model already.
+            module._parameters[name] = nn.Parameter(parameter.detach(), parameter.requires_grad)
         parametrize.register_parametrization(module, name, parametrization, unsafe=True)
+        if parameter is not None:
+            plain: Any = module.parametrizations[name]  # type: ignore[index]
+            plain._parameters["original"] = parameter
     plist: Any = module.parametrizations[name]  # type: ignore[index]
     plist.order = order
     _mend_class(type(module))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["pack_mask", "unpack_mask"]
+__all__ = ["pack_mask", "shaped_like", "unpack_mask"]
 
 
 def pack_mask(mask: Tensor) -> Tensor:
@@ -28,7 +28,13 @@ def unpack_mask(packed: Tensor, like: Tensor) -> Tensor:
         )
     packed = packed.to(like.device)
     bits = (packed.unsqueeze(1) >> _shifts(packed)) & 1
-    return bits.flatten()[: like.numel()].view(like.shape).bool()
+    return shaped_like(like, bits.flatten()[: like.numel()].bool())
+
+
+def shaped_like(weight: Tensor, mask: Tensor) -> Tensor:
+    """Bring a flat mask into the shape and the memory format of `weight`."""
+    # Of another format, it would pass that on to the weight and so to the convolution.
+    return torch.empty_like(weight, dtype=torch.bool).copy_(mask.view(weight.shape))
 
 
 def _shifts(tensor: Tensor) -> Tensor:

@@ -10,8 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ._layers import Layer, PerComponent, apply_keeping_dtype, members
-from .budget import Bounds, Scores, SparsitySchedule, from_bits, pruned, select, solve
+from ._layers import Layer, PerComponent, members
+from ._masks import shaped_like
+from ._precision import KeepsPrecision
+from .budget import Bounds, Scores, SparsitySchedule, from_bits, pruned, select, solve, to_bits
 from .thresholds import SoftThreshold
 
 __all__ = ["AdaptiveBudget", "GradientAllocation", "SensitivityAllocation"]
@@ -113,7 +115,7 @@ class _OffsetThreshold(SoftThreshold):
         return value if value == 0.0 else None
 
 
-class AdaptiveBudget(nn.Module):
+class AdaptiveBudget(KeepsPrecision):
     """Keeps the overall sparsity on its schedule and shares it out between the layers.
 
     Args:
@@ -173,7 +175,8 @@ class AdaptiveBudget(nn.Module):
             for position, i in enumerate(indices):
                 layer = layers[i]
                 options: dict[str, Any] = {
-                    "straight_through": straight_through, "persistent": False
+                    "straight_through": straight_through,
+                    "persistent": False,
                 }
                 threshold = (
                     _OffsetThreshold(self.offset, layer.component, position, **options)
@@ -181,6 +184,7 @@ class AdaptiveBudget(nn.Module):
                     else SoftThreshold(0.0, **options)
                 )
                 layer.threshold = threshold.to(layer.weight.device, layer.weight.dtype)
+        self.asleep = False
         self._gradients: dict[int, Tensor] = {}
         self._listening = False
         self._hooked: list[tuple[nn.Parameter, Any]] = []
@@ -195,18 +199,18 @@ class AdaptiveBudget(nn.Module):
         least = _by_component("min_density", min_density, 0.0, self._members)
         most = _by_component("max_density", max_density, 1.0, self._members)
         masked = [_masked(layer) for layer in self.layers]
-        floor = _LAYER_FLOOR * (1.0 - self.target)
+        average = 1.0 - self.target
         self._layer_max = [
-            max(n - math.floor(floor * n), m) for n, m in zip(self._sizes, masked, strict=True)
+            max(n - _share(_LAYER_FLOOR * min(average, most[layer.component]), n), m)
+            for layer, n, m in zip(self.layers, self._sizes, masked, strict=True)
         ]
         self._min_zeros, self._max_zeros = [], []
         rows = []
         for name, indices in self._members.items():
             size = sum(self._sizes[i] for i in indices)
-            highest = min(
-                math.floor((1.0 - least[name]) * size), sum(self._layer_max[i] for i in indices)
-            )
-            lowest = max(math.ceil((1.0 - most[name]) * size), sum(masked[i] for i in indices))
+            kept = size - _share(1.0 - least[name], size)
+            highest = min(size - kept, sum(self._layer_max[i] for i in indices))
+            lowest = max(size - _share(most[name], size), sum(masked[i] for i in indices))
             if lowest > highest:
                 raise ValueError(
                     f"min_density and max_density leave component {name!r} no room: of its {size} "
@@ -219,7 +223,8 @@ class AdaptiveBudget(nn.Module):
             raise ValueError(
                 f"target_sparsity={self.target} asks for {self.zeros} zeros, but the bounds "
                 f"(min_density, max_density, masks already there) allow "
-                f"{sum(self._min_zeros)} to {sum(self._max_zeros)}:\n" + "\n".join(rows)
+                f"{sum(self._min_zeros)} to {sum(self._max_zeros)}:\n"
+                + "\n".join(rows)
                 + "\nChange the target or the bounds."
             )
 
@@ -253,6 +258,12 @@ class AdaptiveBudget(nn.Module):
             own = self.offset[name]
             own.copy_(offset[indices] if own.ndim else offset[indices[0]])
 
+    def _bound_offsets(self) -> None:
+        if self.allocation is not None:
+            bound = self.allocation.bound
+            # An offset that the gradient has thrown out of all numbers starts anew.
+            self._set_offsets(self.offsets().nan_to_num(0.0).clamp(-bound, bound))
+
     def thresholds(self) -> Tensor:
         """The threshold of each layer, in units of the weight, float32 of shape (L,)."""
         return self.level * self.offsets().exp()
@@ -264,8 +275,13 @@ class AdaptiveBudget(nn.Module):
         due = step % self.interval == 0 or step == self.total_steps
         if due and not self.frozen:
             self.freeze() if step == self.total_steps else self.update(step)
-        self._listen((step + 1) % self.interval == 0)
+        self.wake(step)
         return due
+
+    def wake(self, step: int) -> None:
+        """Be ready for the gradients of the step after `step`."""
+        self.asleep = False
+        self._listen((step + 1) % self.interval == 0)
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -273,8 +289,7 @@ class AdaptiveBudget(nn.Module):
         magnitude, lengths = self._sampled()
         if isinstance(self.allocation, SensitivityAllocation):
             self._balance(self.allocation, magnitude, lengths)
-        elif isinstance(self.allocation, GradientAllocation):
-            self._set_offsets(self.offsets().clamp(-self.allocation.bound, self.allocation.bound))
+        self._bound_offsets()
         zeros = self.schedule(step, self.total_steps, self.target) * sum(self._sizes)
         scores = Scores(self._scored(magnitude, lengths), lengths, self._sizes)
         budget = torch.tensor(zeros, dtype=torch.float64, device=magnitude.device)
@@ -287,7 +302,8 @@ class AdaptiveBudget(nn.Module):
         learned = isinstance(self.allocation, GradientAllocation)
         alphas = self.level if learned else self.thresholds()
         for layer, alpha in zip(self.layers, alphas.tolist(), strict=True):
-            layer.threshold.set_threshold(0.0 if self.frozen else alpha)
+            value = 0.0 if self.frozen else min(alpha, _largest(layer.weight))
+            layer.threshold.set_threshold(value)
 
     def _scored(self, magnitude: Tensor, lengths: list[int]) -> Tensor:
         length = torch.tensor(lengths, device=magnitude.device)
@@ -325,7 +341,9 @@ class AdaptiveBudget(nn.Module):
         def remember(parameter: Tensor) -> None:
             # Once in an interval, and a sample only: the gradient is gone when step() is called.
             if self._listening and parameter.grad is not None:
-                self._gradients[index] = _take(parameter.grad, positions)
+                taken = _take(parameter.grad, positions)
+                # Not a view: what follows may write to the gradient (zeroing, unscaling, clipping).
+                self._gradients[index] = taken.clone() if positions is None else taken
 
         return weight.register_post_accumulate_grad_hook(remember)
 
@@ -363,7 +381,7 @@ class AdaptiveBudget(nn.Module):
         self.saliency.mul_(options.decay).add_(new)
 
         total, count = self.saliency
-        weight = torch.tensor(self._sizes, device=device) / length  # what a sampled weight stands for
+        weight = torch.tensor(self._sizes, device=device) / length  # how many one stands for
         overall = (total * weight).sum() / (count * weight).sum()
         if self.offset[next(iter(self._members))].ndim == 0:
             total, weighted, count = (
@@ -375,7 +393,7 @@ class AdaptiveBudget(nn.Module):
         trust = count / (count + options.prior)
         move = -options.rate / 2 * ratio.clamp(-4.0, 4.0) * trust
         move = torch.where(move.isfinite(), move, 0.0)
-        self._set_offsets((self.offsets() + move).clamp(-options.bound, options.bound))
+        self._set_offsets(self.offsets() + move)
 
     def _pooled(self, values: Tensor) -> Tensor:
         """Replace each layer's value by the sum over its component."""
@@ -388,7 +406,8 @@ class AdaptiveBudget(nn.Module):
 
     @torch.no_grad()
     def freeze(self) -> None:
-        """Write the sparse weights into the parameters, exactly `zeros` of them zero, under masks."""
+        """Write the sparse weights into the parameters, exactly `zeros` of them 0, under masks."""
+        self._bound_offsets()
         magnitude, lengths = self._sampled()
         device = magnitude.device
         bounds = self._bounds(self.zeros, device)
@@ -396,12 +415,12 @@ class AdaptiveBudget(nn.Module):
         budget = torch.tensor(self.zeros, dtype=torch.float64, device=device)
         window = sample.window(solve(sample, bounds, budget))
         level, numbers = select(self._near(window), bounds, self.zeros)
-        if any(not low <= bits <= high for low, bits, high in zip(window[0], level, window[1], strict=True)):
-            everything = [0] * len(level), [2**31 - 1] * len(level)
+        if any(not a <= bits <= b for a, bits, b in zip(window[0], level, window[1], strict=True)):
+            everything = [-1] * len(level), [2**31] * len(level)
             level, numbers = select(self._near(everything), bounds, self.zeros)
         alpha = (from_bits(torch.tensor(level, device=device)) * self.offsets().exp()).tolist()
         for i, layer in enumerate(self.layers):
-            keep = ~pruned(self._score(i), level[i], numbers[i]).view_as(layer.weight)
+            keep = shaped_like(layer.weight, ~pruned(self._score(i), level[i], numbers[i]))
             layer.threshold.mask = None
             shrunk = SoftThreshold(min(alpha[i], _largest(layer.weight)))(layer.weight)
             # A survivor that ties with the threshold, or was zero all along, must not count as a
@@ -415,6 +434,15 @@ class AdaptiveBudget(nn.Module):
         self._unhook()
         self.refresh()
 
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Keep the weights that remain from being zero, which training may have made them since."""
+        for layer in self.layers:
+            if layer.threshold.mask is not None:
+                weight = layer.weight
+                lost = (weight == 0) & layer.threshold.mask
+                weight.masked_fill_(lost, torch.finfo(weight.dtype).tiny)
+
     def _score(self, index: int) -> Tensor:
         return _masked_magnitude(self.layers[index], None) * self.offsets()[index].neg().exp()
 
@@ -422,24 +450,24 @@ class AdaptiveBudget(nn.Module):
         """The scores within a window of levels, one window a layer, and how many lie below it."""
         parts, below = [], []
         for i, (low, high) in enumerate(zip(*window, strict=True)):
-            bits = self._score(i).view(torch.int32)
-            parts.append(bits[(bits >= low) & (bits <= high)].view(torch.float32))
+            scores = self._score(i)
+            bits = to_bits(scores)
+            parts.append(scores[(bits >= low) & (bits <= high)])
             below.append((bits < low).sum())
         device = self.level.device
-        scores = torch.cat([part.to(device) for part in parts])
         return Scores(
-            scores, [len(p) for p in parts], self._sizes, torch.stack([b.to(device) for b in below])
+            torch.cat([part.to(device) for part in parts]),
+            [len(part) for part in parts],
+            self._sizes,
+            torch.stack([number.to(device) for number in below]),
         )
 
     # --- copies ---------------------------------------------------------------------------------
 
-    def _apply(self, fn: Any, recurse: bool = True) -> AdaptiveBudget:
-        super()._apply(apply_keeping_dtype(fn), recurse)
-        return self
-
     def __getstate__(self) -> dict[str, Any]:
         # Hooks belong to the parameters of this very model; a copy makes its own when it listens.
-        return {**self.__dict__, "_hooked": [], "_gradients": {}, "_listening": False}
+        silent = {"asleep": True, "_listening": False, "_hooked": [], "_gradients": {}}
+        return {**self.__dict__, **silent}
 
 
 def _by_component(
@@ -460,6 +488,11 @@ def _by_component(
         name: default if given.get(name) is None else float(given[name])  # type: ignore[arg-type]
         for name in components
     }
+
+
+def _share(fraction: float, size: int) -> int:
+    """The whole part of `fraction * size`, where 0.07 of 100 is 7 and 1 - 0.9 of 10 is 1."""
+    return math.floor(fraction * size + 1e-6)
 
 
 def _positions(size: int, total: int, device: torch.device) -> Tensor | None:
@@ -484,7 +517,7 @@ def _masked_magnitude(layer: Layer, positions: Tensor | None) -> Tensor:
     mask = layer.threshold.mask
     if mask is not None:  # what is masked is gone already
         kept = mask.flatten() if positions is None else mask.take(positions)
-        magnitude = magnitude.masked_fill(~kept, 0.0)
+        magnitude = magnitude.masked_fill(~kept, -1.0)
     return magnitude
 
 

@@ -16,9 +16,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Bounds", "Scores", "SparsitySchedule", "from_bits", "pruned", "select", "solve"]
+__all__ = [
+    "Bounds",
+    "Scores",
+    "SparsitySchedule",
+    "from_bits",
+    "pruned",
+    "select",
+    "solve",
+    "to_bits",
+]
 
-_MAX_BITS = 0x7F7FFFFF  # the largest finite float32
+# Bits are those of a float32, plus one: 0 is a weight that is gone in any case (its score is
+# negative), the last stands for the largest finite number and for all that is not finite.
+_MAX_BITS = 0x7F7FFFFF + 1
 
 
 @dataclass(frozen=True)
@@ -26,10 +37,10 @@ class SparsitySchedule:
     """How the overall sparsity rises from `initial` to the target in the course of training.
 
     With p the share of the way from `start` to `end`, the sparsity is
-    `target + (initial - target) * (1 - p)**3` for the cubic shape (Zhu and Gupta, arXiv 1710.01878),
-    the same with exponent 1 for the linear one and `(1 + cos(pi p)) / 2` in place of the power for
-    the cosine one. Before `start` it is `initial`, from `end` on it is the target, and at the last
-    step it is the target in any case.
+    `target + (initial - target) * (1 - p)**3` for the cubic shape (Zhu and Gupta, arXiv
+    1710.01878), the same with exponent 1 for the linear one and `(1 + cos(pi p)) / 2` in place of
+    the power for the cosine one. Before `start` it is `initial`, from `end` on it is the target,
+    and at the last step it is the target in any case.
 
     Args:
         start: When the sparsity begins to rise, as a fraction of `total_steps`.
@@ -111,7 +122,8 @@ class Scores:
     """The scores of all layers, or of a sample of them, ready for counting.
 
     Args:
-        scores: The scores of all layers one after the other, flat, float32, not negative.
+        scores: The scores of all layers one after the other, flat, float32; negative for weights
+            that are gone in any case.
         lengths: How many of them belong to each layer.
         sizes: How many weights each layer has.
         below: For each layer how many of its weights are known to score below all those given,
@@ -144,7 +156,6 @@ class Scores:
         found = torch.where(level < 0, 0, found + self.below)
         return found * self.scale
 
-
     def window(self, level: Tensor) -> tuple[list[int], list[int]]:
         """For each layer a range of levels that the exact one lies in, if this is a fair sample."""
         ends = torch.cat([self.starts[1:], self.starts.new_tensor([len(self.keys)])])
@@ -154,7 +165,7 @@ class Scores:
         low, high = rank - margin, rank + margin
         last = len(self.keys) - 1
         bits = self.keys & 0xFFFFFFFF
-        lowest = torch.where(low <= 0, 0, bits[(self.starts + low).clamp(0, last)])
+        lowest = torch.where(low <= 0, -1, bits[(self.starts + low).clamp(0, last)])
         highest = torch.where(high >= length, _MAX_BITS, bits[(self.starts + high).clamp(0, last)])
         return lowest.tolist(), highest.tolist()
 
@@ -228,21 +239,24 @@ def select(scores: Scores, bounds: Bounds, zeros: int) -> tuple[list[int], list[
     """
     budget = torch.tensor(zeros, dtype=torch.float64, device=scores.keys.device)
     common, at = _common(scores, bounds, budget)
-    due = bounds.clamp(at(common - 1)).tolist()
-    _fill(due, bounds.clamp(at(common)).tolist(), range(len(due)), zeros)
+    below, upto = at(common - 1), at(common)
+    due = bounds.clamp(below).tolist()
+    _fill(due, bounds.clamp(upto).tolist(), range(len(due)), zeros)
 
-    own = _bisect(at, torch.tensor(due, dtype=torch.float64, device=budget.device))
-    level = torch.minimum(own[bounds.component], _bisect(scores.count, bounds.layer_max))
-    most = torch.minimum(scores.count(level), bounds.layer_max).tolist()
-    numbers = torch.minimum(scores.count(level - 1), bounds.layer_max).tolist()
-    for c, wanted in enumerate(due):
+    wanted = torch.tensor(due, dtype=torch.float64, device=budget.device)
+    held = (wanted < below) | (wanted > upto)
+    own = torch.where(held, _bisect(at, wanted), common)[bounds.component]
+    level = torch.minimum(own, _bisect(scores.count, bounds.layer_max))
+    most = torch.minimum(scores.count(own), bounds.layer_max).tolist()
+    numbers = torch.minimum(scores.count(own - 1), bounds.layer_max).tolist()
+    for c, number in enumerate(due):
         members = (bounds.component == c).nonzero().squeeze(1).tolist()
-        _fill(numbers, most, members, wanted)
+        _fill(numbers, most, members, number)
     return level.tolist(), [int(k) for k in numbers]
 
 
 def _fill(numbers: list[float], most: list[float], order: Sequence[int], wanted: float) -> None:
-    """Raise `numbers` toward `most`, first come first served, until those in `order` sum to `wanted`."""
+    """Raise the `numbers` in `order` toward `most`, first come first served, to sum to `wanted`."""
     missing = wanted - sum(numbers[i] for i in order)
     for i in order:
         extra = min(missing, most[i] - numbers[i])
@@ -251,13 +265,13 @@ def _fill(numbers: list[float], most: list[float], order: Sequence[int], wanted:
 
 
 def to_bits(scores: Tensor) -> Tensor:
-    """Bits of non-negative float32 numbers as int64; they are ordered as the numbers are."""
-    return scores.view(torch.int32).long()
+    """Bits of float32 scores as int64, ordered as the scores are; negative ones are all alike."""
+    return (scores.view(torch.int32).long() + 1).clamp(0, _MAX_BITS)
 
 
 def from_bits(level: Tensor) -> Tensor:
-    """The float32 numbers with these bits, (L,); 0 for the level -1 that prunes nothing."""
-    return level.clamp(min=0).to(torch.int32).view(torch.float32)
+    """The float32 numbers with these bits, (L,); 0 for the levels that prune nothing new."""
+    return (level - 1).clamp(min=0).to(torch.int32).view(torch.float32)
 
 
 def pruned(scores: Tensor, level: int, zeros: int) -> Tensor:

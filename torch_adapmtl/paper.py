@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._layers import Layer, PerComponent, apply_keeping_dtype, members
+from ._layers import Layer, PerComponent, members
+from ._precision import KeepsPrecision
 from .thresholds import SoftThreshold
 
 __all__ = ["PaperBudget", "PaperMode"]
@@ -64,7 +65,7 @@ class _SigmoidThreshold(SoftThreshold):
         return None
 
 
-class PaperBudget(nn.Module):
+class PaperBudget(KeepsPrecision):
     """Trains one threshold a component and holds them all once the target is reached.
 
     The sparsity is counted after every step, on the device and without waiting for it; that is one
@@ -78,6 +79,7 @@ class PaperBudget(nn.Module):
     """
 
     reached: Tensor
+    asleep = False
 
     def __init__(
         self, layers: Sequence[Layer], *, target: float, mode: PaperMode, straight_through: bool
@@ -117,6 +119,5 @@ class PaperBudget(nn.Module):
     def refresh(self) -> None:
         """Nothing is derived from the state."""
 
-    def _apply(self, fn: Any, recurse: bool = True) -> PaperBudget:
-        super()._apply(apply_keeping_dtype(fn), recurse)
-        return self
+    def wake(self, step: int) -> None:
+        """Nothing is awaited."""

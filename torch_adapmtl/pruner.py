@@ -43,6 +43,7 @@ class AdapMTL(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()
         ...         self.body, self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 2), nn.Linear(16, 1)
+        ...
         ...     def forward(self, x):
         ...         h = self.body(x).relu()
         ...         return {"a": self.a(h), "b": self.b(h)}
@@ -61,9 +62,12 @@ class AdapMTL(nn.Module):
         >>> pruner.sparsity()
         0.75
         >>> model = pruner.finalize()
-        >>> int((model.body.weight == 0).sum() + (model.a.weight == 0).sum())  # of 160
-        116
+        >>> layers = model.body, model.a, model.b  # of 176 weights together
+        >>> sum(int((layer.weight == 0).sum()) for layer in layers)
+        132
     """
+
+    _model: nn.Module
 
     def __init__(
         self,
@@ -88,7 +92,7 @@ class AdapMTL(nn.Module):
         self._step = 0
         self._finalized = False
         self._attached: Any = None
-        self.register_load_state_dict_post_hook(_refresh)
+        self.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]
 
     def forward(self, *args: Any) -> Any:
         """Return the input: a model that runs its children in a row runs this one too."""
@@ -111,6 +115,8 @@ class AdapMTL(nn.Module):
             RuntimeError: After `finalize`.
         """
         self._check_active("loss")
+        if self.budget.asleep:
+            self.budget.wake(self._step)
         total: Tensor = self.weighting(losses)
         return total
 
@@ -173,7 +179,8 @@ class AdapMTL(nn.Module):
             raise RuntimeError("attach() was called already; one optimizer moves the schedule")
 
         def after_step(*_: Any) -> None:
-            self._advance()
+            if self._step < self.total_steps:  # a loaded state may be at the end
+                self._advance()
             if self._step == self.total_steps:
                 self._detach_optimizer()
 
@@ -196,7 +203,11 @@ class AdapMTL(nn.Module):
         Args:
             threshold_lr: Learning rate of the thresholds; `lr` if None.
             **options: What the optimiser takes for each group: `lr`, `weight_decay`, …
+
+        Raises:
+            RuntimeError: After `finalize`.
         """
+        self._check_active("param_groups")
         learned = {id(p): p for p in self.parameters()}
         own = [p for p in self._model.parameters() if id(p) not in learned]
         groups: list[dict[str, Any]] = [{"params": own, **options}]
@@ -281,9 +292,7 @@ class AdapMTL(nn.Module):
 
     def extra_repr(self) -> str:
         """Show where the run stands."""
-        return (
-            f"target_sparsity={self.target_sparsity}, step={self._step} of {self.total_steps}"
-        )
+        return f"target_sparsity={self.target_sparsity}, step={self._step} of {self.total_steps}"
 
     # --- the end --------------------------------------------------------------------------------
 
@@ -330,9 +339,10 @@ class AdapMTL(nn.Module):
                 f" Call freeze() to prune it to its target now (and train on to recover), or call "
                 f"step() after every optimizer step until the end."
             )
+        if isinstance(self.budget, AdaptiveBudget):
+            self.budget.settle()
         for layer in self._layers:
-            if layer.attached:  # prune.remove(module, name) may have been there before
-                layer.remove()
+            layer.remove()
         self._detach_optimizer()
         del self._model._modules["adapmtl"]
         self._finalized = True
@@ -369,6 +379,7 @@ class AdapMTL(nn.Module):
             "step": self._step,
             "total_steps": self.total_steps,
             "target_sparsity": self.target_sparsity,
+            "layers": {layer.name: layer.component for layer in self._layers},
             "frozen": frozen,
             "masks": masks,
         }
@@ -390,14 +401,20 @@ class AdapMTL(nn.Module):
                     f"the state dict comes from a run with {name}={state[name]}, this model was "
                     f"prepared with {name}={getattr(self, name)}: prepare it alike"
                 )
+        layers = {layer.name: layer.component for layer in self._layers}
+        if state["layers"] != layers:
+            differing = dict(sorted(state["layers"].items() ^ layers.items()))
+            raise ValueError(
+                f"the state dict comes from a model in which other tensors were pruned, or in "
+                f"other components; they differ in {differing}: prepare the model alike (groups, "
+                f"prunable, exclude)"
+            )
         self._step = state["step"]
         if isinstance(self.budget, AdaptiveBudget):
             self.budget.frozen = state["frozen"]
         for layer in self._layers:
             packed = state["masks"].get(layer.name)
-            layer.threshold.mask = (
-                None if packed is None else unpack_mask(packed, layer.weight)
-            )
+            layer.threshold.mask = None if packed is None else unpack_mask(packed, layer.weight)
 
     def __getstate__(self) -> dict[str, Any]:
         # The hook belongs to an optimiser of the original's parameters.
@@ -407,3 +424,4 @@ class AdapMTL(nn.Module):
 def _refresh(module: nn.Module, incompatible_keys: Any) -> None:
     assert isinstance(module, AdapMTL)
     module.budget.refresh()
+    module.budget.wake(module._step)

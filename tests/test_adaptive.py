@@ -1,0 +1,293 @@
+"""The adaptive controller: exact zeros, the schedule, bounds, allocations."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from toys import Bag, TwoTasks, initialise, losses, prepare, tensors, train, weights, zeros
+
+from torch_adapmtl import (
+    AdapMTL,
+    GradientAllocation,
+    SensitivityAllocation,
+    SparsitySchedule,
+    adaptive,
+    apply_adapmtl,
+)
+
+
+@given(st.integers(0, 10**6), st.sampled_from(["sensitivity", "common", "gradient"]))
+@settings(max_examples=6)
+def test_sparsity_follows_the_schedule(seed: int, allocation: Any) -> None:
+    torch.manual_seed(seed)
+    model = TwoTasks(20)
+    schedule = SparsitySchedule(start=0.1, end=0.8, initial=0.2)
+    pruner = prepare(model, total_steps=30, schedule=schedule, allocation=allocation)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for step in range(1, 30):
+        train(model, pruner, optimizer, [step])
+        # All weights are looked at, and none tie: each layer's threshold is off by a rounding.
+        due = schedule(step, 30, 0.8) * weights(pruner)
+        assert due - 4 <= zeros(pruner) <= due + 4
+    train(model, pruner, optimizer, [30])
+    assert zeros(pruner) == round(0.8 * weights(pruner))
+
+
+def test_updates_are_rare_and_the_last_step_is_one() -> None:
+    pruner = prepare(TwoTasks(), total_steps=1003)
+    assert pruner.budget.interval == 10
+    calls = []
+    pruner.budget.update = calls.append  # type: ignore[method-assign]
+    pruner.budget.freeze = lambda: calls.append("end")  # type: ignore[method-assign]
+    for _ in range(1003):
+        pruner.step()
+    assert calls == [*range(10, 1001, 10), "end"]
+
+
+# --- the end from a sample ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["default", "coarse", "zero", "two scales", "adversary"])
+@pytest.mark.parametrize("bounds", [{}, {"min_density": {"a": 0.2}, "max_density": {"b": 0.02}}])
+@pytest.mark.parametrize("target", [0.5, 0.9])
+def test_the_window_finds_what_sorting_all_finds(
+    how: str, bounds: Any, target: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adaptive, "_LAYER_SAMPLE", 32)
+    found = []
+    for sample in (2**18, 2000):
+        torch.manual_seed(0)
+        model = Bag([(50, 40), (64, 30), (5, 4), (40, 40)], torch.float32)
+        initialise(model, how)
+        monkeypatch.setattr(adaptive, "_SAMPLE", 2000)
+        if how == "adversary":  # a sample sees the small ones only
+            for weight in (model.layers[0].weight.data, model.layers[3].weight.data):
+                seen = adaptive._positions(weight.numel(), 5540, weight.device)
+                small = weight.flatten()[seen]
+                weight.sign_().mul_(1.5 * small.abs().max()).view(-1)[seen] = small
+        monkeypatch.setattr(adaptive, "_SAMPLE", sample)
+        groups = {"a": ["layers.0", "layers.2"], "b": ["layers.1"], "c": ["layers.3"]}
+        pruner = apply_adapmtl(
+            model, target_sparsity=target, total_steps=5, groups=groups, allocation="common",
+            **bounds,
+        )  # fmt: skip
+        pruner.freeze()
+        assert zeros(pruner) == round(target * weights(pruner))
+        found.append(tensors(pruner.finalize()))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_a_sample_keeps_near_the_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adaptive, "_SAMPLE", 2000)
+    monkeypatch.setattr(adaptive, "_LAYER_SAMPLE", 100)
+    model = Bag([(100, 120), (40, 30, 3, 3), (10, 20)], torch.float32)
+    groups = {"a": ["layers.0"], "b": ["layers.1", "layers.2"]}
+    schedule = SparsitySchedule(start=0, end=0.1)
+    pruner = apply_adapmtl(
+        model, target_sparsity=0.7, total_steps=100, groups=groups, schedule=schedule
+    )
+    for _ in range(20):
+        pruner.step()
+    assert pruner.sparsity() == pytest.approx(0.7, abs=0.05)
+
+
+@given(st.integers(1, 5000), st.integers(1, 200))
+def test_samples_are_spread_evenly(size: int, wanted: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adaptive, "_SAMPLE", wanted)
+        patch.setattr(adaptive, "_LAYER_SAMPLE", 1)
+        found = adaptive._positions(size, size, torch.device("cpu"))
+        if wanted >= size:
+            assert found is None
+            return
+        assert found is not None
+        assert len(set(found.tolist())) == wanted == len(found)
+        around = torch.cat([found.sort().values, found.min()[None] + size])
+        assert around.diff().max() <= 6 * size / wanted + 2
+
+
+# --- bounds -------------------------------------------------------------------------------------
+
+
+@given(
+    least=st.floats(0, 0.3), most=st.floats(0.05, 1), target=st.floats(0.3, 0.8),
+    seed=st.integers(0, 999),
+)  # fmt: skip
+@settings(max_examples=12)
+def test_densities_stay_within_their_bounds(
+    least: float, most: float, target: float, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    model = TwoTasks()
+    with torch.no_grad():
+        model.heads["a"].weight.mul_(1e-3)  # left to itself it would lose everything
+        model.heads["b"].weight.mul_(1e3)
+    pruner = prepare(
+        model, target_sparsity=target, min_density={"a": least}, max_density={"b": most}
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for step in range(20):
+        train(model, pruner, optimizer, [step])
+        assert 1 - pruner.sparsity("component")["a"] >= least - 1e-9
+    density = {name: 1 - s for name, s in pruner.sparsity("component").items()}
+    assert density["a"] >= least - 1e-9
+    assert density["b"] <= most + 1e-9
+    assert zeros(pruner) == round(target * weights(pruner))
+
+
+@pytest.mark.parametrize("density", [0.1, 0.3, 0.7, 0.9, 0.07, 0.57, 0.29])
+def test_a_bound_that_is_met_exactly_is_feasible(density: float) -> None:
+    for bound in ("min_density", "max_density"):
+        pruner = apply_adapmtl(
+            Bag([(20, 5)], torch.float32),
+            target_sparsity=1 - density, total_steps=1, groups={"a": ["*"]}, **{bound: density},
+        )  # fmt: skip
+        pruner.freeze()
+        assert zeros(pruner) == round((1 - density) * 100)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"min_density": 0.5},
+            r"target_sparsity=0.8 asks for 134 zeros.*\n.*shared: 0 to 36 of 72",
+        ),
+        ({"max_density": 0.1}, r"asks for 134 zeros.*allow 152 to 1"),
+        ({"min_density": {"a": 0.6}, "max_density": {"a": 0.5}}, "leave component 'a' no room: of"),
+        ({"min_density": {"c": 0.6}}, r"min_density names the component 'c'.*'shared', 'a', 'b'"),
+        ({"min_density": 1.5}, r"min_density of 'shared' must lie in \[0, 1\], got 1.5"),
+        ({"max_density": {"a": math.nan}}, r"max_density of 'a' must lie in \[0, 1\], got nan"),
+    ],
+)
+def test_bounds_without_room_are_refused(options: Any, message: str) -> None:
+    model = TwoTasks()
+    before, keys = tensors(model), list(model.state_dict())
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        prepare(model, **options)
+    assert list(model.state_dict()) == keys
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not hasattr(model, "adapmtl")
+
+
+def test_no_layer_dies() -> None:
+    model = Bag([(30, 30), (30, 30), (20, 5)], torch.float32)
+    with torch.no_grad():
+        model.layers[1].weight.mul_(1e-4)
+        model.layers[2].weight.zero_()
+    groups = {"a": ["layers.0"], "b": ["layers.1", "layers.2"]}
+    pruner = apply_adapmtl(model, target_sparsity=0.5, total_steps=50, groups=groups)
+    for _ in range(50):
+        pruner.step()
+    density = [1 - s for s in pruner.sparsity("layer").values()]
+    assert min(density) >= 0.05  # a tenth of the average
+    assert density[0] > 0.9
+
+
+# --- allocations --------------------------------------------------------------------------------
+
+
+def _two_heads(seed: int, **options: Any) -> AdapMTL:
+    """Two equal heads; all that one does is counted, next to nothing of the other."""
+    torch.manual_seed(seed)
+    model = TwoTasks(24)
+    model.heads["b"] = nn.Linear(24, 5)
+    pruner = prepare(model, total_steps=150, weighting="equal", **options)
+    optimizer = torch.optim.Adam(pruner.param_groups(lr=3e-3))
+    for _ in range(149):
+        x = torch.randn(16, 6)
+        a, b = model(x).values()
+        truth = torch.cat([x.sin(), x.cos()], 1)
+        found = {
+            "a": (a - truth[:, :5]).square().mean(),
+            "b": 1e-4 * (b - truth[:, 5:10]).square().mean(),
+        }
+        pruner.loss(found).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        pruner.step()
+    return pruner
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("granularity", ["layer", "component"])
+def test_what_matters_has_the_lower_threshold(seed: int, granularity: Any) -> None:
+    pruner = _two_heads(seed, granularity=granularity)
+    offset = dict(zip(["shared", "a", "b"], pruner.budget.offsets().tolist(), strict=True))
+    assert offset["a"] + 0.5 < offset["b"]
+    assert max(map(abs, offset.values())) <= 1.1 + 1e-6
+    sparsity = pruner.sparsity("component")
+    assert sparsity["a"] < sparsity["b"]
+
+
+def test_common_thresholds_are_all_alike() -> None:
+    pruner = _two_heads(0, allocation="common")
+    assert not pruner.budget.offsets().any()
+    assert len(set(pruner.budget.thresholds().tolist())) == 1
+    assert pruner.budget.thresholds()[0] > 0
+
+
+def test_gradient_moves_offsets() -> None:
+    model = TwoTasks()
+    pruner = prepare(
+        model, total_steps=60, allocation=GradientAllocation(bound=0.4), gradient="mask"
+    )
+    own, learned = pruner.param_groups(lr=0.05, weight_decay=0.1, threshold_lr=0.3)
+    assert (own["weight_decay"], learned["weight_decay"]) == (0.1, 0.0)
+    assert (own["lr"], learned["lr"]) == (0.05, 0.3)
+    assert {id(p) for p in learned["params"]} == {id(p) for p in pruner.parameters()}
+    optimizer = torch.optim.SGD([own, learned])
+    train(model, pruner, optimizer, range(30))
+    pruner.loss(losses(model, 30)).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in pruner.parameters())
+    assert pruner.budget.offsets().unique().numel() > 1
+    assert pruner.budget.offsets().abs().max() > 0.01
+    train(model, pruner, optimizer, range(30, 60))
+    assert zeros(pruner) == round(0.8 * weights(pruner))
+    assert pruner.budget.offsets().abs().max() <= 0.4
+
+
+@pytest.mark.parametrize(("granularity", "shape"), [("layer", (2,)), ("component", ())])
+def test_one_offset_a_layer_or_a_component(granularity: Any, shape: Any) -> None:
+    groups = {"a": ["layers.0", "layers.2"], "b": ["layers.1"]}
+    pruner = apply_adapmtl(
+        Bag([(3, 3), (4, 4), (5, 5)], torch.float32),
+        target_sparsity=0.5, total_steps=5, groups=groups, granularity=granularity,
+    )  # fmt: skip
+    assert pruner.budget.offset["a"].shape == shape
+    names = [k for k in pruner.state_dict() if "offset" in k]
+    assert names == ["budget.offset.a", "budget.offset.b"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SensitivityAllocation(rate=0), "rate=0"),
+        (lambda: SensitivityAllocation(bound=-1), "bound=-1"),
+        (lambda: SensitivityAllocation(decay=1.0), "decay=1.0"),
+        (lambda: SensitivityAllocation(prior=math.inf), "prior=inf"),
+        (lambda: GradientAllocation(bound=0), "bound must be > 0, got 0"),
+    ],
+)
+def test_allocations_refuse(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_gradients_that_are_not_finite_leave_the_offsets_alone() -> None:
+    model = TwoTasks()
+    pruner = prepare(model, total_steps=40)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train(model, pruner, optimizer, range(20))
+    before = pruner.budget.saliency.clone()
+    (losses(model, 20)["a"] * math.inf).backward()  # as under a gradient scaler that skips
+    optimizer.zero_grad()
+    pruner.step()
+    assert torch.equal(pruner.budget.saliency, before * 0.9)
+    assert pruner.budget.offsets().isfinite().all()

@@ -1,0 +1,258 @@
+"""Training loops of many kinds, and what a step may not do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toys import TwoTasks, batch, losses, prepare, tensors, train, weights, zeros
+
+from torch_adapmtl import AdapMTL, PaperMode, SparsitySchedule
+
+EARLY = SparsitySchedule(start=0.0, end=0.5)
+
+
+def _final(pruner: AdapMTL, model: nn.Module) -> dict[str, Tensor]:
+    assert zeros(pruner) == round(0.8 * weights(pruner))
+    pruner.finalize()
+    assert zeros(pruner) == round(0.8 * weights(pruner))
+    return tensors(model)
+
+
+# --- compiled, mixed precision, skipped steps ---------------------------------------------------
+
+
+@pytest.mark.parametrize("compile_first", [True, False])
+@pytest.mark.parametrize("options", [{}, {"allocation": "gradient"}, {"mode": "paper"}], ids=str)
+def test_compiled_is_as_eager(options: dict[str, Any], compile_first: bool) -> None:
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    if "mode" in options:
+        options = {"mode": PaperMode(start=-3.0, weight_decay=0.1)}
+    else:
+        options = {**options, "schedule": EARLY}
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = TwoTasks()
+        run: Any = model
+        if compiled and compile_first:
+            run = torch.compile(model, backend=backend)
+        pruner = prepare(run, **options)
+        if compiled and not compile_first:
+            run = torch.compile(model, backend=backend)
+        optimizer = torch.optim.SGD(pruner.param_groups(lr=0.1))
+        train(run, pruner, optimizer, range(20))
+        x = batch(50)[0]
+        outputs = run(x)
+        sparse = pruner.sparsity()
+        assert pruner.finalize() is model
+        again = run(x)
+        for task, out in outputs.items():
+            torch.testing.assert_close(again[task], out)
+        found.append((sparse, tensors(model)))
+    (eager, expected), (fast, result) = found
+    assert fast == eager
+    for key, value in expected.items():
+        torch.testing.assert_close(result[key], value)
+    # Thresholds that move and masks that come do not make a graph each; finalize makes one.
+    assert len(graphs) <= 4
+
+
+def test_autocast() -> None:
+    model = TwoTasks()
+    pruner = prepare(model, schedule=EARLY)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for step in range(20):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = losses(model, step)
+            loss = pruner.loss(found)
+        assert loss.dtype == torch.float32
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        pruner.step()
+    assert pruner.budget.offsets().any()
+    _final(pruner, model)
+
+
+def test_skipped_steps_leave_no_trace() -> None:
+    """A gradient scaler scales the gradient and leaves out the steps where it overflows."""
+    found = []
+    for scale, skipped in ((1.0, ()), (2.0**16, (3, 9, 18))):
+        torch.manual_seed(0)
+        model = TwoTasks()
+        pruner = prepare(model, schedule=EARLY, total_steps=20)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in range(20):
+            (pruner.loss(losses(model, step)) * scale).backward()
+            if step in skipped:
+                for parameter in model.parameters():
+                    assert parameter.grad is not None
+                    parameter.grad.fill_(torch.inf)
+            else:
+                for parameter in model.parameters():
+                    assert parameter.grad is not None
+                    parameter.grad.div_(scale)
+                optimizer.step()
+            optimizer.zero_grad()
+            pruner.step()
+        assert pruner.budget.saliency.isfinite().all()
+        found.append(pruner.budget.offsets())
+        _final(pruner, model)
+    assert found[1].isfinite().all()
+
+
+def test_a_scale_changes_nothing() -> None:
+    found = []
+    for scale in (1.0, 2.0**12):
+        torch.manual_seed(0)
+        model = TwoTasks()
+        pruner = prepare(model, schedule=EARLY)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1 / scale)
+        for step in range(20):
+            (pruner.loss(losses(model, step)) * scale).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            pruner.step()
+        found.append(_final(pruner, model))
+    assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_when_gradients_are_cleared_does_not_matter(set_to_none: bool) -> None:
+    found = []
+    for early in (True, False):
+        torch.manual_seed(0)
+        model = TwoTasks()
+        pruner = prepare(model, schedule=EARLY)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in range(20):
+            pruner.loss(losses(model, step)).backward()
+            optimizer.step()
+            if early:
+                optimizer.zero_grad(set_to_none=set_to_none)
+            pruner.step()
+            optimizer.zero_grad(set_to_none=set_to_none)
+        assert pruner.budget.offsets().any()
+        found.append(_final(pruner, model))
+    assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
+
+
+def test_accumulated_gradients_are_seen_whole() -> None:
+    found = []
+    for parts in (1, 4):
+        torch.manual_seed(0)
+        model = TwoTasks().double()
+        pruner = prepare(
+            model, schedule=EARLY, weighting="equal",
+            example_inputs=torch.ones(2, 6, dtype=torch.float64),
+        )  # fmt: skip
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in range(20):
+            x, targets = batch(step)
+            for i in range(parts):
+                share = slice(8 // parts * i, 8 // parts * (i + 1))
+                outputs = model(x[share].double())
+                pruner.loss(
+                    {t: (outputs[t] - y[share]).square().mean() / parts for t, y in targets.items()}
+                ).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            pruner.step()
+        found.append((pruner.budget.offsets(), _final(pruner, model)))
+    torch.testing.assert_close(found[0][0], found[1][0])
+    for key, value in found[0][1].items():
+        torch.testing.assert_close(value, found[1][1][key])
+
+
+def test_a_closure() -> None:
+    model = TwoTasks()
+    pruner = prepare(model)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
+    pruner.attach(optimizer)
+    first = None
+    for _ in range(20):
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            total = pruner.loss(losses(model, 0))
+            total.backward()
+            return total
+
+        value = optimizer.step(closure).item()
+        first = value if first is None else first
+    assert pruner._step == 20
+    assert value < first
+    _final(pruner, model)
+
+
+def test_two_optimizers_and_a_task_that_is_often_missing() -> None:
+    model = TwoTasks()
+    pruner = prepare(model, total_steps=60, schedule=EARLY)
+    body = torch.optim.SGD(model.body.parameters(), lr=0.1)
+    heads = torch.optim.Adam(model.heads.parameters(), lr=1e-2)
+    pruner.attach(heads)
+    for step in range(60):
+        found: dict[str, Tensor | None] = dict(losses(model, step))
+        if step % 3:
+            found["b"] = None
+        pruner.loss(found).backward()
+        for optimizer in (body, heads):
+            optimizer.step()
+            optimizer.zero_grad()
+    assert pruner.budget.saliency[1].min() > 0
+    _final(pruner, model)
+
+
+# --- several processes --------------------------------------------------------------------------
+
+
+def _train_one_of_two(rank: int, folder: str, wrap_first: bool) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet{wrap_first}", rank=rank, world_size=2
+    )
+    torch.manual_seed(rank)  # DistributedDataParallel makes the weights equal
+    model = TwoTasks()
+    if wrap_first:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        pruner = prepare(wrapped, schedule=EARLY)
+    else:
+        pruner = prepare(model, schedule=EARLY)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.Adam(pruner.param_groups(lr=1e-2))
+    steps, local = [], []
+    for step in range(20):
+        found = losses(wrapped, step, rank)
+        local.append(found["a"].item())
+        pruner.loss(found).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        pruner.step()
+        steps.append((pruner.budget.thresholds().clone(), pruner.budget.offsets().clone()))
+    found_zeros = zeros(pruner)
+    assert pruner.finalize() is model
+    torch.save((steps, local, found_zeros, tensors(model)), f"{folder}/{wrap_first}{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+@pytest.mark.parametrize("wrap_first", [False, True])
+def test_two_processes_agree(wrap_first: bool, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_train_one_of_two, (str(tmp_path), wrap_first), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{wrap_first}{rank}.pt") for rank in range(2))
+    for here, there in zip(first[0], second[0], strict=True):
+        assert torch.equal(here[0], there[0])
+        assert torch.equal(here[1], there[1])
+    assert first[0][-2][1].any()  # offsets were learned
+    assert first[1] != second[1]  # from different data
+    assert first[2] == second[2] == round(0.8 * 168)
+    assert all(torch.equal(value, second[3][key]) for key, value in first[3].items())

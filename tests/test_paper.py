@@ -1,0 +1,201 @@
+"""The paper's own mechanism, step by step against a plain version of it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toys import TwoTasks, batch, losses, prepare, tensors, train, weights, zeros
+
+from torch_adapmtl import AdapMTL, PaperMode
+
+
+class Plain:
+    """AdapMTL as the paper has it, in plain tensors, for a shared body and two heads."""
+
+    def __init__(self, model: TwoTasks, start: float) -> None:
+        self.weight = {
+            name: parameter.detach().clone().requires_grad_()
+            for name, parameter in model.named_parameters()
+        }
+        self.s = {name: torch.tensor(start, requires_grad=True) for name in ("shared", "a", "b")}
+        self.component = {"body.weight": "shared", "heads.a.weight": "a", "heads.b.weight": "b"}
+        self.held: dict[str, Tensor] | None = None
+
+    def sparse(self, name: str) -> Tensor:
+        weight = self.weight[name]
+        if name not in self.component:
+            return weight
+        alpha = self.s[self.component[name]].sigmoid()
+        return weight.sign() * (weight.abs() - alpha).relu()
+
+    def loss(self, step: int) -> Tensor:
+        x, targets = batch(step)
+        h = nn.functional.linear(x, self.sparse("body.weight"), self.weight["body.bias"]).tanh()
+        total = torch.zeros(())
+        for task, target in targets.items():
+            weight, bias = self.sparse(f"heads.{task}.weight"), self.weight[f"heads.{task}.bias"]
+            total = total + (nn.functional.linear(h, weight, bias) - target).square().mean()
+        return total
+
+    def zeros(self) -> int:
+        return sum(int((self.sparse(name) == 0).sum()) for name in self.component)
+
+    @torch.no_grad()
+    def after_step(self, wanted: int) -> None:
+        """Thresholds stay as they were when the target was reached."""
+        if self.held is not None:
+            for name, s in self.s.items():
+                s.copy_(self.held[name])
+        elif self.zeros() >= wanted:
+            self.held = {name: s.detach().clone() for name, s in self.s.items()}
+
+
+MODE = PaperMode(start=-6.0, weight_decay=0.5)
+ADAM: dict[str, Any] = {"lr": 2e-2, "betas": (0.5, 0.999), "weight_decay": 1e-3}
+
+
+def _paper(model: nn.Module, **options: Any) -> AdapMTL:
+    options = {"target_sparsity": 0.2, "total_steps": 400, "mode": MODE, **options}
+    return prepare(model, weighting="equal", **options)
+
+
+def test_equals_the_plain_version_at_every_step() -> None:
+    model = TwoTasks()
+    plain = Plain(model, start=-6.0)
+    pruner = _paper(model)
+    optimizer = torch.optim.Adam(pruner.param_groups(threshold_lr=5e-2, **ADAM))
+    reference = torch.optim.Adam(
+        [
+            {"params": list(plain.weight.values()), **ADAM},
+            {"params": list(plain.s.values()), **ADAM, "lr": 5e-2, "weight_decay": 0.5},
+        ]
+    )
+    wanted = round(0.2 * weights(pruner))
+    reached = 0
+    for step in range(150):
+        train(model, pruner, optimizer, [step])
+        plain.loss(step).backward()
+        reference.step()
+        reference.zero_grad()
+        plain.after_step(wanted)
+
+        for name, module in (("body", model.body), *model.heads.named_children()):
+            key = name if name == "body" else f"heads.{name}"
+            original = module.parametrizations.weight.original
+            torch.testing.assert_close(
+                original, plain.weight[f"{key}.weight"], rtol=1e-5, atol=1e-6
+            )
+            torch.testing.assert_close(
+                module.weight, plain.sparse(f"{key}.weight"), rtol=1e-5, atol=1e-6
+            )
+        for name, s in plain.s.items():
+            torch.testing.assert_close(pruner.budget.s[name], s, rtol=1e-6, atol=1e-6)
+        assert zeros(pruner) == plain.zeros()
+        assert bool(pruner.budget.reached) == (plain.held is not None)
+        reached += plain.held is not None
+    assert 10 < reached < 140  # the test is about before and after
+    assert zeros(pruner) >= wanted
+    assert len({s.item() for s in plain.s.values()}) == 3
+
+
+def test_thresholds_are_the_sigmoid_and_rise_by_decay_alone() -> None:
+    model = TwoTasks()
+    pruner = _paper(model, mode=PaperMode(start=-3.0, weight_decay=0.1))
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    s = pruner.budget.s["a"]
+    s.requires_grad_()
+    optimizer = torch.optim.SGD(pruner.param_groups(lr=0.5)[1:])
+    for _ in range(3):
+        s.grad = torch.zeros(())
+        optimizer.step()
+        pruner.step()
+    assert s.item() == pytest.approx(-3.0 * (1 - 0.5 * 0.1) ** 3)
+    expected = torch.stack([pruner.budget.s[n] for n in ("shared", "a", "b")]).sigmoid()
+    assert torch.equal(pruner.budget.thresholds(), expected.detach())
+
+
+@pytest.mark.parametrize(
+    ("gradient", "learns"), [(None, False), ("mask", False), ("straight_through", True)]
+)
+def test_pruned_weights_learn_only_if_told_to(gradient: Any, learns: bool) -> None:
+    model = TwoTasks()
+    pruner = _paper(model, mode=PaperMode(start=-1.5), gradient=gradient)
+    pruner.loss(losses(model, 0)).backward()
+    gone = model.heads["a"].weight == 0
+    grad = model.heads["a"].parametrizations.weight.original.grad
+    assert gone.any()
+    assert bool(grad[gone].any()) == learns
+    assert grad[~gone].any()
+
+
+def test_ends_with_what_it_has_reached() -> None:
+    model = TwoTasks()
+    keys = list(model.state_dict())
+    pruner = _paper(model, target_sparsity=0.9)
+    optimizer = torch.optim.Adam(pruner.param_groups(threshold_lr=5e-2, **ADAM))
+    train(model, pruner, optimizer, range(60))
+    found, x = zeros(pruner), batch(99)[0]
+    before = model(x)
+    with pytest.raises(RuntimeError, match="mode='paper' does not do: call finalize"):
+        pruner.freeze()
+    assert pruner.finalize() is model
+    assert zeros(pruner) == found < round(0.9 * weights(pruner))
+    assert list(model.state_dict()) == keys
+    assert all(torch.equal(before[task], out) for task, out in model(x).items())
+
+
+def test_state_resumes_bit_for_bit() -> None:
+    model = TwoTasks()
+    fresh = copy.deepcopy(model)
+    pruner = _paper(model)
+    optimizer = torch.optim.Adam(pruner.param_groups(threshold_lr=5e-2, **ADAM))
+    train(model, pruner, optimizer, range(50))
+    assert not pruner.budget.reached
+    state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    assert [k for k in state[0] if k.endswith(("s.shared", "s.a", "s.b"))] == [
+        f"adapmtl.budget.s.{name}" for name in ("shared", "a", "b")
+    ]
+    train(model, pruner, optimizer, range(50, 150))
+    assert pruner.budget.reached
+
+    other = _paper(fresh)
+    again = torch.optim.Adam(other.param_groups(threshold_lr=5e-2, **ADAM))
+    fresh.load_state_dict(state[0])
+    again.load_state_dict(state[1])
+    train(fresh, other, again, range(50, 150))
+    found, expected = tensors(fresh), tensors(model)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_target_zero_holds_the_start() -> None:
+    model = TwoTasks()
+    pruner = _paper(model, target_sparsity=0.0)
+    optimizer = torch.optim.SGD(pruner.param_groups(lr=0.1))
+    train(model, pruner, optimizer, range(1))
+    after_one = pruner.budget.s["a"].item()
+    train(model, pruner, optimizer, range(1, 5))
+    assert pruner.budget.s["a"].item() == after_one
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"start": math.inf}, "start must be finite, got inf"), ({"weight_decay": -1.0}, "got -1.0")],
+)
+def test_mode_refuses(options: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PaperMode(**options)
+
+
+@pytest.mark.parametrize("argument", ["min_density", "max_density"])
+def test_what_has_no_effect_is_refused(argument: str) -> None:
+    model = TwoTasks()
+    keys = list(model.state_dict())
+    with pytest.raises(ValueError, match=f"{argument} has no effect in mode='paper'"):
+        _paper(model, **{argument: 0.1})
+    assert list(model.state_dict()) == keys

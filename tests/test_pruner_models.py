@@ -1,0 +1,185 @@
+"""The handle on models of many kinds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+from toys import Bag, TwoTasks, batch, prepare, tensors, train, weights, zeros
+
+from torch_adapmtl import AdapMTL, apply_adapmtl, soft_threshold_unstructured
+
+
+def _run(model: nn.Module, pruner: AdapMTL, loss: Any, target: float = 0.8) -> None:
+    """Train to the end and finalise, and check what must hold of every model."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(20):
+        pruner.loss(loss()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        pruner.step()
+    model.eval()
+    with torch.no_grad():
+        expected = loss()
+        wanted = round(target * weights(pruner))
+        assert zeros(pruner) == wanted
+        pruner.finalize()
+        assert zeros(pruner) == wanted
+        assert all(torch.equal(expected[task], value) for task, value in loss().items())
+
+
+def test_a_row_of_layers() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    pruner = prepare(model, groups={"only": ["*"]}, example_inputs=None)
+    assert pruner.components.names == ("only",)
+    assert len(model) == 4
+    _run(model, pruner, lambda: {"only": model(batch(0)[0]).square().mean()})
+    assert len(model) == 3
+
+
+class _Split(nn.Module):
+    def __init__(self, body: nn.Module, width: int) -> None:
+        super().__init__()
+        self.body = body
+        self.a, self.b = nn.Linear(width, 2), nn.Linear(width, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.body(x)
+        h = h[0] if isinstance(h, tuple) else h
+        return self.a(h), self.b(h)
+
+
+class _Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x, x, x)[0]
+
+
+@pytest.mark.parametrize(
+    ("body", "shape", "width", "counted", "options"),
+    [
+        (nn.Linear(6, 6), (3, 6), 6, 36, {}),
+        (nn.Conv3d(2, 3, 2), (2, 2, 3, 3, 3), 2, 48, {}),
+        (nn.ConvTranspose1d(3, 4, 2), (2, 3, 5), 6, 24, {}),
+        (_Attention(), (2, 4, 6), 6, 18 * 6 + 36, {}),
+        (nn.LSTM(6, 5), (4, 2, 6), 5, 20 * 6 + 20 * 5, {"prunable": {nn.LSTM: "weight_*"}}),
+        (nn.TransformerEncoderLayer(6, 2, 8, 0.0, batch_first=True), (2, 4, 6), 6, 240, {}),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
+def test_kinds_of_layers(
+    body: nn.Module, shape: Any, width: int, counted: int, options: dict[str, Any]
+) -> None:
+    model, x = _Split(body, width), torch.randn(*shape)
+    before = list(model.state_dict())
+    pruner = prepare(model, example_inputs=x, **options)
+    assert weights(pruner) == counted + 4 * width
+    _run(model, pruner, lambda: dict(zip("01", (o.square().mean() for o in model(x)), strict=True)))
+    assert list(model.state_dict()) == before
+
+
+def test_tied_weights_count_once() -> None:
+    model = TwoTasks()
+    model.heads["b"] = nn.Linear(12, 5)
+    model.heads["b"].weight = model.heads["a"].weight
+    pruner = prepare(model)
+    assert weights(pruner) == 72 + 60
+    _run(model, pruner, lambda: {"a": model(batch(0)[0])["a"].mean(), "b": losses_b(model)})
+    assert model.heads["b"].weight is model.heads["a"].weight
+
+
+def losses_b(model: nn.Module) -> Tensor:
+    return model(batch(1)[0])["b"].square().mean()
+
+
+def test_masks_of_torch_come_back() -> None:
+    model = TwoTasks()
+    for name in ("bias", "weight"):
+        prune.random_unstructured(model.body, name, amount=0.5)
+    prune.ln_structured(model.heads["a"], "weight", amount=1, n=2, dim=0)
+    keys, before = list(model.state_dict()), tensors(model)
+    pruner = prepare(model, min_density={"a": 0.05})
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for step in range(20):
+        train(model, pruner, optimizer, [step])
+        assert not model.body.weight[before["body.weight_mask"] == 0].any()
+        assert not model.heads["a"].weight[before["heads.a.weight_mask"] == 0].any()
+    x = batch(7)[0]
+    expected = model(x)
+    pruner.finalize()
+    assert list(model.state_dict()) == keys
+    assert all(torch.equal(expected[task], out) for task, out in model(x).items())
+    for key, value in model.state_dict().items():
+        if key.endswith("_mask"):
+            assert torch.equal(value, before[key])
+    assert prune.is_pruned(model)
+    assert zeros(pruner) == round(0.8 * weights(pruner))
+    prune.remove(model.body, "weight")
+    assert not model.body.weight[before["body.weight_mask"] == 0].any()
+
+
+def test_a_soft_threshold_that_was_there_before_is_refused() -> None:
+    model = TwoTasks()
+    soft_threshold_unstructured(model.body, "weight", 0.1)
+    keys = list(model.state_dict())
+    with pytest.raises((RuntimeError, ValueError), match="soft threshold"):
+        prepare(model)
+    assert list(model.state_dict()) == keys
+
+
+def test_channels_last_weights() -> None:
+    model = Bag([(8, 6, 3, 3), (4, 8, 3, 3)], torch.float32)
+    model.to(memory_format=torch.channels_last)
+    groups = {"a": ["layers.0"], "b": ["layers.1"]}
+    pruner = apply_adapmtl(model, target_sparsity=0.7, total_steps=20, groups=groups)
+    _run(model, pruner, lambda: model.losses(groups), target=0.7)
+    assert model.layers[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_frozen_and_unused_parts_stay_dense_and_uncounted() -> None:
+    model = TwoTasks()
+    model.spare = nn.Linear(6, 6)
+    model.heads["b"].weight.requires_grad_(False)
+    before = tensors(model)
+    pruner = prepare(model)
+    pruner.freeze()
+    assert weights(pruner) == 6 * 12 + 12 * 5
+    assert {(name, reason) for name, reason, _ in pruner.report().dense} == {
+        ("spare.weight", "unused"), ("heads.b.weight", "frozen"),
+    }  # fmt: skip
+    pruner.finalize()
+    assert zeros(pruner) == round(0.8 * 132)
+    for name in ("spare.weight", "heads.b.weight"):
+        assert torch.equal(model.state_dict()[name], before[name])
+
+
+def test_a_threshold_that_was_removed_is_noticed() -> None:
+    model = TwoTasks()
+    pruner = prepare(model)
+    prune.remove(model.body, "weight")
+    for call in (pruner.step, pruner.freeze):
+        with pytest.raises(RuntimeError, match=r"'body.weight' was removed"):
+            call()
+
+
+def test_removed_by_prune_after_the_end() -> None:
+    model = TwoTasks()
+    model.twin = nn.Linear(6, 12)
+    model.twin.weight = model.body.weight
+    keys = list(model.state_dict())
+    pruner = prepare(model)
+    pruner.freeze()
+    prune.remove(model.body, "weight")  # one of the two that hold it
+    prune.remove(model.heads["a"], "weight")
+    pruner.finalize()
+    assert list(model.state_dict()) == keys
+    assert not prune.is_pruned(model)
+    assert model.twin.weight is model.body.weight
+    assert zeros(pruner) == round(0.8 * weights(pruner))

@@ -1,0 +1,277 @@
+"""Saving, loading, copying, moving: the run goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+from toys import TwoTasks, batch, losses, prepare, tensors, train, weights, zeros
+
+from torch_adapmtl import AdapMTL, SparsitySchedule
+
+# 450 steps: an update every 9, the sparsity begins to rise at once.
+RUN: dict[str, Any] = {"total_steps": 450, "schedule": SparsitySchedule(start=0.0, end=0.1)}
+
+
+def _adam(pruner: AdapMTL) -> torch.optim.Optimizer:
+    return torch.optim.Adam(pruner.param_groups(lr=3e-3, weight_decay=1e-3, threshold_lr=1e-2))
+
+
+def _assert_equal(model: nn.Module, other: nn.Module) -> None:
+    found, expected = tensors(model), tensors(other)
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    thresholds = (m.adapmtl.budget.thresholds() for m in (model, other))  # type: ignore[union-attr]
+    assert torch.equal(*thresholds)
+
+
+def _through_disk(state: Any, path: Path) -> Any:
+    torch.save(state, path)
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("stop", [0, 8, 9, 13, 35])
+@pytest.mark.parametrize("allocation", ["sensitivity", "gradient"])
+def test_a_loaded_run_goes_on_bit_for_bit(stop: int, allocation: Any, tmp_path: Path) -> None:
+    model = TwoTasks()
+    fresh = copy.deepcopy(model)
+    pruner = prepare(model, allocation=allocation, **RUN)
+    optimizer = _adam(pruner)
+    train(model, pruner, optimizer, range(stop))
+    state = _through_disk((model.state_dict(), optimizer.state_dict()), tmp_path / "state.pt")
+    train(model, pruner, optimizer, range(stop, 70))
+
+    other = prepare(fresh, allocation=allocation, **RUN)
+    again = _adam(other)
+    fresh.load_state_dict(state[0])
+    again.load_state_dict(state[1])
+    assert other._step == stop
+    train(fresh, other, again, range(stop, 70))
+    _assert_equal(fresh, model)
+    if allocation == "sensitivity":
+        assert pruner.budget.offsets().abs().max() > 0.01  # there was something to lose
+
+    for handle in (pruner, other):
+        handle.freeze()
+    _assert_equal(fresh, model)
+    assert torch.equal(fresh.body.weight, model.body.weight)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_end_is_saved_with_its_masks(masked: bool, tmp_path: Path) -> None:
+    model, fresh = TwoTasks(), TwoTasks()
+    if masked:
+        mask = (torch.rand(12, 6) > 0.3).float()
+        for net in (model, fresh):
+            prune.custom_from_mask(net.body, "weight", mask)
+    pruner = prepare(model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    train(model, pruner, optimizer, range(20))
+    for step in (20, 21):
+        pruner.loss(losses(model, step)).backward()
+        optimizer.step()
+    state = _through_disk(model.state_dict(), tmp_path / "state.pt")
+
+    other = prepare(fresh)
+    fresh.load_state_dict(state)
+    x = batch(5)[0]
+    assert all(torch.equal(a, b) for a, b in zip(fresh(x).values(), model(x).values(), strict=True))
+    with pytest.raises(RuntimeError, match="more than total_steps"):
+        other.step()
+    other.finalize()
+    pruner.finalize()
+    assert zeros(other) == round(0.8 * weights(other))
+    assert list(fresh.state_dict()) == list(model.state_dict())
+    assert all(torch.equal(value, tensors(fresh)[key]) for key, value in tensors(model).items())
+
+
+def test_loading_an_earlier_state_takes_the_end_back() -> None:
+    model = TwoTasks()
+    pruner = prepare(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train(model, pruner, optimizer, range(10))
+    state = copy.deepcopy(model.state_dict())
+    train(model, pruner, optimizer, range(10, 20))
+    model.load_state_dict(state)
+    assert pruner.sparsity() < 0.8
+    train(model, pruner, optimizer, range(10, 20))
+    assert zeros(pruner) == round(0.8 * weights(pruner))
+
+
+def test_one_key_a_component() -> None:
+    model = TwoTasks()
+    here = "parametrizations.weight.original"
+    plain = [key.replace("weight", here) for key in model.state_dict()]
+    prepare(model)
+    keys = list(model.state_dict())
+    added = [key for key in keys if key.startswith("adapmtl")]
+    assert sorted(set(keys) - set(added)) == sorted(plain)
+    assert [key for key in added if "offset" in key] == [
+        f"adapmtl.budget.offset.{name}" for name in ("shared", "a", "b")
+    ]
+    assert {key.split(".")[1] for key in added} == {"_extra_state", "budget", "weighting"}
+    assert len([key for key in added if ".budget." in key]) == 5  # and the level and the saliency
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"target_sparsity": 0.7}, ValueError, "target_sparsity=0.8, .*=0.7: prepare it alike"),
+        ({"total_steps": 30}, ValueError, "total_steps=20, .* total_steps=30"),
+        ({"exclude": ["heads.b"]}, ValueError, "'heads.b.weight': 'b'"),
+        ({"groups": {"b": ["heads.a"]}}, ValueError, "'heads.a.weight': 'b'"),
+        ({"granularity": "layer"}, RuntimeError, "size mismatch for adapmtl.budget.offset"),
+        ({"mode": "paper"}, RuntimeError, r"Missing key.*adapmtl.budget.s.shared"),
+    ],
+)
+def test_a_state_of_another_run_is_refused(
+    change: Any, error: type[Exception], message: str
+) -> None:
+    state = TwoTasks()
+    prepare(state, granularity="component")
+    model = TwoTasks()
+    prepare(model, **{"granularity": "component", **change})
+    with pytest.raises(error, match=f"(?s){message}"):
+        model.load_state_dict(state.state_dict())
+
+
+def test_a_state_of_another_version_is_refused() -> None:
+    model = TwoTasks()
+    prepare(model)
+    state = model.state_dict()
+    state["adapmtl._extra_state"]["version"] = 99
+    with pytest.raises(ValueError, match="has version 99, this version of torch-adapmtl reads"):
+        model.load_state_dict(state)
+
+
+def test_a_plain_state_says_what_is_missing() -> None:
+    model = TwoTasks()
+    plain = copy.deepcopy(model.state_dict())
+    prepare(model)
+    with pytest.raises(RuntimeError, match=r"(?s)Missing key.*adapmtl.budget.level"):
+        model.load_state_dict(plain)
+
+
+# --- copies -------------------------------------------------------------------------------------
+
+
+def _pickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+def _saved(model: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, _pickled, _saved])
+@pytest.mark.parametrize("stop", [0, 8, 13])
+def test_a_copy_has_its_own_handle(duplicate: Any, stop: int) -> None:
+    model = TwoTasks()
+    pruner = prepare(model, **RUN)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pruner.attach(optimizer)
+    for step in range(stop):
+        pruner.loss(losses(model, step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    twin = duplicate(model)
+    own = twin.adapmtl
+    assert isinstance(own, AdapMTL)
+    assert own is not pruner
+    _assert_equal(twin, model)
+
+    before = tensors(model)
+    train(twin, own, torch.optim.SGD(twin.parameters(), lr=0.1), range(stop, 70))  # not attached
+    assert pruner._step == stop
+    assert all(torch.equal(value, before[key]) for key, value in tensors(model).items())
+    for step in range(stop, 70):
+        pruner.loss(losses(model, step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    _assert_equal(twin, model)
+
+    own.freeze()
+    own.finalize()
+    assert zeros(own) == round(0.8 * weights(own))
+    assert zeros(pruner) < weights(pruner)
+    assert list(twin.state_dict()) == list(TwoTasks().state_dict())
+    assert model.adapmtl is pruner
+    pruner.freeze()
+    pruner.finalize()
+    assert all(torch.equal(value, twin.state_dict()[key]) for key, value in tensors(model).items())
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, _pickled])
+def test_a_copy_of_the_end_and_of_the_plain_model(duplicate: Any) -> None:
+    model = TwoTasks()
+    pruner = prepare(model)
+    pruner.freeze()
+    twin = duplicate(model)
+    twin.adapmtl.finalize()
+    pruner.finalize()
+    assert all(torch.equal(value, twin.state_dict()[key]) for key, value in tensors(model).items())
+    assert list(duplicate(model).state_dict()) == list(model.state_dict())
+
+
+def test_averaged_weights() -> None:
+    model = TwoTasks()
+    pruner = prepare(model)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(20):
+        train(model, pruner, optimizer, [step])
+        average.update_parameters(model)
+        assert torch.equal(average.module.adapmtl.budget.thresholds(), pruner.budget.thresholds())
+    average.module.adapmtl.freeze()
+    sparse = average.module.adapmtl.finalize()
+    assert sum(int((p == 0).sum()) for p in sparse.parameters() if p.ndim == 2) == round(0.8 * 168)
+    pruner.finalize()
+
+
+# --- moves --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_statistics_keep_their_precision(dtype: torch.dtype) -> None:
+    model = TwoTasks()
+    pruner = prepare(model)
+    train(model, pruner, torch.optim.SGD(model.parameters(), lr=0.1), range(10))
+    statistics = {k: v for k, v in tensors(pruner).items() if v.is_floating_point()}
+    assert statistics
+    model.to(dtype)
+    for key, value in tensors(pruner).items():
+        assert key not in statistics or torch.equal(value, statistics[key])
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert model.body.weight.dtype == dtype
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(10, 20):
+        x, targets = batch(step)
+        out = model(x.to(dtype))
+        found = {task: (out[task] - y.to(dtype)).square().mean() for task, y in targets.items()}
+        pruner.loss(found).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        pruner.step()
+    assert zeros(pruner) == round(0.8 * weights(pruner))
+    pruner.finalize()
+    assert zeros(pruner) == round(0.8 * weights(pruner))
+
+
+def test_new_parameters_are_listened_to() -> None:
+    """`load_state_dict(assign=True)` puts other parameters in the place of the old ones."""
+    model = TwoTasks()
+    pruner = prepare(model, **RUN)
+    state = copy.deepcopy(model.state_dict())
+    model.load_state_dict(state, assign=True)
+    train(model, pruner, torch.optim.SGD(model.parameters(), lr=0.1), range(45))
+    assert pruner.budget.saliency[1].min() > 0

@@ -1,0 +1,161 @@
+"""What a step may not do: wait for the device, read all weights, keep more and more."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from toys import TwoTasks, batch, losses, prepare, train, weights, zeros
+
+from torch_adapmtl import adaptive
+
+
+class _NoWaiting(TorchDispatchMode):
+    """Refuses what reads a value off the device, or has a size that depends on values."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in (
+            "_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero",
+            "unique", "_unique2",
+        ), name  # fmt: skip
+        assert name != "_to_copy" or "device" not in (kwargs or {}), "moved to another device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def no_waiting() -> Any:
+    """A context in which nothing may wait for the device."""
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("read on the host")
+
+    class Context:
+        def __enter__(self) -> None:
+            self.patch = pytest.MonkeyPatch()
+            for name in ("tolist", "item", "cpu", "numpy", "__bool__", "__float__", "__int__"):
+                self.patch.setattr(Tensor, name, refuse)
+            self.mode = _NoWaiting()
+            self.mode.__enter__()
+
+        def __exit__(self, *details: Any) -> None:
+            self.mode.__exit__(*details)
+            self.patch.undo()
+
+    return Context()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"allocation": "gradient"},
+        {"allocation": "common", "gradient": "mask"},
+        {"mode": "paper"},
+    ],
+    ids=str,
+)
+def test_a_step_never_waits_for_the_device(options: Any, no_waiting: Any) -> None:
+    model = TwoTasks()
+    pruner = prepare(model, total_steps=450, **options)
+    optimizer = torch.optim.SGD(pruner.param_groups(lr=0.1))
+    x, targets = batch(0)
+
+    def step() -> None:
+        outputs = model(x)
+        found = {task: (outputs[task] - y).square().mean() for task, y in targets.items()}
+        pruner.loss(found).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    waits = 0
+    for number in range(1, 46):
+        with no_waiting:
+            step()
+            if number % 9 or options == {"mode": "paper"}:
+                pruner.step()
+                continue
+        with pytest.raises(AssertionError), no_waiting:
+            pruner.budget.update(number)  # the test does see it
+        pruner.step()
+        waits += 1
+    assert waits == (0 if options == {"mode": "paper"} else 5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["adaptive", "paper"])
+def test_cuda_says_the_same(mode: Any) -> None:
+    model = TwoTasks().cuda()
+    pruner = prepare(model, total_steps=450, mode=mode, example_inputs=torch.ones(2, 6).cuda())
+    optimizer = torch.optim.SGD(pruner.param_groups(lr=0.1))
+    x, targets = batch(0)
+    x, targets = x.cuda(), {task: y.cuda() for task, y in targets.items()}
+    for number in range(1, 46):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            outputs = model(x)
+            found = {task: (outputs[task] - y).square().mean() for task, y in targets.items()}
+            pruner.loss(found).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if number % 9 or mode == "paper":
+                pruner.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        if not number % 9 and mode == "adaptive":
+            pruner.step()
+    if mode == "adaptive":
+        pruner.freeze()
+        assert zeros(pruner) == round(0.8 * weights(pruner))
+
+
+class _Largest(TorchDispatchMode):
+    """Remembers the largest result of an operation that is not just a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size, self.total = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view and func.overloadpacket.__name__ not in ("detach", "_reshape_alias"):
+            for tensor in result if isinstance(result, list | tuple) else [result]:
+                if isinstance(tensor, Tensor):
+                    self.size = max(self.size, tensor.numel())
+                    self.total += tensor.numel()
+        return result
+
+
+def test_an_update_reads_a_sample_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adaptive, "_SAMPLE", 500)
+    monkeypatch.setattr(adaptive, "_LAYER_SAMPLE", 50)
+    model = TwoTasks(4000)
+    pruner = prepare(model, total_steps=1000)
+    train(model, pruner, torch.optim.SGD(model.parameters(), lr=0.01), range(9))
+    pruner.loss(losses(model, 9)).backward()
+    assert sorted(pruner.budget._gradients) == [0, 1, 2]
+    assert sum(part.numel() for part in pruner.budget._gradients.values()) <= 650
+    with _Largest() as seen:
+        pruner.step()
+    assert pruner.budget.level.min() > 0 or pruner.sparsity() == 0
+    assert 0 < seen.size < 1000  # of 56,000 weights
+
+
+def test_what_is_kept_does_not_grow() -> None:
+    model = TwoTasks()
+    pruner = prepare(model, total_steps=450)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sizes, hooks = [], []
+    for step in range(1, 101):
+        train(model, pruner, optimizer, [step])
+        if step % 9 == 5:
+            sizes.append(len(pickle.dumps(copy.deepcopy(model))))
+            hooks.append(sum(len(p._post_accumulate_grad_hooks or ()) for p in model.parameters()))
+            assert not pruner.budget._gradients
+    assert max(sizes[1:]) - min(sizes[1:]) <= 64  # numbers of more digits
+    assert set(hooks[1:]) == {3}
