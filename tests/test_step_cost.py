@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from toys import TwoTasks, batch, losses, prepare, train, weights, zeros
 
-from torch_adapmtl import adaptive
+from torch_adapmtl import _sampling
 
 
 class _NoWaiting(TorchDispatchMode):
@@ -132,14 +132,14 @@ class _Largest(TorchDispatchMode):
 
 
 def test_an_update_reads_a_sample_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adaptive, "_SAMPLE", 500)
-    monkeypatch.setattr(adaptive, "_LAYER_SAMPLE", 50)
+    monkeypatch.setattr(_sampling, "SAMPLE", 500)
+    monkeypatch.setattr(_sampling, "LAYER_SAMPLE", 50)
     model = TwoTasks(4000)
     pruner = prepare(model, total_steps=1000)
     train(model, pruner, torch.optim.SGD(model.parameters(), lr=0.01), range(9))
     pruner.loss(losses(model, 9)).backward()
-    assert sorted(pruner.budget._gradients) == [0, 1, 2]
-    assert sum(part.numel() for part in pruner.budget._gradients.values()) <= 650
+    assert sorted(pruner.budget.sensitivity._gradients) == [0, 1, 2]
+    assert sum(part.numel() for part in pruner.budget.sensitivity._gradients.values()) <= 650
     with _Largest() as seen:
         pruner.step()
     assert pruner.budget.level.min() > 0 or pruner.sparsity() == 0
@@ -156,6 +156,6 @@ def test_what_is_kept_does_not_grow() -> None:
         if step % 9 == 5:
             sizes.append(len(pickle.dumps(copy.deepcopy(model))))
             hooks.append(sum(len(p._post_accumulate_grad_hooks or ()) for p in model.parameters()))
-            assert not pruner.budget._gradients
+            assert not pruner.budget.sensitivity._gradients
     assert max(sizes[1:]) - min(sizes[1:]) <= 64  # numbers of more digits
     assert set(hooks[1:]) == {3}

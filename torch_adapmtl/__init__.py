@@ -1,13 +1,14 @@
 """Sparse multi-task models: learned soft thresholds, an exact budget, adaptive task weights."""
 
 from ._apply import apply_adapmtl
-from .adaptive import GradientAllocation, SensitivityAllocation
+from .adaptive import GradientAllocation
 from .budget import SparsitySchedule
 from .groups import Components, PrunableTensor, find_components
 from .paper import PaperMode
 from .pruner import AdapMTL
 from .pruning import SoftThresholdPruning, soft_threshold_unstructured
 from .report import ComponentRow, LayerRow, Report
+from .sensitivity import SensitivityAllocation
 from .thresholds import SoftThreshold, soft_threshold
 from .weighting import (
     CallableWeighting,

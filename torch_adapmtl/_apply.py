@@ -8,11 +8,12 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ._layers import Layer
-from .adaptive import AdaptiveBudget, GradientAllocation, SensitivityAllocation
+from .adaptive import AdaptiveBudget, GradientAllocation
 from .budget import SparsitySchedule
 from .groups import FROZEN, UNUSED, find_components, unwrap
 from .paper import PaperBudget, PaperMode
 from .pruner import AdapMTL
+from .sensitivity import SensitivityAllocation
 from .thresholds import SoftThreshold
 from .weighting import LossWeighting, make_weighting
 

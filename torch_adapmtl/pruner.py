@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ._layers import Layer, members
-from ._masks import pack_mask, unpack_mask
+from ._state import pack, unpack, unpack_mask
 from .adaptive import AdaptiveBudget
 from .groups import FROZEN, UNUSED, Components
 from .paper import PaperBudget
@@ -366,54 +366,50 @@ class AdapMTL(nn.Module):
 
     # --- state and copies -----------------------------------------------------------------------
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """The part of the state that is not in tensors: where the run stands, and the masks."""
-        frozen = isinstance(self.budget, AdaptiveBudget) and self.budget.frozen
-        masks = {
-            layer.name: pack_mask(layer.threshold.mask)
-            for layer in self._layers
-            if layer.threshold.mask is not None
-        }
-        return {
+    def get_extra_state(self) -> Tensor:
+        """Where the run stands, and the masks, as a tensor of bytes on the CPU."""
+        header = {
             "version": _STATE_VERSION,
             "step": self._step,
             "total_steps": self.total_steps,
             "target_sparsity": self.target_sparsity,
             "layers": {layer.name: layer.component for layer in self._layers},
-            "frozen": frozen,
-            "masks": masks,
+            "frozen": isinstance(self.budget, AdaptiveBudget) and self.budget.frozen,
         }
+        masks = {layer.name: layer.threshold.mask for layer in self._layers}
+        return pack(header, {name: mask for name, mask in masks.items() if mask is not None})
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
+    def set_extra_state(self, state: Tensor) -> None:
         """Load what `get_extra_state` returned.
 
         Raises:
             ValueError: If it comes from another version or a run with other settings.
         """
-        if state.get("version") != _STATE_VERSION:
+        header, masks = unpack(state)
+        if header["version"] != _STATE_VERSION:
             raise ValueError(
-                f"the state dict's adapmtl state has version {state.get('version')!r}, this "
+                f"the state dict's adapmtl state has version {header['version']!r}, this "
                 f"version of torch-adapmtl reads {_STATE_VERSION}"
             )
         for name in ("total_steps", "target_sparsity"):
-            if state[name] != getattr(self, name):
+            if header[name] != getattr(self, name):
                 raise ValueError(
-                    f"the state dict comes from a run with {name}={state[name]}, this model was "
+                    f"the state dict comes from a run with {name}={header[name]}, this model was "
                     f"prepared with {name}={getattr(self, name)}: prepare it alike"
                 )
         layers = {layer.name: layer.component for layer in self._layers}
-        if state["layers"] != layers:
-            differing = dict(sorted(state["layers"].items() ^ layers.items()))
+        if header["layers"] != layers:
+            differing = dict(sorted(header["layers"].items() ^ layers.items()))
             raise ValueError(
                 f"the state dict comes from a model in which other tensors were pruned, or in "
                 f"other components; they differ in {differing}: prepare the model alike (groups, "
                 f"prunable, exclude)"
             )
-        self._step = state["step"]
+        self._step = header["step"]
         if isinstance(self.budget, AdaptiveBudget):
-            self.budget.frozen = state["frozen"]
+            self.budget.frozen = header["frozen"]
         for layer in self._layers:
-            packed = state["masks"].get(layer.name)
+            packed = masks.get(layer.name)
             layer.threshold.mask = None if packed is None else unpack_mask(packed, layer.weight)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,11 +1,36 @@
-"""Masks as bits, one a weight, for the state dict."""
+"""The part of the state that is not in tensors by itself, as one tensor of bytes.
+
+A tensor, because much that is done with a state dict (averaging it, writing it to safetensors,
+comparing it) takes every value for one.
+"""
 
 from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["pack_mask", "shaped_like", "unpack_mask"]
+__all__ = ["pack", "pack_mask", "shaped_like", "unpack", "unpack_mask"]
+
+
+def pack(header: Mapping[str, Any], masks: Mapping[str, Tensor]) -> Tensor:
+    """Write what JSON can hold, and boolean masks by name, into a uint8 tensor on the CPU."""
+    bits = {name: pack_mask(mask).cpu() for name, mask in masks.items()}
+    sizes = {name: len(packed) for name, packed in bits.items()}
+    text = json.dumps([header, sizes]).encode()
+    length = torch.tensor([len(text)]).view(torch.uint8)
+    return torch.cat([length, torch.tensor(list(text), dtype=torch.uint8), *bits.values()])
+
+
+def unpack(state: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read what `pack` wrote; the masks come as packed bytes."""
+    state = state.cpu()
+    end = 8 + int(state[:8].clone().view(torch.int64))
+    header, sizes = json.loads(bytes(state[8:end].tolist()))
+    return header, dict(zip(sizes, state[end:].split(list(sizes.values())), strict=True))
 
 
 def pack_mask(mask: Tensor) -> Tensor:
