@@ -27,6 +27,7 @@ WITHOUT_EXAMPLE = {
     "datasets": {"RoomScenes"},
     "budget": {"Bounds", "Scores", "from_bits", "pruned", "select", "solve", "to_bits"},
     "adaptive": {"AdaptiveBudget"},
+    "sensitivity": {"Sensitivity"},
     "paper": {"PaperBudget"},
 }
 COMMANDS = [
