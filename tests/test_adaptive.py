@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -47,7 +48,31 @@ def test_updates_are_rare_and_the_last_step_is_one() -> None:
     pruner.budget.freeze = lambda: calls.append("end")  # type: ignore[method-assign]
     for _ in range(1003):
         pruner.step()
-    assert calls == [*range(10, 1001, 10), "end"]
+    assert calls[-1] == "end"
+    assert calls[0] == 11
+    apart = {b - a for a, b in itertools.pairwise(calls[:-1])}
+    assert apart == {10, 11}
+    for period in range(2, 11):  # batches that take turns are all seen
+        assert {step % period for step in calls[:-1]} == set(range(period))
+
+
+def test_offsets_come_to_rest() -> None:
+    pruner = prepare(TwoTasks(), total_steps=100, schedule=SparsitySchedule(start=0.0, end=0.6))
+    sensitivity = pruner.budget.sensitivity
+    ones = torch.ones(len(pruner.budget.layers))
+    sensitivity.moves = lambda sample, thresholds: 0.01 * ones  # type: ignore[method-assign]
+    path = []
+    for _ in range(100):
+        pruner.step()
+        path.append(pruner.budget.offsets()[0].item())
+    moves = torch.tensor(path).diff()
+    interval = pruner.budget.interval
+    assert interval == 2
+    assert moves[:58].max() == pytest.approx(0.01)
+    late = moves[60:]
+    assert late.max() < 0.01
+    assert late[-1] == 0
+    assert late[late > 0].diff().max() < 0  # ever less
 
 
 # --- the end from a sample ----------------------------------------------------------------------

@@ -35,7 +35,7 @@ def test_compiled_is_as_eager(options: dict[str, Any], compile_first: bool) -> N
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
     if "mode" in options:
-        options = {"mode": PaperMode(start=-3.0, weight_decay=0.1)}
+        options = {"mode": PaperMode(start=-3.0, weight_decay=0.1), "target_sparsity": 0.3}
     else:
         options = {**options, "schedule": EARLY}
     found = []

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import spectral_norm
 from toys import Bag, TwoTasks, batch, prepare, tensors, train, weights, zeros
 
 from torch_adapmtl import AdapMTL, apply_adapmtl, soft_threshold_unstructured
@@ -160,6 +161,27 @@ def test_frozen_and_unused_parts_stay_dense_and_uncounted() -> None:
         assert torch.equal(model.state_dict()[name], before[name])
 
 
+def test_a_parametrization_of_the_users_stays_on_top() -> None:
+    model = TwoTasks()
+    spectral_norm(model.body)
+    keys = list(model.state_dict())
+    pruner = prepare(model)
+    pruner.freeze()
+    pruner.finalize()
+    assert list(model.state_dict()) == keys
+    baked = model.body.parametrizations.weight.original == 0
+    assert baked.any()
+    assert torch.equal(model.body.weight == 0, baked)
+
+
+def test_a_freeze_in_inference_mode_leaves_a_model_that_trains() -> None:
+    model = TwoTasks()
+    pruner = prepare(model)
+    with torch.inference_mode():
+        pruner.freeze()
+    sum(out.sum() for out in model(torch.randn(3, 6)).values()).backward()
+
+
 def test_a_threshold_that_was_removed_is_noticed() -> None:
     model = TwoTasks()
     pruner = prepare(model)
@@ -183,3 +205,28 @@ def test_removed_by_prune_after_the_end() -> None:
     assert not prune.is_pruned(model)
     assert model.twin.weight is model.body.weight
     assert zeros(pruner) == round(0.8 * weights(pruner))
+
+
+class _Reader(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.body = nn.Embedding(50, 8), nn.LSTM(8, 8, batch_first=True)
+        self.a, self.b = nn.Linear(8, 2), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        last = self.body(self.words(x))[0][:, -1]
+        return {"a": self.a(last), "b": self.b(last)}
+
+
+def test_what_is_not_prunable_is_named() -> None:
+    options = {"target_sparsity": 0.5, "total_steps": 2, "example_inputs": torch.ones(2, 3).long()}
+    with pytest.warns(UserWarning, match="912 of 936, 'words.weight' the largest.* 24 others"):
+        pruner = apply_adapmtl(_Reader(), **options)
+    assert {part.name: part.reason for part in pruner.report().dense} == {
+        "words.weight": "not prunable",
+        "body.weight_ih_l0": "not prunable",
+        "body.weight_hh_l0": "not prunable",
+    }
+    apply_adapmtl(_Reader(), exclude=["words", "body"], **options)
+    pruner = apply_adapmtl(_Reader(), prunable={nn.LSTM: "weight_*"}, **options)
+    assert [part.name for part in pruner.report().dense] == ["words.weight"]

@@ -77,14 +77,14 @@ def test_a_step_never_waits_for_the_device(options: Any, no_waiting: Any) -> Non
     for number in range(1, 46):
         with no_waiting:
             step()
-            if number % 9 or options == {"mode": "paper"}:
+            if not pruner.budget.due(number) or options == {"mode": "paper"}:
                 pruner.step()
                 continue
         with pytest.raises(AssertionError), no_waiting:
             pruner.budget.update(number)  # the test does see it
         pruner.step()
         waits += 1
-    assert waits == (0 if options == {"mode": "paper"} else 5)
+    assert waits == (0 if options == {"mode": "paper"} else 4)  # interval 9: every 9 or 10 steps
 
 
 @pytest.mark.gpu
@@ -136,8 +136,8 @@ def test_an_update_reads_a_sample_of_the_weights(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(_sampling, "LAYER_SAMPLE", 50)
     model = TwoTasks(4000)
     pruner = prepare(model, total_steps=1000)
-    train(model, pruner, torch.optim.SGD(model.parameters(), lr=0.01), range(9))
-    pruner.loss(losses(model, 9)).backward()
+    train(model, pruner, torch.optim.SGD(model.parameters(), lr=0.01), range(10))
+    pruner.loss(losses(model, 10)).backward()  # step 11 is the first that updates
     assert sorted(pruner.budget.sensitivity._gradients) == [0, 1, 2]
     assert sum(part.numel() for part in pruner.budget.sensitivity._gradients.values()) <= 650
     with _Largest() as seen:

@@ -533,7 +533,6 @@ def test_no_step_waits_for_the_device_or_grows(index: int, place: str) -> None:
         lambda x: x.cpu(),
         lambda x: torch.where(x > 0, x, 0.0),
         lambda x: x[x > 0],
-        lambda x: x * torch.tensor([2.0], device=x.device),
     ],
 )
 def test_the_check_for_waiting_finds_it(wait: Callable[[Tensor], Any]) -> None:

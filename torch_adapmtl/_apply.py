@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -49,7 +52,8 @@ def apply_adapmtl(
     Finds which weights all tasks share and which belong to some, puts a learned soft threshold on
     each, and returns the handle that weights the losses and moves the sparsity. The model is
     changed in place and used as before; its parameters keep their identity, so an optimiser made
-    before the call goes on working.
+    before the call goes on working. It does not train thresholds, though: where the gradient moves
+    them (`allocation="gradient"`, `mode="paper"`), make the optimiser from `param_groups`.
 
     By default all thresholds follow one level that is solved so that the overall sparsity keeps to
     its schedule and ends at the target exactly, times an offset learned for each layer; see the
@@ -70,9 +74,11 @@ def apply_adapmtl(
         prunable: Which tensors are prunable besides, or in place of, the default ones.
         exclude: Modules, parameters, names or globs that stay dense and count in no figure.
         mode: `"adaptive"`, or `"paper"` or a `PaperMode` for the paper's own mechanism.
-        granularity: One offset for each `"layer"`, or each `"component"` as in the paper.
+        granularity: One offset for each `"layer"`, or each `"component"` as in the paper; has no
+            meaning in paper mode.
         allocation: How offsets are learned: balanced by `"sensitivity"`, by the task `"gradient"`
-            (the paper's way), or not at all (`"common"`: one threshold for all).
+            (the paper's way), or not at all (`"common"`: one threshold for all); has no meaning in
+            paper mode.
         gradient: Whether pruned weights keep learning (`"straight_through"`, the default) or not
             (`"mask"`, the paper's, and the default in paper mode).
         schedule: How the sparsity rises; the default is cubic from 5 % to 60 % of the run.
@@ -111,7 +117,7 @@ def apply_adapmtl(
         ('shared', 'a', 'b')
     """
     target_sparsity = _check_fraction("target_sparsity", target_sparsity)
-    _check_steps(total_steps)
+    total_steps = _check_steps(total_steps)
     _check_choice("granularity", granularity, ("layer", "component"))
     _check_schedule(schedule)
     inner = unwrap(model)
@@ -168,9 +174,16 @@ def apply_adapmtl(
             min_density=min_density,
             max_density=max_density,
         )
+    taken = {id(t.parameter) for t in components.tensors}
+    others = [
+        (name, p.numel())
+        for name, p in inner.named_parameters()
+        if p.ndim >= 2 and id(p) not in taken
+    ]
     handle = AdapMTL(
         inner,
         components,
+        others,
         layers,
         budget,
         losses.to(layers[0].weight.device),
@@ -188,7 +201,23 @@ def apply_adapmtl(
         raise
     # Not `add_module`, which a model's own __setattr__ or an attribute hook might refuse.
     inner._modules["adapmtl"] = handle
+    if not exclude:
+        _warn_of_others(others, sum(layer.weight.numel() for layer in layers))
     return handle
+
+
+def _warn_of_others(others: Sequence[tuple[str, int]], prunable: int) -> None:
+    left = sum(count for _, count in others)
+    if left > prunable:
+        largest = max(others, key=lambda other: other[1])[0]
+        warnings.warn(
+            f"most of the model's weights are not prunable and stay dense: {left} of "
+            f"{left + prunable}, {largest!r} the largest tensor. The target is met among the "
+            f"{prunable} others. To prune more, name types, as in "
+            f"prunable={{nn.LSTM: 'weight_*'}}; to leave them dense without this warning, pass "
+            f"them as exclude=",
+            stacklevel=3,
+        )
 
 
 def _allocation(value: Any) -> SensitivityAllocation | GradientAllocation | None:
@@ -208,15 +237,18 @@ def _straight_through(value: str | None, default: str) -> bool:
 
 
 def _check_fraction(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value < 1.0:
-        hint = "; 90 % is 0.9" if isinstance(value, int | float) and value >= 1.0 else ""
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    fraction = float(value) if number else math.nan  # type: ignore[arg-type]
+    if not 0.0 <= fraction < 1.0:
+        hint = "; 90 % is 0.9" if fraction >= 1.0 else ""
         raise ValueError(f"{name} must be a fraction in [0, 1), got {value!r}{hint}")
-    return float(value)
+    return fraction
 
 
-def _check_steps(value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+def _check_steps(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"total_steps must be an integer >= 1, got {value!r}")
+    return int(value)
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -106,7 +107,11 @@ def _by_component(
             raise ValueError(
                 f"{argument} names the component {name!r}; the components are {list(components)}"
             )
-        if density is not None and not 0.0 <= density <= 1.0:
+        if density is None:
+            continue
+        if isinstance(density, bool) or not isinstance(density, Real):
+            raise TypeError(f"{argument} of {name!r} must be a fraction, got {density!r}")
+        if not 0.0 <= float(density) <= 1.0:
             raise ValueError(f"{argument} of {name!r} must lie in [0, 1], got {density}")
     return {
         name: default if given.get(name) is None else float(given[name])  # type: ignore[arg-type]

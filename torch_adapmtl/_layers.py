@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from .pruning import attach_threshold, attached_threshold, detach_threshold
+from .pruning import attach_threshold, attached_threshold, detach_threshold, held_parameter
 from .thresholds import SoftThreshold
 
 __all__ = ["Layer", "PerComponent", "members"]
@@ -37,16 +36,7 @@ class Layer:
     @property
     def weight(self) -> nn.Parameter:
         """The parameter, looked up anew because loading a state dict may replace it."""
-        module, name = self.owners[0]
-        if self._is_on(module, name):
-            parametrizations: Any = module.parametrizations
-            parameter: nn.Parameter = parametrizations[name].original
-            return parameter
-        # torch.nn.utils.prune renames what it masks.
-        held = name if name in module._parameters else name + "_orig"
-        plain = module._parameters[held]
-        assert plain is not None
-        return plain
+        return held_parameter(*self.owners[0])
 
     @property
     def attached(self) -> bool:

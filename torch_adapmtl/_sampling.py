@@ -14,7 +14,7 @@ __all__ = ["Sample", "magnitude", "positions", "take"]
 
 # Weights looked at in one update. All of them up to here; an even sample of larger models, with an
 # error of the overall sparsity (one standard deviation at 90 %) below 0.1 % of the weights.
-SAMPLE = 2**18
+SAMPLE = 2**17
 # Fewest weights sampled in a layer.
 LAYER_SAMPLE = 1024
 

@@ -21,6 +21,8 @@ from .thresholds import SoftThreshold
 
 __all__ = ["AdaptiveBudget", "GradientAllocation"]
 
+_GOLDEN = 0.6180339887498949
+
 
 @dataclass(frozen=True)
 class GradientAllocation:
@@ -161,9 +163,15 @@ class AdaptiveBudget(KeepsPrecision):
 
     # --- the rare update ------------------------------------------------------------------------
 
+    def due(self, step: int) -> bool:
+        """Whether the weights are looked at after `step` steps."""
+        # No whole number of steps apart, so that batches which take turns are all seen in time.
+        spacing = self.interval + _GOLDEN if self.interval > 1 else 1
+        return step == self.total_steps or step // spacing != (step - 1) // spacing
+
     def step(self, step: int) -> bool:
         """Do what is due after `step` steps; tell whether it was an update (it synchronises)."""
-        due = step % self.interval == 0 or step == self.total_steps
+        due = self.due(step)
         if due and not self.frozen:
             self.freeze() if step == self.total_steps else self.update(step)
         self.wake(step)
@@ -173,7 +181,7 @@ class AdaptiveBudget(KeepsPrecision):
         """Be ready for the gradients of the step after `step`."""
         self.asleep = False
         if self.sensitivity is not None and not self.frozen:
-            self.sensitivity.listen((step + 1) % self.interval == 0)
+            self.sensitivity.listen(self.due(step + 1))
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -181,11 +189,21 @@ class AdaptiveBudget(KeepsPrecision):
         sample = Sample.draw(self.layers, self.level.device)
         offsets = self.offsets()
         if self.sensitivity is not None:
-            offsets = offsets + self.sensitivity.moves(sample, self.thresholds())
+            moves = self.sensitivity.moves(sample, self.thresholds())
+            offsets = offsets + self._mobility(step) * moves
         self._set_offsets(offsets)
         zeros = self.schedule(step, self.total_steps, self.target) * sum(self._sizes)
         self.level.copy_(from_bits(self._solve(self._scores(sample), zeros)))
         self.refresh()
+
+    def _mobility(self, step: int) -> float:
+        """How far offsets may still move: all the way, then ever less from the schedule's end on.
+
+        A moving threshold shifts what its layer computes, and weights whose learning rate has
+        decayed cannot follow.
+        """
+        end = self.schedule.end * self.total_steps
+        return min(1.0, (self.total_steps - step) / max(self.total_steps - end, 1.0))
 
     def refresh(self) -> None:
         """Hand every layer its threshold, after an update or a loaded state."""
@@ -206,6 +224,7 @@ class AdaptiveBudget(KeepsPrecision):
 
     # --- the end --------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)  # the masks stay for training, where this may be called from
     @torch.no_grad()
     def freeze(self) -> None:
         """Write the sparse weights into the parameters, with the exact number of zeros, masked."""

@@ -105,6 +105,10 @@ class PaperBudget(KeepsPrecision):
         """The threshold of each layer, in units of the weight, float32 of shape (L,)."""
         return torch.stack([self.s[layer.component].detach().sigmoid() for layer in self.layers])
 
+    def due(self, step: int) -> bool:
+        """Whether the weights are looked at after `step` steps: always."""
+        return True
+
     @torch.no_grad()
     def step(self, step: int) -> bool:
         """Hold the thresholds if the target was reached before; count the zeros."""

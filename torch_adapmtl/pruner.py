@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, overload
 
@@ -73,6 +74,7 @@ class AdapMTL(nn.Module):
         self,
         model: nn.Module,
         components: Components,
+        others: Sequence[tuple[str, int]],
         layers: Sequence[Layer],
         budget: AdaptiveBudget | PaperBudget,
         weighting: LossWeighting,
@@ -88,6 +90,7 @@ class AdapMTL(nn.Module):
         self.total_steps = total_steps
         self.budget = budget
         self.weighting = weighting
+        self._others = tuple(others)
         self._layers = list(layers)
         self._step = 0
         self._finalized = False
@@ -146,7 +149,8 @@ class AdapMTL(nn.Module):
                 f"at its target and its zeros are held: train on without calling step(), or call "
                 f"finalize(). To prune more slowly, pass a larger total_steps to apply_adapmtl."
             )
-        self._check_layers()
+        if self.budget.due(self._step + 1):
+            self._check_layers()
         self._step += 1
         if self.budget.step(self._step):
             self.weighting.check_finite()
@@ -239,15 +243,16 @@ class AdapMTL(nn.Module):
         Raises:
             ValueError: If `by` is none of these.
         """
+        self._check_active("sparsity")
+        if by not in ("overall", "component", "layer"):
+            raise ValueError(f"by must be 'overall', 'component' or 'layer', got {by!r}")
         report = self.report()
         if by == "overall":
             return report.sparsity
-        if by not in ("component", "layer"):
-            raise ValueError(f"by must be 'overall', 'component' or 'layer', got {by!r}")
         rows: Sequence[ComponentRow | LayerRow] = (
             report.components if by == "component" else report.layers
         )
-        return {row.name: row.zeros / row.weights for row in rows}
+        return {row.name: row.sparsity for row in rows}
 
     def report(self) -> Report:
         """Say how sparse every component and layer is now; reads every weight.
@@ -278,7 +283,7 @@ class AdapMTL(nn.Module):
             (tensor.name, reason, tensor.parameter.numel())
             for reason in (UNUSED, FROZEN)
             for tensor in self.components[reason]
-        )
+        ) + tuple((name, "not prunable", count) for name, count in self._others)
         weights = dict(zip(self.tasks, self.weighting.weights().tolist(), strict=True))
         return Report(
             components=rows,
@@ -329,18 +334,27 @@ class AdapMTL(nn.Module):
             `DistributedDataParallel`, if it was given with one).
 
         Raises:
-            RuntimeError: If the target is not reached yet, or after a `finalize` before.
+            RuntimeError: If the target is not reached yet, or after a `finalize` before. Paper mode
+                has no exact target: it warns instead.
         """
         self._check_active("finalize")
         if isinstance(self.budget, AdaptiveBudget) and not self.budget.frozen:
             raise RuntimeError(
                 f"finalize() was called after {self._step} of total_steps={self.total_steps} "
-                f"steps: the model is {self.sparsity():.1%} sparse, not {self.target_sparsity:.1%}."
-                f" Call freeze() to prune it to its target now (and train on to recover), or call "
-                f"step() after every optimizer step until the end."
+                f"steps: the model is {self.sparsity():.2%} sparse, and becomes exactly "
+                f"{self.target_sparsity:.2%} sparse with the last step. Call freeze() to prune it "
+                f"to its target now (and train on to recover), or call step() after every "
+                f"optimizer step until the end."
             )
         if isinstance(self.budget, AdaptiveBudget):
             self.budget.settle()
+        elif (sparsity := self.sparsity()) < self.target_sparsity:
+            warnings.warn(
+                f"mode='paper' ended at a sparsity of {sparsity:.2%}, not "
+                f"{self.target_sparsity:.2%}: its thresholds rise by the optimizer's weight decay. "
+                f"Make the optimizer from param_groups(), and raise PaperMode's start or weight_decay",
+                stacklevel=2,
+            )
         for layer in self._layers:
             layer.remove()
         self._detach_optimizer()

@@ -92,7 +92,7 @@ class SoftThresholdPruning(PruningContainer):
         if threshold is None:
             return  # torch.nn.utils.parametrize.remove_parametrizations has done it already
         with torch.no_grad():
-            parameter = _parameter(module, self._tensor_name)
+            parameter = held_parameter(module, self._tensor_name)
             parameter.copy_(threshold(parameter))
         detach(module, self._tensor_name)
 
@@ -131,7 +131,7 @@ def attach_threshold(
             f"{name!r} of {type(module).__name__} already has a soft threshold; remove it first "
             f"with torch.nn.utils.prune.remove(module, {name!r}) or the handle's finalize()"
         )
-    _parameter(module, name)
+    held_parameter(module, name)
     earlier = _find_method(module, name)
     if isinstance(earlier, SoftThresholdPruning):
         _unmark(module, name)  # parametrize.remove_parametrizations has left it behind
@@ -145,8 +145,8 @@ def attach_threshold(
     return method
 
 
-def _parameter(module: nn.Module, name: str) -> nn.Parameter:
-    """The parameter that `module.<name>` is, or is made from."""
+def held_parameter(module: nn.Module, name: str) -> nn.Parameter:
+    """Return the parameter that `module.<name>` is, or is made from."""
     if parametrize.is_parametrized(module, name):
         plist: Any = module.parametrizations[name]  # type: ignore[index]
         parameter = plist._parameters.get("original")

@@ -102,9 +102,10 @@ def soft_threshold(
     if isinstance(alpha, Tensor):
         _check_broadcast(alpha, weight)
         return _apply(weight, alpha, None, straight_through)
-    value = _round_to(check_threshold("alpha", alpha), weight.dtype)
+    value = min(check_threshold("alpha", alpha), torch.finfo(weight.dtype).max)
     alpha = torch.full((), value, dtype=weight.dtype, device=weight.device)
-    return _apply(weight, alpha, value, straight_through)
+    known = None if torch.compiler.is_compiling() else _round_to(value, weight.dtype)
+    return _apply(weight, alpha, known, straight_through)
 
 
 def _apply(weight: Tensor, alpha: Tensor, value: float | None, straight_through: bool) -> Tensor:
@@ -228,7 +229,8 @@ class SoftThreshold(nn.Module):
         if value != 0.0 or self.alpha.requires_grad:
             weight = _apply(weight, self.threshold(), value, self.straight_through)
         if self.mask is not None:
-            weight = torch.where(self.mask, weight, 0.0)
+            # Not the number 0.0, which torch would copy to the device.
+            weight = torch.where(self.mask, weight, weight.new_zeros(()))
         return weight
 
     def _value(self) -> float | None:
