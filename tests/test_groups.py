@@ -249,6 +249,7 @@ def test_ddp_is_looked_through() -> None:
 
 
 @pytest.mark.usefixtures("process_group")
+@pytest.mark.filterwarnings("ignore:DTensor random:UserWarning")  # torch 2.6, on a CPU
 def test_sharded_models_are_refused() -> None:
     tensors = pytest.importorskip("torch.distributed.tensor")
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))

@@ -234,6 +234,7 @@ def test_compiles_without_a_graph_break(alpha: float | Tensor, straight_through:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, while it compiles
+@pytest.mark.filterwarnings("ignore:Skipping serialization:UserWarning")  # 2.6, likewise
 def test_inductor_equals_eager() -> None:
     compiled = torch.compile(soft_threshold, fullgraph=True)
     weight = torch.cat([torch.randn(30), torch.tensor([-0.0, math.inf])])

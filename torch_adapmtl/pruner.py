@@ -352,7 +352,8 @@ class AdapMTL(nn.Module):
             warnings.warn(
                 f"mode='paper' ended at a sparsity of {sparsity:.2%}, not "
                 f"{self.target_sparsity:.2%}: its thresholds rise by the optimizer's weight decay. "
-                f"Make the optimizer from param_groups(), and raise PaperMode's start or weight_decay",
+                f"Make the optimizer from param_groups(), and raise PaperMode's start or "
+                f"weight_decay",
                 stacklevel=2,
             )
         for layer in self._layers:
