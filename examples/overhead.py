@@ -1,0 +1,218 @@
+"""What a training step costs with AdapMTL: time and peak memory, as ratios to the dense model.
+
+Three copies of the paper's net (encoder and three ASPP heads) are trained on random images: dense,
+with AdapMTL, and with the paper's plain formula, its zeros counted on the host after every step as
+the authors' code does. Their steps are interleaved, so that all three meet the same machine.
+
+    python examples/overhead.py --encoder resnet34 --batch 2 --size 65
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from torch_adapmtl import SparsitySchedule, apply_adapmtl
+from torch_adapmtl.models import (
+    ASPPHead,
+    MultiTaskModel,
+    dilated_mobilenet_v2,
+    dilated_resnet34,
+    feature_channels,
+)
+
+TASKS = {"segmentation": 40, "normal": 3, "depth": 1}
+VARIANTS = ("dense", "adapmtl", "plain")
+
+
+def build(encoder_name: str, hidden: int) -> MultiTaskModel:
+    """Build the paper's net."""
+    encoder = dilated_resnet34() if encoder_name == "resnet34" else dilated_mobilenet_v2()
+    width = feature_channels(encoder)
+    heads = {task: ASPPHead(width, channels, hidden=hidden) for task, channels in TASKS.items()}
+    return MultiTaskModel(encoder, heads)
+
+
+def losses(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Losses of the paper's three tasks against constant targets."""
+    segmentation, normal, depth = (outputs[task].float() for task in TASKS)
+    classes = segmentation.new_zeros(segmentation[:, 0].shape, dtype=torch.long)
+    return {
+        "segmentation": F.cross_entropy(segmentation, classes),
+        "normal": 1 - F.cosine_similarity(normal, torch.ones_like(normal), dim=1).mean(),
+        "depth": depth.sub(1).abs().mean(),
+    }
+
+
+class PlainThreshold(nn.Module):
+    """The paper's formula, as it stands there."""
+
+    def __init__(self, score: nn.Parameter) -> None:
+        super().__init__()
+        self.score = score
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return sign(w) relu(|w| - sigmoid(s))."""
+        return torch.sign(weight) * torch.relu(weight.abs() - torch.sigmoid(self.score))
+
+
+def make_step(variant: str, args: argparse.Namespace) -> Callable[[], None]:
+    """Return a function that does one training step of the variant."""
+    torch.manual_seed(0)
+    model = build(args.encoder, args.hidden).to(args.device)
+    finish: Callable[[], None] = lambda: None  # noqa: E731
+    combine: Callable[[dict[str, Tensor]], Tensor] = lambda parts: sum(parts.values())  # type: ignore[return-value,assignment]  # noqa: E731
+    if variant == "adapmtl":
+        pruner = apply_adapmtl(
+            model,
+            target_sparsity=0.9,
+            total_steps=100_000,
+            schedule=SparsitySchedule(start=0.0, end=0.0),  # thresholds at work from the start
+        )
+        combine, finish = pruner.loss, pruner.step
+    elif variant == "plain":
+        finish = attach_plain(model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    forward = torch.compile(model) if args.compile else model
+    images = torch.randn(args.batch, 3, args.size, args.size, device=args.device)
+    autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.bf16)
+
+    def step() -> None:
+        with autocast:
+            outputs = forward(images)
+        combine(losses(outputs)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        finish()
+
+    return step
+
+
+def attach_plain(model: nn.Module) -> Callable[[], None]:
+    """Put the plain formula on every weight; return the authors' count of zeros."""
+    modules = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    score = nn.Parameter(torch.tensor(-5.0, device=modules[0].weight.device))
+    for module in modules:
+        parametrize.register_parametrization(module, "weight", PlainThreshold(score), unsafe=True)
+
+    def count() -> None:
+        zeros = total = 0
+        for module in modules:
+            weight = module.weight.detach().cpu()
+            zeros += int((weight == 0).sum())
+            total += weight.numel()
+
+    return count
+
+
+def measure_time(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Interleave the variants' steps; return milliseconds and ratios to dense."""
+    steps = {variant: make_step(variant, args) for variant in VARIANTS}
+    times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    for turn in range(args.warmup + args.steps):
+        for variant, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if args.device == "cuda":
+                torch.cuda.synchronize()
+            if turn >= args.warmup:
+                times[variant].append(time.perf_counter() - start)
+    dense = times["dense"]
+    return {
+        variant: {
+            "ms": 1000 * statistics.median(own),
+            # The median leaves out the rare updates, the ratio of the sums has them.
+            "ratio_median": statistics.median(a / b for a, b in zip(own, dense, strict=True)),
+            "ratio_total": sum(own) / sum(dense),
+        }
+        for variant, own in times.items()
+    }
+
+
+def measure_memory(args: argparse.Namespace) -> dict[str, float]:
+    """Peak memory of each variant in MiB, each in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    peaks = {}
+    for variant in VARIANTS:
+        with context.Pool(1) as pool:
+            peaks[variant] = pool.apply(peak_memory, (variant, args))
+    return peaks
+
+
+def peak_memory(variant: str, args: argparse.Namespace) -> float:
+    """Run a few steps; return the peak memory in MiB, of the process or of CUDA's tensors."""
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    step = make_step(variant, args)
+    for _ in range(12):  # past the first update of the thresholds
+        step()
+        gc.collect()
+    if args.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    # Not getrusage: its maximum is inherited from the process that started this one.
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**10
+
+
+def main() -> None:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--encoder", choices=("resnet34", "mobilenetv2"), default="resnet34")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--size", type=int, default=65, help="height and width of the images")
+    parser.add_argument("--hidden", type=int, default=1024, help="width of the ASPP heads")
+    parser.add_argument("--steps", type=int, default=20, help="a multiple of 10: one update in 10")
+    parser.add_argument("--warmup", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 for torch's choice")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    parser.add_argument("--no-memory", action="store_true", help="measure time only")
+    parser.add_argument("--json", help="append the figures as one line to this file")
+    parser.add_argument("--quick", action="store_true", help="a tiny net: to see that it runs")
+    args = parser.parse_args()
+    if args.quick:
+        args.encoder, args.hidden, args.size = "mobilenetv2", 32, 33
+        args.steps, args.warmup, args.no_memory = 2, 1, True
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+    weights = sum(p.numel() for p in build(args.encoder, args.hidden).parameters())
+    times = measure_time(args)
+    memory = {} if args.no_memory else measure_memory(args)
+    mode = "compiled" if args.compile else "eager"
+    print(
+        f"{args.encoder} + ASPP heads, {weights / 1e6:.1f} M parameters, batch {args.batch} of "
+        f"{args.size} px, {mode}, {args.device}, torch {torch.__version__}"
+    )
+    print(f"{'':10}{'ms':>10}{'median':>10}{'total':>10}{'peak MiB':>12}{'extra / weights':>18}")
+    for variant in VARIANTS:
+        row = times[variant]
+        line = f"{variant:10}{row['ms']:10.1f}{row['ratio_median']:10.3f}{row['ratio_total']:10.3f}"
+        if memory:
+            extra = (memory[variant] - memory["dense"]) / (4 * weights / 2**20)
+            line += f"{memory[variant]:12.0f}{extra:18.2f}"
+        print(line)
+    if args.json:
+        record = {
+            **vars(args), "torch": torch.__version__, "parameters": weights,
+            "threads": torch.get_num_threads(), "times": times, "peak_mib": memory,
+        }  # fmt: skip
+        with open(args.json, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""Prune a network for three tasks to 90 % while it trains, and compare it with the dense one.
+
+Two scanned digits lie in one image (the Multi-MNIST protocol, on scikit-learn's scans). One network
+reads the left and the right digit and tells how far apart they are. It is trained twice, from the
+same weights and on the same batches: dense, and with AdapMTL.
+
+    python examples/quickstart.py            # a few minutes on two cores
+    python examples/quickstart.py --quick    # some seconds, to see that it runs
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping, Sequence
+
+import timm
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from torch_adapmtl import AdapMTL, Report, apply_adapmtl
+from torch_adapmtl.datasets import MultiDigits
+from torch_adapmtl.metrics import RelativePerformance, relative_performance, size
+from torch_adapmtl.models import ClassificationHead, MultiTaskModel, RegressionHead
+
+BATCH = 64
+COLORS = {
+    "overall": "#24292f", "shared": "#8250df", "left": "#e07a1f", "right": "#1a9850",
+    "distance": "#d6336c", "truth": "#24292f", "dense": "#818b95", "sparse": "#0969da",
+}  # fmt: skip
+
+Metrics = dict[str, dict[str, float]]
+
+
+def make_model(seed: int) -> MultiTaskModel:
+    """A narrow ResNet-18 from timm, with random weights, and a head for each task."""
+    torch.manual_seed(seed)
+    encoder = timm.create_model(
+        "resnet18", pretrained=False, in_chans=1, num_classes=0, channels=(32, 64, 128, 256)
+    )
+    width = encoder.num_features
+
+    def head(last: nn.Module) -> nn.Module:
+        return nn.Sequential(nn.Linear(width, width), nn.ReLU(), last)
+
+    heads = {
+        "left": head(ClassificationHead(width, 10)),
+        "right": head(ClassificationHead(width, 10)),
+        "distance": head(RegressionHead(width)),
+    }
+    return MultiTaskModel(encoder, heads)
+
+
+def task_losses(outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One loss for each task."""
+    return {
+        "left": F.cross_entropy(outputs["left"], targets["left"]),
+        "right": F.cross_entropy(outputs["right"], targets["right"]),
+        "distance": F.smooth_l1_loss(outputs["distance"], targets["distance"], beta=0.1),
+    }
+
+
+def train(
+    model: nn.Module, data: MultiDigits, steps: int, seed: int, pruner: AdapMTL | None = None
+) -> list[Report]:
+    """Train the model: dense, or with AdapMTL where there is a pruner; returns its reports."""
+    images, targets = data.tensors()
+    order = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    reports = [pruner.report()] if pruner else []
+    model.train()
+    for step in tqdm(range(1, steps + 1), desc="sparse" if pruner else "dense"):
+        rows = torch.randint(len(images), (BATCH,), generator=order)
+        losses = task_losses(model(images[rows]), {task: t[rows] for task, t in targets.items()})
+        total = pruner.loss(losses) if pruner else sum(losses.values())  # AdapMTL, line 2
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        schedule.step()
+        if pruner:
+            pruner.step()  # AdapMTL, line 3
+            if step % 10 == 0 or step == steps:
+                reports.append(pruner.report())
+    return reports
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Outputs of the model for all images."""
+    model.eval()
+    parts = [model(batch) for batch in images.split(500)]
+    return {task: torch.cat([part[task] for part in parts]) for task in parts[0]}
+
+
+def evaluate(outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Metrics:
+    """The metric of each task, in percent: of the digits, and of the range of distances."""
+    right = {
+        task: (outputs[task].argmax(1) == targets[task]).float().mean().item()
+        for task in ("left", "right")
+    }
+    error = (outputs["distance"] - targets["distance"]).abs().mean().item()
+    return {
+        "left": {"accuracy (%)": 100 * right["left"]},
+        "right": {"accuracy (%)": 100 * right["right"]},
+        "distance": {"mean error (%)": 100 * error},
+    }
+
+
+def print_comparison(dense: Metrics, sparse: Metrics, relative: RelativePerformance) -> None:
+    """Both models' metrics side by side; a positive change is for the better."""
+    print(f"{'task':<10}{'metric':<16}{'dense':>8}{'sparse':>8}{'change':>11}")
+    for task, metrics in dense.items():
+        for name, value in metrics.items():
+            change = relative.metrics[task][name]
+            print(f"{task:<10}{name:<16}{value:8.2f}{sparse[task][name]:8.2f}{change:+9.2f} %")
+    print(f"relative performance Delta_T: {relative.delta:+.2f} %")
+
+
+def draw(
+    images: Tensor,
+    readings: Mapping[str, Mapping[str, Tensor]],
+    reports: Sequence[Report],
+    metrics: Mapping[str, Metrics],
+) -> Figure:
+    """Draw test images with what both models read, the path of the sparsity, and the metrics."""
+    figure = Figure(figsize=(12, 4.9), layout="constrained", facecolor="white")
+    left, middle, right = figure.subfigures(1, 3, width_ratios=(1.3, 1.2, 0.8), wspace=0.03)
+
+    left.suptitle("Test images: left digit, right digit, distance", fontsize=11.5)
+    grid = left.subplots(4, 3, height_ratios=(1, 0.33, 1, 0.33))
+    for axis in grid.flat:
+        axis.axis("off")
+    for index in range(6):
+        row, column = 2 * (index // 3), index % 3
+        grid[row, column].imshow(images[index, 0], cmap="gray")
+        for line, (name, found) in enumerate(readings.items()):
+            digits = [int(found[task][index]) for task in ("left", "right")]
+            grid[row + 1, column].text(
+                0.5, 1.0 - 0.36 * line,
+                f"{name:<6} {digits[0]} {digits[1]} {float(found['distance'][index]):5.2f}",
+                color=COLORS[name], family="monospace", fontsize=9, ha="center", va="top",
+            )  # fmt: skip
+
+    axis = middle.subplots()
+    steps = [report.step for report in reports]
+    final = reports[-1]
+    for index, row in enumerate(final.components):
+        path = [100 * report.components[index].sparsity for report in reports]
+        label = f"{row.name}: {100 * row.sparsity:.1f} % of {row.weights / 1e3:,.0f} k"
+        axis.plot(steps, path, color=COLORS[row.name], lw=1.8, label=label)
+    label = f"overall: {100 * final.sparsity:.2f} % of {final.weights / 1e3:,.0f} k"
+    path = [100 * report.sparsity for report in reports]
+    axis.plot(steps, path, color=COLORS["overall"], lw=3, ls=(0, (1, 0.8)), label=label)
+    axis.axhline(100 * final.target_sparsity, color=COLORS["overall"], lw=0.8)
+    axis.set(title="Zeros among the weights (%)", xlabel="training step", ylim=(0, 100))
+    axis.title.set_size(11.5)
+    middle.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    axis.spines[["top", "right"]].set_visible(False)
+
+    right.suptitle("On the test set", fontsize=11.5)
+    titles = {"left": "left digit", "right": "right digit", "distance": "distance"}
+    for axis, (task, title) in zip(right.subplots(len(titles), 1), titles.items(), strict=True):
+        (name,) = metrics["dense"][task]
+        values = {model: metrics[model][task][name] for model in ("sparse", "dense")}
+        bars = axis.barh([*values], [*values.values()], color=[COLORS[model] for model in values])
+        axis.bar_label(bars, [f"{value:.2f}" for value in values.values()], padding=3)
+        axis.set(xlim=(0, 1.25 * max(values.values())), xticks=[])
+        axis.set_title(f"{title}: {name}", fontsize=10, loc="left")
+        axis.spines[["top", "right", "bottom"]].set_visible(False)
+    return figure
+
+
+def main() -> None:
+    """Train dense, train sparse, compare."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sparsity", type=float, default=0.9, help="share of zero weights")
+    parser.add_argument("--steps", type=int, default=500, help="steps of training")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", default="quickstart.png", help="where the picture goes")
+    parser.add_argument("--quick", action="store_true", help="a few steps, on little data")
+    args = parser.parse_args()
+    steps, examples = (10, (1_000, 200)) if args.quick else (args.steps, (10_000, 2_000))
+
+    train_set = MultiDigits("train", size=examples[0])
+    images, targets = MultiDigits("test", size=examples[1]).tensors()
+    start = time.perf_counter()
+
+    dense = make_model(args.seed)
+    train(dense, train_set, steps, args.seed)
+
+    sparse = make_model(args.seed)
+    pruner = apply_adapmtl(sparse, target_sparsity=args.sparsity, total_steps=steps)  # line 1
+    reports = train(sparse, train_set, steps, args.seed, pruner)
+    pruner.finalize()  # plain modules again, with exact zeros
+
+    print(f"\nBoth trained in {time.perf_counter() - start:.0f} s. Where the zeros are:\n")
+    print(f"{reports[-1]}\n")
+    outputs = {"dense": predict(dense, images), "sparse": predict(sparse, images)}
+    metrics = {name: evaluate(out, targets) for name, out in outputs.items()}
+    relative = relative_performance(
+        metrics["sparse"], metrics["dense"], lower_is_better=["mean error (%)"]
+    )
+    print_comparison(metrics["dense"], metrics["sparse"], relative)
+    print(f"\n{size(sparse)}")
+
+    readings: dict[str, Mapping[str, Tensor]] = {"truth": targets}
+    for name, out in outputs.items():
+        digits = {task: out[task].argmax(1) for task in ("left", "right")}
+        readings[name] = {**digits, "distance": out["distance"]}
+    draw(images, readings, reports, metrics).savefig(args.output, dpi=150)
+    print(f"The picture is {args.output}")
+
+
+if __name__ == "__main__":
+    main()
