@@ -75,6 +75,24 @@ def test_offsets_come_to_rest() -> None:
     assert late[late > 0].diff().max() < 0  # ever less
 
 
+def test_the_last_step_moves_no_threshold() -> None:
+    model = TwoTasks()
+    pruner = prepare(model, total_steps=100)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    train(model, pruner, optimizer, range(99))
+    before = [layer.sparse() for layer in pruner.budget.layers]
+    thresholds = pruner.budget.thresholds()
+    pruner.step()
+    assert torch.equal(pruner.budget.thresholds(), thresholds)
+    for layer, seen in zip(pruner.budget.layers, before, strict=True):
+        kept = layer.threshold.mask & (seen != 0)
+        assert torch.equal(layer.weight[kept], seen[kept])
+    changed = sum(
+        int((a.sparse() != b).sum()) for a, b in zip(pruner.budget.layers, before, strict=True)
+    )
+    assert changed <= 4  # those that the exact number of zeros asks for
+
+
 # --- the end from a sample ----------------------------------------------------------------------
 
 

@@ -157,7 +157,7 @@ class AdaptiveBudget(KeepsPrecision):
     def thresholds(self) -> Tensor:
         """The threshold of each layer, in units of the weight, float32 of shape (L,).
 
-        Once the zeros are held by masks, the thresholds that decided on them.
+        Once the zeros are held by masks, the thresholds of the last update.
         """
         return self.level * self.offsets().exp()
 
@@ -227,18 +227,16 @@ class AdaptiveBudget(KeepsPrecision):
     @torch.inference_mode(False)  # the masks stay for training, where this may be called from
     @torch.no_grad()
     def freeze(self) -> None:
-        """Write the sparse weights into the parameters, with the exact number of zeros, masked."""
+        """Write the sparse weights into the parameters, with the exact number of zeros, masked.
+
+        The thresholds stay as they are, and only the choice of zeros becomes exact: nothing is
+        trained afterwards that could make up for a moved threshold.
+        """
         self._set_offsets(self.offsets())
         level, numbers = self._select()
-        device = self.level.device
-        self.level.copy_(from_bits(torch.tensor(level, device=device)))
-        for i, (layer, alpha) in enumerate(
-            zip(self.layers, self.thresholds().tolist(), strict=True)
-        ):
-            weight = layer.weight
-            keep = shaped_like(weight, ~pruned(self._score(i), level[i], numbers[i]))
-            shrunk = SoftThreshold(min(alpha, torch.finfo(weight.dtype).max))(weight)
-            weight.copy_(torch.where(keep, shrunk, 0.0))
+        for i, layer in enumerate(self.layers):
+            keep = shaped_like(layer.weight, ~pruned(self._score(i), level[i], numbers[i]))
+            layer.weight.copy_(torch.where(keep, layer.sparse(), 0.0))
             layer.threshold.mask = keep
         self.settle()
         self.frozen = True
