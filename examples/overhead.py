@@ -80,6 +80,7 @@ def make_step(variant: str, args: argparse.Namespace) -> Callable[[], None]:
             total_steps=100_000,
             schedule=SparsitySchedule(start=0.0, end=0.0),  # thresholds at work from the start
         )
+        pruner.budget.update(1)  # else the first ten steps would be those of the dense net
         combine, finish = pruner.loss, pruner.step
     elif variant == "plain":
         finish = attach_plain(model)
