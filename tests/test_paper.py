@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from toys import TwoTasks, batch, losses, prepare, tensors, train, weights, zeros
 
-from torch_adapmtl import AdapMTL, PaperMode
+from torch_adapmtl import AdapMTL, PaperMode, SparsitySchedule
 
 
 class Plain:
@@ -193,10 +193,19 @@ def test_mode_refuses(options: dict[str, float], message: str) -> None:
         PaperMode(**options)
 
 
-@pytest.mark.parametrize("argument", ["min_density", "max_density"])
-def test_what_has_no_effect_is_refused(argument: str) -> None:
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("granularity", "component"),
+        ("allocation", "sensitivity"),
+        ("schedule", SparsitySchedule()),
+        ("min_density", 0.1),
+        ("max_density", 0.1),
+    ],
+)
+def test_what_has_no_effect_is_refused(argument: str, value: object) -> None:
     model = TwoTasks()
     keys = list(model.state_dict())
     with pytest.raises(ValueError, match=f"{argument} has no effect in mode='paper'"):
-        _paper(model, **{argument: 0.1})
+        _paper(model, **{argument: value})
     assert list(model.state_dict()) == keys

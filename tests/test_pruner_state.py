@@ -129,7 +129,11 @@ def test_one_key_a_component() -> None:
         ({"exclude": ["heads.b"]}, ValueError, "'heads.b.weight': 'b'"),
         ({"groups": {"b": ["heads.a"]}}, ValueError, "'heads.a.weight': 'b'"),
         ({"granularity": "layer"}, RuntimeError, "size mismatch for adapmtl.budget.offset"),
-        ({"mode": "paper"}, RuntimeError, r"Missing key.*adapmtl.budget.s.shared"),
+        (
+            {"mode": "paper", "granularity": None},
+            RuntimeError,
+            r"Missing key.*adapmtl.budget.s.shared",
+        ),
     ],
 )
 def test_a_state_of_another_run_is_refused(

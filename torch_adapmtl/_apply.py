@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from ._controller import Controller
 from ._layers import Layer
 from .adaptive import AdaptiveBudget, GradientAllocation
 from .budget import SparsitySchedule
@@ -34,10 +35,11 @@ def apply_adapmtl(
     prunable: Mapping[type[nn.Module], str | Sequence[str]] | None = None,
     exclude: Iterable[Any] = (),
     mode: Literal["adaptive", "paper"] | PaperMode = "adaptive",
-    granularity: Literal["layer", "component"] = "layer",
+    granularity: Literal["layer", "component"] | None = None,
     allocation: Literal["sensitivity", "gradient", "common"]
     | SensitivityAllocation
-    | GradientAllocation = "sensitivity",
+    | GradientAllocation
+    | None = None,
     gradient: Literal["straight_through", "mask"] | None = None,
     schedule: SparsitySchedule | None = None,
     min_density: float | Mapping[str, float] | None = None,
@@ -74,16 +76,16 @@ def apply_adapmtl(
         prunable: Which tensors are prunable besides, or in place of, the default ones.
         exclude: Modules, parameters, names or globs that stay dense and count in no figure.
         mode: `"adaptive"`, or `"paper"` or a `PaperMode` for the paper's own mechanism.
-        granularity: One offset for each `"layer"`, or each `"component"` as in the paper; has no
-            meaning in paper mode.
-        allocation: How offsets are learned: balanced by `"sensitivity"`, by the task `"gradient"`
-            (the paper's way), or not at all (`"common"`: one threshold for all); has no meaning in
-            paper mode.
+        granularity: One offset for each `"layer"` (the default), or each `"component"` as in the
+            paper. Not in paper mode, like the next four but `gradient`.
+        allocation: How offsets are learned: balanced by `"sensitivity"` (the default), by the task
+            `"gradient"` (the paper's way), or not at all (`"common"`: one threshold for all).
         gradient: Whether pruned weights keep learning (`"straight_through"`, the default) or not
             (`"mask"`, the paper's, and the default in paper mode).
         schedule: How the sparsity rises; the default is cubic from 5 % to 60 % of the run.
         min_density: Least share of nonzero weights of a component, as a fraction; one for all or a
-            mapping by component. Every layer also keeps a tenth of the overall density.
+            mapping by component. Every layer also keeps a floor: a tenth of the overall density,
+            and more if it is small.
         max_density: Largest share of nonzero weights of a component, likewise.
         weighting: Of the task losses: `"stability"` (the paper's text: a stable loss weighs more),
             `"deviation"` (the authors' code: a deviating one does), `"equal"`, a mapping of fixed
@@ -118,8 +120,11 @@ def apply_adapmtl(
     """
     target_sparsity = _check_fraction("target_sparsity", target_sparsity)
     total_steps = _check_steps(total_steps)
-    _check_choice("granularity", granularity, ("layer", "component"))
-    _check_schedule(schedule)
+    make_budget = _budget(
+        mode, gradient,
+        granularity=granularity, allocation=allocation, schedule=schedule,
+        min_density=min_density, max_density=max_density,
+    )  # fmt: skip
     inner = unwrap(model)
     if isinstance(inner._modules.get("adapmtl"), AdapMTL):
         raise RuntimeError(
@@ -150,30 +155,7 @@ def apply_adapmtl(
             + ", ".join(f"{t.name} is {t.component}" for t in components.tensors[:5])
         )
     losses = make_weighting(weighting, components.tasks, total_steps)
-    budget: AdaptiveBudget | PaperBudget
-    if isinstance(mode, PaperMode) or mode == "paper":
-        _check_unused(
-            schedule=schedule, min_density=min_density, max_density=max_density,
-        )  # fmt: skip
-        budget = PaperBudget(
-            layers,
-            target=target_sparsity,
-            mode=mode if isinstance(mode, PaperMode) else PaperMode(),
-            straight_through=_straight_through(gradient, "mask"),
-        )
-    else:
-        _check_choice("mode", mode, ("adaptive", "paper"))
-        budget = AdaptiveBudget(
-            layers,
-            target=target_sparsity,
-            total_steps=total_steps,
-            schedule=SparsitySchedule() if schedule is None else schedule,
-            granularity=granularity,
-            allocation=_allocation(allocation),
-            straight_through=_straight_through(gradient, "straight_through"),
-            min_density=min_density,
-            max_density=max_density,
-        )
+    budget = make_budget(layers, target_sparsity, total_steps)
     taken = {id(t.parameter) for t in components.tensors}
     others = [
         (name, p.numel())
@@ -220,20 +202,45 @@ def _warn_of_others(others: Sequence[tuple[str, int]], prunable: int) -> None:
         )
 
 
-def _allocation(value: Any) -> SensitivityAllocation | GradientAllocation | None:
+def _budget(
+    mode: object, gradient: object, **options: Any
+) -> Callable[[Sequence[Layer], float, int], Controller]:
+    """Check the options that need no model; return what makes the controller of one."""
+    paper = isinstance(mode, PaperMode) or mode == "paper"
+    if not paper:
+        _check_choice("mode", mode, ("adaptive", "paper"))
+    if gradient is not None:
+        _check_choice("gradient", gradient, ("straight_through", "mask"))
+    straight_through = gradient == "straight_through" or (gradient is None and not paper)
+    if paper:
+        _check_unused(**options)
+        settings = mode if isinstance(mode, PaperMode) else PaperMode()
+        return lambda layers, target, _: PaperBudget(
+            layers, target=target, mode=settings, straight_through=straight_through
+        )
+
+    given = {name: value for name, value in options.items() if value is not None}
+    given.setdefault("schedule", SparsitySchedule())
+    given.setdefault("granularity", "layer")
+    _check_schedule(given["schedule"])
+    _check_choice("granularity", given["granularity"], ("layer", "component"))
+    given["allocation"] = _allocation(given.get("allocation", "sensitivity"))
+    return lambda layers, target, total_steps: AdaptiveBudget(
+        layers,
+        target=target,
+        total_steps=total_steps,
+        straight_through=straight_through,
+        **given,
+    )
+
+
+def _allocation(value: object) -> SensitivityAllocation | GradientAllocation | None:
     if isinstance(value, SensitivityAllocation | GradientAllocation):
         return value
     _check_choice("allocation", value, ("sensitivity", "gradient", "common"))
     if value == "common":
         return None
     return SensitivityAllocation() if value == "sensitivity" else GradientAllocation()
-
-
-def _straight_through(value: str | None, default: str) -> bool:
-    if value is None:
-        return default == "straight_through"
-    _check_choice("gradient", value, ("straight_through", "mask"))
-    return value == "straight_through"
 
 
 def _check_fraction(name: str, value: object) -> float:
@@ -257,7 +264,7 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def _check_schedule(value: object) -> None:
-    if value is not None and not isinstance(value, SparsitySchedule):
+    if not isinstance(value, SparsitySchedule):
         raise TypeError(
             f"schedule must be a SparsitySchedule, such as SparsitySchedule(shape='linear'), got "
             f"{value!r}"

@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 from .pruning import attach_threshold, attached_threshold, detach_threshold, held_parameter
 from .thresholds import SoftThreshold
 
-__all__ = ["Layer", "PerComponent", "members"]
+__all__ = ["Layer", "PerComponent", "members", "shaped_like"]
 
 
 @dataclass(eq=False)
@@ -102,3 +102,9 @@ def members(layers: Sequence[Layer]) -> dict[str, list[int]]:
     for index, layer in enumerate(layers):
         found.setdefault(layer.component, []).append(index)
     return found
+
+
+def shaped_like(weight: Tensor, mask: Tensor) -> Tensor:
+    """Bring a flat mask into the shape and the memory format of `weight`."""
+    # Of another format, it would pass that on to the weight and so to the convolution.
+    return torch.empty_like(weight, dtype=torch.bool).copy_(mask.view(weight.shape))

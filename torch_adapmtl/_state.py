@@ -1,4 +1,4 @@
-"""The part of the state that is not in tensors by itself, as one tensor of bytes.
+"""The part of the handle's state that is not in tensors by itself, as one tensor of bytes.
 
 A tensor, because much that is done with a state dict (averaging it, writing it to safetensors,
 comparing it) takes every value for one.
@@ -7,13 +7,65 @@ comparing it) takes every value for one.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["pack", "pack_mask", "shaped_like", "unpack", "unpack_mask"]
+from ._layers import Layer, shaped_like
+
+__all__ = ["load", "pack", "pack_mask", "save", "unpack", "unpack_mask"]
+
+_VERSION = 1
+
+
+def save(
+    settings: Mapping[str, Any], progress: Mapping[str, Any], layers: Sequence[Layer]
+) -> Tensor:
+    """Write a run's settings, how far it has come, and its masks."""
+    masks = {layer.name: layer.threshold.mask for layer in layers}
+    header = {"version": _VERSION, **settings, **progress, "layers": _names(layers)}
+    return pack(header, {name: mask for name, mask in masks.items() if mask is not None})
+
+
+def load(state: Tensor, settings: Mapping[str, Any], layers: Sequence[Layer]) -> dict[str, Any]:
+    """Load what `save` wrote: put the masks on the layers, return the rest.
+
+    Raises:
+        ValueError: If it comes from another version or a run with other settings or layers; no
+            mask has been changed then.
+    """
+    header, packed = unpack(state)
+    if header["version"] != _VERSION:
+        raise ValueError(
+            f"the state dict's adapmtl state has version {header['version']!r}, this "
+            f"version of torch-adapmtl reads {_VERSION}"
+        )
+    for name, value in settings.items():
+        if header[name] != value:
+            raise ValueError(
+                f"the state dict comes from a run with {name}={header[name]}, this model was "
+                f"prepared with {name}={value}: prepare it alike"
+            )
+    if header["layers"] != _names(layers):
+        differing = dict(sorted(header["layers"].items() ^ _names(layers).items()))
+        raise ValueError(
+            f"the state dict comes from a model in which other tensors were pruned, or in "
+            f"other components; they differ in {differing}: prepare the model alike (groups, "
+            f"prunable, exclude)"
+        )
+    masks = [
+        unpack_mask(packed[layer.name], layer.weight) if layer.name in packed else None
+        for layer in layers
+    ]
+    for layer, mask in zip(layers, masks, strict=True):
+        layer.threshold.mask = mask
+    return header
+
+
+def _names(layers: Sequence[Layer]) -> dict[str, str]:
+    return {layer.name: layer.component for layer in layers}
 
 
 def pack(header: Mapping[str, Any], masks: Mapping[str, Tensor]) -> Tensor:
@@ -54,12 +106,6 @@ def unpack_mask(packed: Tensor, like: Tensor) -> Tensor:
     packed = packed.to(like.device)
     bits = (packed.unsqueeze(1) >> _shifts(packed)) & 1
     return shaped_like(like, bits.flatten()[: like.numel()].bool())
-
-
-def shaped_like(weight: Tensor, mask: Tensor) -> Tensor:
-    """Bring a flat mask into the shape and the memory format of `weight`."""
-    # Of another format, it would pass that on to the weight and so to the convolution.
-    return torch.empty_like(weight, dtype=torch.bool).copy_(mask.view(weight.shape))
 
 
 def _shifts(tensor: Tensor) -> Tensor:

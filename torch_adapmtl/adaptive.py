@@ -10,11 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ._controller import Controller
 from ._density import DensityBounds
-from ._layers import Layer, PerComponent, members
-from ._precision import KeepsPrecision
+from ._layers import Layer, PerComponent, members, shaped_like
 from ._sampling import Sample, magnitude
-from ._state import shaped_like
 from .budget import Scores, SparsitySchedule, from_bits, pruned, select, solve, to_bits
 from .sensitivity import Sensitivity, SensitivityAllocation
 from .thresholds import SoftThreshold
@@ -66,7 +65,7 @@ class _OffsetThreshold(SoftThreshold):
         return value if value == 0.0 else None
 
 
-class AdaptiveBudget(KeepsPrecision):
+class AdaptiveBudget(Controller):
     """Keeps the overall sparsity on its schedule and shares it out between the layers.
 
     Args:
@@ -99,12 +98,10 @@ class AdaptiveBudget(KeepsPrecision):
         min_density: float | Mapping[str, float] | None = None,
         max_density: float | Mapping[str, float] | None = None,
     ) -> None:
-        super().__init__()
-        self.layers = list(layers)
+        super().__init__(layers, target)
         self.target, self.total_steps, self.schedule = target, total_steps, schedule
         self.allocation = allocation
         self.interval = max(1, min(10, total_steps // 50))
-        self.frozen = False
         self._sizes = [layer.weight.numel() for layer in layers]
         self._density = DensityBounds(layers, target, min_density, max_density)
         self._members = members(layers)
@@ -134,7 +131,6 @@ class AdaptiveBudget(KeepsPrecision):
             by_component = [names.index(layer.component) for layer in layers]
             pool = by_component if granularity == "component" else range(len(layers))
             self.sensitivity = Sensitivity(layers, allocation, pool)
-        self.asleep = False
 
     # --- offsets --------------------------------------------------------------------------------
 
@@ -246,7 +242,7 @@ class AdaptiveBudget(KeepsPrecision):
 
     def _select(self) -> tuple[list[int], list[int]]:
         """Decide on the weights to prune: read the scores near the level only, if that will do."""
-        zeros = self._density.zeros
+        zeros = self.zeros
         bounds = self._density.at(zeros, self.level.device)
         scores = self._scores(Sample.draw(self.layers, self.level.device))
         window = scores.window(self._solve(scores, zeros))

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._controller import Controller
 from ._layers import Layer, PerComponent, members
-from ._precision import KeepsPrecision
 from .thresholds import SoftThreshold
 
 __all__ = ["PaperBudget", "PaperMode"]
@@ -65,7 +65,7 @@ class _SigmoidThreshold(SoftThreshold):
         return None
 
 
-class PaperBudget(KeepsPrecision):
+class PaperBudget(Controller):
     """Trains one threshold a component and holds them all once the target is reached.
 
     The sparsity is counted after every step, on the device and without waiting for it; that is one
@@ -79,15 +79,13 @@ class PaperBudget(KeepsPrecision):
     """
 
     reached: Tensor
-    asleep = False
+    exact = False
 
     def __init__(
         self, layers: Sequence[Layer], *, target: float, mode: PaperMode, straight_through: bool
     ) -> None:
-        super().__init__()
-        self.layers = list(layers)
-        self.mode = mode
-        self.zeros = round(target * sum(layer.weight.numel() for layer in layers))
+        super().__init__(layers, target)
+        self.threshold_decay = mode.weight_decay
         device = layers[0].weight.device
         names = list(members(layers))
         start = torch.full((), mode.start, device=device)
@@ -120,8 +118,13 @@ class PaperBudget(KeepsPrecision):
         self.reached |= zeros >= self.zeros
         return False
 
-    def refresh(self) -> None:
-        """Nothing is derived from the state."""
+    def freeze(self) -> None:
+        """Refuse: the thresholds decide on the sparsity.
 
-    def wake(self, step: int) -> None:
-        """Nothing is awaited."""
+        Raises:
+            RuntimeError: Always.
+        """
+        raise RuntimeError(
+            "freeze() prunes to the target exactly, which mode='paper' does not do: call "
+            "finalize() to keep the sparsity it has reached"
+        )

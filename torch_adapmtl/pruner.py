@@ -9,17 +9,15 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from ._layers import Layer, members
-from ._state import pack, unpack, unpack_mask
-from .adaptive import AdaptiveBudget
-from .groups import FROZEN, UNUSED, Components
-from .paper import PaperBudget
+from ._controller import Controller
+from ._layers import Layer
+from ._report import measure
+from ._state import load, save
+from .groups import Components
 from .report import ComponentRow, LayerRow, Report
 from .weighting import LossWeighting
 
 __all__ = ["AdapMTL"]
-
-_STATE_VERSION = 1
 
 
 class AdapMTL(nn.Module):
@@ -76,7 +74,7 @@ class AdapMTL(nn.Module):
         components: Components,
         others: Sequence[tuple[str, int]],
         layers: Sequence[Layer],
-        budget: AdaptiveBudget | PaperBudget,
+        budget: Controller,
         weighting: LossWeighting,
         *,
         target_sparsity: float,
@@ -216,8 +214,8 @@ class AdapMTL(nn.Module):
         own = [p for p in self._model.parameters() if id(p) not in learned]
         groups: list[dict[str, Any]] = [{"params": own, **options}]
         if learned:
-            decay = self.budget.mode.weight_decay if isinstance(self.budget, PaperBudget) else 0.0
-            group = {"params": list(learned.values()), **options, "weight_decay": decay}
+            group = {"params": list(learned.values()), **options}
+            group["weight_decay"] = self.budget.threshold_decay
             if threshold_lr is not None:
                 group["lr"] = threshold_lr
             groups.append(group)
@@ -261,39 +259,20 @@ class AdapMTL(nn.Module):
             A frozen result that prints as a table and renders as one in a notebook.
         """
         self._check_active("report")
-        zeros = torch.stack([(layer.sparse() == 0).sum().cpu() for layer in self._layers]).tolist()
-        alphas = self.budget.thresholds().tolist()
-        layers = tuple(
-            LayerRow(layer.name, layer.component, tuple(layer.weight.shape), z, alpha)
-            for layer, z, alpha in zip(self._layers, zeros, alphas, strict=True)
-        )
-        by_component = {
-            name: [layers[i] for i in indices] for name, indices in members(self._layers).items()
-        }
-        rows = tuple(
-            ComponentRow(
-                name,
-                len(by_component[name]),
-                sum(row.weights for row in by_component[name]),
-                sum(row.zeros for row in by_component[name]),
-            )
-            for name in self.components.names
-        )
-        dense = tuple(
-            (tensor.name, reason, tensor.parameter.numel())
-            for reason in (UNUSED, FROZEN)
-            for tensor in self.components[reason]
-        ) + tuple((name, "not prunable", count) for name, count in self._others)
-        weights = dict(zip(self.tasks, self.weighting.weights().tolist(), strict=True))
-        return Report(
-            components=rows,
-            layers=layers,
+        return measure(
+            self._layers,
+            self.budget.thresholds(),
+            self.components,
+            self._others,
             target_sparsity=self.target_sparsity,
             step=self._step,
             total_steps=self.total_steps,
-            dense=dense,
-            task_weights=weights,
+            task_weights=dict(zip(self.tasks, self.weighting.weights().tolist(), strict=True)),
         )
+
+    def __repr__(self) -> str:
+        # One line in the model's repr, without the inner workings.
+        return f"{type(self).__name__}({self.extra_repr()})"
 
     def extra_repr(self) -> str:
         """Show where the run stands."""
@@ -312,11 +291,6 @@ class AdapMTL(nn.Module):
         """
         self._check_active("freeze")
         self._check_layers()
-        if isinstance(self.budget, PaperBudget):
-            raise RuntimeError(
-                "freeze() prunes to the target exactly, which mode='paper' does not do: call "
-                "finalize() to keep the sparsity it has reached"
-            )
         if not self.budget.frozen:
             self.budget.freeze()
         self._step = self.total_steps
@@ -338,7 +312,7 @@ class AdapMTL(nn.Module):
                 has no exact target: it warns instead.
         """
         self._check_active("finalize")
-        if isinstance(self.budget, AdaptiveBudget) and not self.budget.frozen:
+        if self.budget.exact and not self.budget.frozen:
             raise RuntimeError(
                 f"finalize() was called after {self._step} of total_steps={self.total_steps} "
                 f"steps: the model is {self.sparsity():.2%} sparse, and becomes exactly "
@@ -346,9 +320,7 @@ class AdapMTL(nn.Module):
                 f"to its target now (and train on to recover), or call step() after every "
                 f"optimizer step until the end."
             )
-        if isinstance(self.budget, AdaptiveBudget):
-            self.budget.settle()
-        elif (sparsity := self.sparsity()) < self.target_sparsity:
+        if not self.budget.exact and (sparsity := self.sparsity()) < self.target_sparsity:
             warnings.warn(
                 f"mode='paper' ended at a sparsity of {sparsity:.2%}, not "
                 f"{self.target_sparsity:.2%}: its thresholds rise by the optimizer's weight decay. "
@@ -356,6 +328,7 @@ class AdapMTL(nn.Module):
                 f"weight_decay",
                 stacklevel=2,
             )
+        self.budget.settle()
         for layer in self._layers:
             layer.remove()
         self._detach_optimizer()
@@ -383,16 +356,8 @@ class AdapMTL(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Where the run stands, and the masks, as a tensor of bytes on the CPU."""
-        header = {
-            "version": _STATE_VERSION,
-            "step": self._step,
-            "total_steps": self.total_steps,
-            "target_sparsity": self.target_sparsity,
-            "layers": {layer.name: layer.component for layer in self._layers},
-            "frozen": isinstance(self.budget, AdaptiveBudget) and self.budget.frozen,
-        }
-        masks = {layer.name: layer.threshold.mask for layer in self._layers}
-        return pack(header, {name: mask for name, mask in masks.items() if mask is not None})
+        progress = {"step": self._step, "frozen": self.budget.frozen}
+        return save(self._settings(), progress, self._layers)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Load what `get_extra_state` returned.
@@ -400,32 +365,11 @@ class AdapMTL(nn.Module):
         Raises:
             ValueError: If it comes from another version or a run with other settings.
         """
-        header, masks = unpack(state)
-        if header["version"] != _STATE_VERSION:
-            raise ValueError(
-                f"the state dict's adapmtl state has version {header['version']!r}, this "
-                f"version of torch-adapmtl reads {_STATE_VERSION}"
-            )
-        for name in ("total_steps", "target_sparsity"):
-            if header[name] != getattr(self, name):
-                raise ValueError(
-                    f"the state dict comes from a run with {name}={header[name]}, this model was "
-                    f"prepared with {name}={getattr(self, name)}: prepare it alike"
-                )
-        layers = {layer.name: layer.component for layer in self._layers}
-        if header["layers"] != layers:
-            differing = dict(sorted(header["layers"].items() ^ layers.items()))
-            raise ValueError(
-                f"the state dict comes from a model in which other tensors were pruned, or in "
-                f"other components; they differ in {differing}: prepare the model alike (groups, "
-                f"prunable, exclude)"
-            )
-        self._step = header["step"]
-        if isinstance(self.budget, AdaptiveBudget):
-            self.budget.frozen = header["frozen"]
-        for layer in self._layers:
-            packed = masks.get(layer.name)
-            layer.threshold.mask = None if packed is None else unpack_mask(packed, layer.weight)
+        loaded = load(state, self._settings(), self._layers)
+        self._step, self.budget.frozen = loaded["step"], loaded["frozen"]
+
+    def _settings(self) -> dict[str, Any]:
+        return {"total_steps": self.total_steps, "target_sparsity": self.target_sparsity}
 
     def __getstate__(self) -> dict[str, Any]:
         # The hook belongs to an optimiser of the original's parameters.
