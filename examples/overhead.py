@@ -13,6 +13,7 @@ import argparse
 import gc
 import json
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -143,6 +144,9 @@ def measure_time(args: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 def measure_memory(args: argparse.Namespace) -> dict[str, float]:
     """Peak memory of each variant in MiB, each in a process of its own."""
+    # Freed tensors go back to the system, so that the process's peak is that of its tensors; else
+    # the C library keeps what it may use again, which depends on the order of allocations.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**18)
     context = multiprocessing.get_context("spawn")
     peaks = {}
     for variant in VARIANTS:

@@ -161,7 +161,7 @@ def _fake_tensors() -> Iterator[None]:
 
 
 class _Shortcuts(TorchDispatchMode):
-    """The shapes of two frequent operations, which fake tensors take half a probe to work out."""
+    """The shapes of frequent operations, which fake tensors take half a probe to work out."""
 
     def __torch_dispatch__(
         self,
@@ -171,6 +171,8 @@ class _Shortcuts(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if func is torch.ops.aten.native_batch_norm.default and not args[5]:  # not training
+            return torch.empty_like(args[0]), args[0].new_empty(0), args[0].new_empty(0)
+        if func is torch.ops.aten.native_layer_norm.default:
             return torch.empty_like(args[0]), args[0].new_empty(0), args[0].new_empty(0)
         if func is torch.ops.aten.addmm.default and not kwargs:
             bias, left, right = args
