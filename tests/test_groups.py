@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import io
 import random
 import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import awkward
 import pytest
@@ -416,6 +417,80 @@ def test_leaky_models_keep_nothing() -> None:
     copy.deepcopy(model.body)
 
 
+@functools.lru_cache
+def _ramp(width: int) -> tuple[Tensor, list[Tensor]]:
+    return torch.linspace(0, 1, width), [torch.ones(width)]
+
+
+_TABLES: dict[int, Tensor] = {}
+
+
+class Caching(Net):
+    """Keeps tables outside of itself: of the Python module, of the class, behind lru_cache."""
+
+    shared: ClassVar[dict[str, Any]] = {"tables": {}}
+
+    def features(self, x: Tensor) -> Tensor:
+        width = x.shape[1]
+        if width not in _TABLES:
+            _TABLES[width] = torch.ones(width) / width
+        tables = self.shared["tables"]
+        if width not in tables:
+            tables[width] = torch.zeros(width)
+        ramp, (ones,) = _ramp(width)
+        return self.body((x + ramp) * ones + _TABLES[width] + tables[width])
+
+
+def test_caches_outside_the_model_keep_no_tensor_of_the_probe() -> None:
+    model = Caching()
+    assert find_components(model, X).names == find_components(Net(), X).names
+    assert not _TABLES
+    assert not Caching.shared["tables"]
+    assert all(type(out) is Tensor for out in model(X).values())
+    before = _ramp(X.shape[1]), _TABLES[X.shape[1]]  # real ones now, which may stay
+    find_components(model, X)
+    assert (_ramp(X.shape[1]), _TABLES[X.shape[1]]) == before
+
+
+class Hoarding(Net):
+    """Keeps a tensor where no cache is."""
+
+    last: ClassVar[Any] = None
+
+    def features(self, x: Tensor) -> Tensor:
+        if Hoarding.last is None:
+            Hoarding.last = torch.ones(())
+        return self.body(x * Hoarding.last)
+
+
+def test_a_tensor_of_the_probe_that_cannot_be_taken_back_is_an_error() -> None:
+    model = Hoarding()
+    with pytest.raises(RuntimeError, match=r"outside of its modules.*Run the model once before"):
+        find_components(model, X)
+    Hoarding.last = None
+    model(X)
+    assert find_components(model, X).names
+
+
+class Dropping(Net):
+    """Leaves its inner layer out at random while it trains, as LayerDrop does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(awkward.WIDTH, awkward.WIDTH)
+
+    def features(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        return x if self.training and torch.rand(()) < 0.99 else self.inner(x)
+
+
+def test_a_layer_that_training_drops_at_random_is_found() -> None:
+    torch.manual_seed(0)
+    model = Dropping()
+    components = {t.name: t.component for t in find_components(model, X).tensors}
+    assert components["inner.weight"] == SHARED
+
+
 class Sneaky(Net):
     """Writes to buffers where no schema says so, and to gradients; needs real tensors."""
 
@@ -566,6 +641,11 @@ ERRORS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Any, str]] = {
     "dot": (lambda a, b: {"x.y": a, "y": b}, None, r"'x\.y' cannot be a task name"),
     "empty": (lambda a, b: {"": a, "y": b}, None, "'' cannot be a task name"),
     "integer": (lambda a, b: {0: a, 1: b}, None, "must be a string, found 0"),
+    "function": (
+        lambda a, b: {"x": a},
+        {"y": lambda out: out["typo"]},
+        r"function of task 'y' failed on the model's output \(a dict\): KeyError: 'typo'",
+    ),
     "no tensor": (lambda a, b: (a, None), ["x", "y"], "task 'y' holds no tensor"),
     "too few": (lambda a, b: (a, b), ["x"], "names 1 tasks, but the model returns 2"),
     "wrong keys": (lambda a, b: {"p": a, "q": b}, ["x", "y"], r"returns keys \['p', 'q'\]"),
@@ -768,6 +848,7 @@ def wrong_types() -> dict[str, tuple[dict[str, Any], str]]:
         "inputs": ({"example_inputs": [X]}, r"example_inputs must be .* found list.*\(inputs,\)"),
         "task_outputs": ({"task_outputs": "left"}, "task_outputs must be .* found str"),
         "groups": ({"groups": ["body"]}, "groups must map .* found list"),
+        "group": ({"groups": {0: ["body"]}}, "a component's name must be a string, found 0"),
         "selectors": ({"groups": {"a": 3}}, r"groups\['a'\] must be .* found int"),
         "selector": ({"groups": {"a": [3]}}, "a selector must be .* found int"),
         "prunable": ({"prunable": nn.Linear}, "prunable must map .* found type"),

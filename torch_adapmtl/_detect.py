@@ -78,6 +78,15 @@ def detect(
                 f"({_brief(failure)}); {REMEDY}"
             ) from failure
     lost = {key for key in keys if key not in seen.masks}
+    if lost:  # training may have dropped a layer at random
+        try:
+            calm = probe(model, args, kwargs, read, training=False)
+        except Exception:  # a model may not run in eval mode, or have other outputs there
+            calm = seen
+        if calm.tasks == seen.tasks:
+            found = {key: calm.masks[key] for key in lost & calm.masks.keys()}
+            seen = Detection(seen.tasks, {**seen.masks, **found})
+            lost -= found.keys()
     if not lost:
         return seen
     try:

@@ -62,7 +62,8 @@ def _image(shape: tuple[int, int, int]) -> Tensor:
 
 def _shapes(module: nn.Module) -> Iterator[tuple[int, int, int]]:
     """Channels, height and width worth trying with an encoder; none if it is not one."""
-    channels, stride = vars(module).get("_in_channels"), getattr(module, "output_stride", None)
+    channels = vars(module).get("_in_channels")
+    stride = getattr(module, "output_stride", None) if isinstance(channels, int) else None
     if isinstance(channels, int) and isinstance(stride, int):  # SMP
         for size in (max(64, 2 * stride), 128):
             yield channels, size, size

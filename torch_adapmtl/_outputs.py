@@ -8,14 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torch_adapmtl._names import RULE, is_task_name
 from torch_adapmtl._probe import OutputError
 
 __all__ = ["TaskOutputs", "check_task_name", "named_tasks", "split_output"]
 
 # How a user may say what the tasks' outputs are.
 TaskOutputs = Sequence[str] | Mapping[str, Callable[[Any], Any] | str | int]
-
-_RESERVED = ("shared", "unused", "frozen")
 
 
 def check_task_name(name: object, argument: str) -> str:
@@ -25,11 +24,10 @@ def check_task_name(name: object, argument: str) -> str:
             f"{argument}: a task name must be a string, found {name!r} ({type(name).__name__}); "
             f'name the tasks with task_outputs={{"name": {name!r}, ...}}'
         )
-    if not name or name in _RESERVED or "+" in name or "." in name:
+    if not is_task_name(name):
         raise OutputError(
-            f"{argument}: {name!r} cannot be a task name: names must not be empty, contain '+' or "
-            f"'.', or be one of {', '.join(_RESERVED)}, which stand for components; rename it, or "
-            "give names with task_outputs="
+            f"{argument}: {name!r} cannot be a task name: {RULE}; rename it, or give names with "
+            "task_outputs="
         )
     return name
 
@@ -140,7 +138,13 @@ def _by_name(output: Any, name: str, position: int, names: Sequence[str]) -> Any
 
 def _select(output: Any, selector: Callable[[Any], Any] | str | int, name: str) -> Any:
     if callable(selector):
-        return selector(output)
+        try:
+            return selector(output)
+        except Exception as error:
+            raise OutputError(
+                f"task_outputs: the function of task {name!r} failed on the model's output "
+                f"({_kind(output)}): {type(error).__name__}: {error}"
+            ) from error
     try:
         if isinstance(selector, str) and not isinstance(output, Mapping):
             return getattr(output, selector)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torch_adapmtl._leaks import forget
 from torch_adapmtl._snapshot import untouched
 
 __all__ = ["OutputError", "probe", "reached"]
@@ -82,6 +84,7 @@ def probe(
     kwargs: Mapping[str, Any],
     read: Callable[[Any], _T],
     *,
+    training: bool = True,
     see_through: bool = False,
 ) -> _T:
     """Runs `model` and returns `read(its output)`; the model is afterwards as it was.
@@ -95,7 +98,8 @@ def probe(
         model: The model, unwrapped.
         args: Positional arguments; tensors among them are copied before use.
         kwargs: Keyword arguments, likewise.
-        read: Takes what it needs from the output while the graph is alive.
+        read: Takes what it needs from the output while the graph is alive; no tensors.
+        training: Whether in train mode.
         see_through: Ignore `detach`, `no_grad` and `inference_mode` in the model, to tell what
             they cut off from what is not used at all. It can break or change a model, so it is
             never the first look.
@@ -104,27 +108,35 @@ def probe(
         OutputError: From `read`, as it is.
         Exception: Whatever the model raised on real tensors.
     """
-    failure: Exception | None = None
-    for fake in (True, False):
-        try:
-            with untouched(model) as guard, _surroundings(see_through):
-                _prepare(model)
-                # Copies, as a model may normalise its input in place. Outside inference mode they
-                # are ordinary tensors, whatever the caller's were.
-                own_args, own_kwargs = _copied(args), _copied(dict(kwargs))
-                with _fake_tensors() if fake else nullcontext(), guard:
-                    return read(model(*own_args, **own_kwargs))
-        except OutputError:
-            raise
-        except Exception as error:
-            failure = error
-    assert failure is not None
-    raise failure
+
+    def run(tensors: AbstractContextManager[object]) -> _T:
+        with untouched(model) as guard, _surroundings(see_through):
+            _prepare(model, training)
+            # Copies, as a model may normalise its input in place. Outside inference mode they
+            # are ordinary tensors, whatever the caller's were.
+            own_args, own_kwargs = _copied(args), _copied(dict(kwargs))
+            with tensors, guard:
+                return read(model(*own_args, **own_kwargs))
+
+    made: list[weakref.ref[Tensor]] = []
+    refused: OutputError | None = None
+    try:
+        found = [run(_fake_tensors(made))]
+    except OutputError as error:
+        found, refused = [], error.with_traceback(None)  # a traceback would keep the tensors
+        if error.__cause__ is not None:  # a function of the user's, which may want real ones
+            refused = None
+    except Exception:
+        found = []
+    forget(made)
+    if refused is not None:
+        raise refused
+    return found[0] if found else run(nullcontext())
 
 
-def _prepare(model: nn.Module) -> None:
+def _prepare(model: nn.Module, training: bool) -> None:
     for module in model.modules():
-        module.training = not isinstance(module, _BatchNorm)
+        module.training = training and not isinstance(module, _BatchNorm)
         if getattr(module, "_compiled_call_impl", None) is not None:  # module.compile()
             module._compiled_call_impl = None
     for parameter in model.parameters():
@@ -146,14 +158,15 @@ def _copied(value: Any) -> Any:
 
 
 @contextmanager
-def _fake_tensors() -> Iterator[None]:
+def _fake_tensors(made: list[weakref.ref[Tensor]]) -> Iterator[None]:
+    """Lets operations run on tensors without data; notes those that come out of them."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     # It logs as errors what only means that real tensors have to be tried.
     logger = logging.getLogger(FakeTensorMode.__module__)
     disabled, logger.disabled = logger.disabled, True
     try:
-        shortcuts = _Shortcuts()  # type: ignore[no-untyped-call]
+        shortcuts = _Shortcuts(made)
         with FakeTensorMode(allow_non_fake_inputs=True), shortcuts:
             yield
     finally:
@@ -163,6 +176,10 @@ def _fake_tensors() -> Iterator[None]:
 class _Shortcuts(TorchDispatchMode):
     """The shapes of frequent operations, which fake tensors take half a probe to work out."""
 
+    def __init__(self, made: list[weakref.ref[Tensor]]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._made = made
+
     def __torch_dispatch__(
         self,
         func: Any,
@@ -170,6 +187,14 @@ class _Shortcuts(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        result = self._run(func, args, kwargs)
+        for item in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(item, Tensor):
+                self._made.append(weakref.ref(item))
+        return result
+
+    @staticmethod
+    def _run(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Any:
         if func is torch.ops.aten.native_batch_norm.default and not args[5]:  # not training
             return torch.empty_like(args[0]), args[0].new_empty(0), args[0].new_empty(0)
         if func is torch.ops.aten.native_layer_norm.default:

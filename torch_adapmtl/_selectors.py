@@ -14,7 +14,15 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-__all__ = ["Groups", "Inventory", "Prunable", "Selector", "Selectors", "unwrap"]
+__all__ = [
+    "Groups",
+    "Inventory",
+    "Prunable",
+    "Selector",
+    "Selectors",
+    "prunable_by_default",
+    "unwrap",
+]
 
 Selector = str | nn.Module | Tensor
 Selectors = Selector | Iterable[Selector]
@@ -29,6 +37,12 @@ _DEFAULT: dict[type[nn.Module], tuple[str, ...]] = {
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Wrappers inside a model put these into names that nobody would write.
 _WRAPPER_NAMES = ("_orig_mod", "_checkpoint_wrapped_module")
+
+
+def prunable_by_default(module: nn.Module) -> tuple[str, ...]:
+    """The names of the tensors of a module that are prunable unless the user says otherwise."""
+    kind = next((k for k in type(module).__mro__ if k in _DEFAULT), None)
+    return _DEFAULT[kind] if kind is not None else ()
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -41,8 +41,8 @@ def untouched(model: nn.Module) -> Iterator[TorchDispatchMode]:
 
     Put back are each module's attributes (with the contents of its dicts, lists and sets),
     training flags and hooks, the contents of buffers, parameters and other tensor attributes,
-    gradients and `requires_grad`, and the state of the generators of Python, NumPy, the CPU and
-    the accelerators in use.
+    gradients and `requires_grad`, and the state of the generators of Python, NumPy, the CPU, CUDA
+    (if in use) and MPS.
     """
     record = _Record(model)
     guard = _CopyBeforeWrite(record.guarded)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from torch_adapmtl._detect import detect
+from torch_adapmtl._names import FROZEN, SHARED, UNUSED
 from torch_adapmtl._outputs import TaskOutputs, check_task_name, named_tasks
 from torch_adapmtl._selectors import Groups, Inventory, Prunable, Selectors, unwrap
 
@@ -21,10 +22,6 @@ __all__ = [
     "find_components",
     "unwrap",
 ]
-
-SHARED = "shared"
-UNUSED = "unused"
-FROZEN = "frozen"
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,12 +115,14 @@ def find_components(
 
     The paper has one shared backbone and one head per task. Here a tensor belongs to the set of
     tasks whose output depends on it, whatever the architecture: all tasks make it `"shared"`, one
-    makes it that task's, some make it partly shared, such as `"depth+normal"`. The model runs once
-    on example inputs, and the autograd graph is followed from each task's output to the parameters.
-    Afterwards the model is as it was.
+    makes it that task's, some make it partly shared, such as `"depth+normal"`. The model is run on
+    example inputs, and the autograd graph is followed from each task's output to the parameters.
+    It runs in training mode on tensors without data, and again, where that is not possible or
+    leaves weights unexplained, on data, in eval mode, or with `detach` and `no_grad` ignored.
+    Afterwards the model is as it was; hooks that you put on it have seen those runs.
 
     Dependence is that of the graph. Where outputs are joined and sliced again, the joint part
-    counts as shared; where parts are routed or dropped at random, what this one run used counts.
+    counts as shared; where parts are routed by the input, what these runs used counts.
 
     Tensors that no output reaches are `"unused"`. Those that are reached but not trained, because
     they do not require grad or because the model cuts them off with `detach`, `no_grad` or
@@ -229,7 +228,9 @@ def _checked(groups: Groups | None) -> Groups:
         )
     for name in groups:
         if name != SHARED:
-            for part in str(name).split("+"):
+            if not isinstance(name, str):
+                raise TypeError(f"groups: a component's name must be a string, found {name!r}")
+            for part in name.split("+"):
                 check_task_name(part, f"groups[{name!r}]")
     return groups
 

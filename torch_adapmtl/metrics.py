@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-__all__ = ["ModelSize", "RelativePerformance", "relative_performance", "size", "sparsity"]
+from torch_adapmtl._selectors import prunable_by_default
 
-_ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+__all__ = ["ModelSize", "RelativePerformance", "relative_performance", "size", "sparsity"]
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,8 @@ def sparsity(model_or_tensors: nn.Module | Tensor | Iterable[Tensor]) -> float:
     Of a model, the weights are those that are prunable by default: the weights (not the biases)
     of convolutions, transposed convolutions and linear layers, and the projections of
     `torch.nn.MultiheadAttention`; tied weights count once, and a weight under a parametrization
-    or a pruning mask counts as what the forward pass uses. Parts that no task needs are included.
+    or a pruning mask counts as what the forward pass uses. Parts that no task needs and frozen
+    ones, which `AdapMTL.sparsity` leaves out, are included.
 
     Args:
         model_or_tensors: A model, a tensor, or any number of tensors (each counted once).
@@ -221,9 +221,7 @@ def size(model: nn.Module) -> ModelSize:
 
 
 def _is_prunable(module: nn.Module, name: str) -> bool:
-    if isinstance(module, nn.MultiheadAttention):
-        return name in _ATTENTION_WEIGHTS
-    return isinstance(module, (_ConvNd, nn.Linear)) and name == "weight"
+    return name in prunable_by_default(module)
 
 
 def _weights(

@@ -84,11 +84,12 @@ def dilated_mobilenet_v2(in_chans: int = 3, *, output_stride: int = 8) -> nn.Mod
     return encoder
 
 
-def feature_channels(encoder: nn.Module) -> int:
-    """The number of channels that a timm or SMP encoder hands to the heads.
+def feature_channels(encoder: nn.Module, feature: int = -1) -> int:
+    """The number of channels of one of a timm or SMP encoder's feature maps.
 
     Args:
         encoder: A timm model (`features_only=True` or `num_classes=0`) or an SMP encoder.
+        feature: Which of several maps, as in `MultiTaskModel`; the last by default.
 
     Raises:
         ValueError: If the encoder does not say; give the head its width yourself then.
@@ -100,12 +101,12 @@ def feature_channels(encoder: nn.Module) -> int:
     info = getattr(encoder, "feature_info", None)
     channels = getattr(info, "channels", None)
     if callable(channels):  # features_only
-        return int(channels()[-1])
+        return int(channels()[feature])
     # The pooled width: `num_features` differs from it where timm's head has a hidden layer.
     for name in ("head_hidden_size", "num_features", "out_channels"):
         width = getattr(encoder, name, None)
         if isinstance(width, Sequence) and width:
-            width = width[-1]
+            width = width[feature]
         if isinstance(width, int):
             return width
     raise ValueError(

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["MultiTaskModel"]
+from torch_adapmtl._names import RULE, is_task_name
 
-_RESERVED = ("shared", "unused", "frozen")
+__all__ = ["MultiTaskModel"]
 
 
 class MultiTaskModel(nn.Module):
@@ -105,7 +105,7 @@ class MultiTaskModel(nn.Module):
 
 
 def _check_heads(heads: Mapping[str, nn.Module]) -> None:
-    if not isinstance(heads, Mapping):
+    if not isinstance(heads, Mapping | nn.ModuleDict):
         raise TypeError(
             f"heads must be a mapping of task name to module, got {type(heads).__name__}"
         )
@@ -114,12 +114,8 @@ def _check_heads(heads: Mapping[str, nn.Module]) -> None:
     for task, head in heads.items():
         if not isinstance(task, str):
             raise TypeError(f"task names in heads must be strings, got {task!r}")
-        if task in _RESERVED:
-            raise ValueError(f"task name {task!r} is reserved: choose another key in heads")
-        if not task or set(task) & {"+", "."}:
-            raise ValueError(
-                f"task name {task!r} in heads is empty or contains '+' or '.': choose another"
-            )
+        if not is_task_name(task):
+            raise ValueError(f"heads: {task!r} cannot be a task name: {RULE}; choose another key")
         if hasattr(nn.ModuleDict(), task):
             raise ValueError(
                 f"task name {task!r} in heads is an attribute of torch.nn.ModuleDict: choose "
