@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["IGNORE", "KINDS", "RandomFlip", "RandomScaleCrop"]
+__all__ = ["IGNORE", "KINDS", "RandomFlip", "RandomScaleCrop", "resize_nearest"]
 
 #: What a target means to an augmentation, by the name of its task.
 KINDS: Mapping[str, str] = MappingProxyType(
@@ -23,7 +24,9 @@ KINDS: Mapping[str, str] = MappingProxyType(
     }
 )
 #: What padding writes into a target of each kind, for losses and metrics to leave out.
-IGNORE: Mapping[str, int] = MappingProxyType({"labels": 255, "depth": 0, "normal": 0, "map": -1})
+IGNORE: Mapping[str, float] = MappingProxyType(
+    {"labels": 255, "depth": 0, "normal": 0, "map": math.nan}
+)
 
 
 class _Joint(ABC):
@@ -45,13 +48,15 @@ class _Joint(ABC):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Transform an example or a batch, each example of it by its own choice.
 
+        The arguments stay as they are. What a choice leaves alone is returned as it is, not copied.
+
         Args:
             image: `(C, H, W)`, or a batch `(B, C, H, W)`.
             targets: By task: labels `(H, W)`, others `(C, H, W)`; with a leading `B` in a batch.
             generator: A CPU generator to draw from; torch's own by default.
 
         Returns:
-            New image and targets; the arguments stay as they are.
+            Image and targets.
 
         Raises:
             ValueError: If a task's kind is not known, or a target's size is not the image's.
@@ -140,13 +145,15 @@ class RandomScaleCrop(_Joint):
 
     The protocol of the paper's data: scale 0.5 to 1.5, crop 321 x 321. Images are resized
     bilinearly, targets by nearest pixel. What padding adds is 0 in the image and `IGNORE` in
-    the targets: 255 for labels, 0 for depth and normals, -1 for other maps.
+    the targets: 255 for labels, 0 for depth and normals, NaN for other maps.
 
-    A picture zoomed by `s` looks like one taken by the same camera of a scene that is `s` times
-    nearer. So depth is divided by `s`, as usual, and normals are turned to fit: their z is
-    multiplied by `s` and their length restored (dividing only z tilts every surface). With
-    `same_camera=False` depth and normals keep their values, which is as exact for a camera
-    whose focal length is `s` times longer.
+    A picture zoomed by `s` looks like one taken by the same camera of a scene that is pressed
+    together along its axis, every depth divided by `s`. So depth is divided by `s`, as usual, and
+    normals are turned to fit: their z is multiplied by `s` and their length restored (dividing only
+    depth tilts every surface). With `same_camera=False` depth and normals keep their values, which
+    is as exact for a camera whose focal length is `s` times longer. Sizes are whole pixels: `s` is
+    the ratio that came out, for each axis. Either way a crop off the middle moves the principal
+    point, by the crop's offset; targets do not depend on it.
 
     Args:
         size: Height and width to return: an integer or a pair.
@@ -198,20 +205,23 @@ class RandomScaleCrop(_Joint):
             image[None], size=scaled, mode="bilinear", align_corners=False, antialias=True
         )[0]
         out = {}
+        down, across = (new / old for new, old in zip(scaled, image.shape[-2:], strict=True))
         for task, target in targets.items():
             kind = self.kinds[task]
             if kind == "none":
                 out[task] = target
                 continue
-            near = _resize_nearest(target, scaled)
+            near = resize_nearest(target, scaled)
             if self.same_camera and kind == "depth":
-                near = near / zoom
+                near = near / across
             elif self.same_camera and kind == "normal":
-                near = F.normalize(near * near.new_tensor([1.0, 1.0, zoom])[:, None, None], dim=0)
+                # The inverse transpose of pressing (x, y, z) to (x, y * down / across, z / across).
+                turn = near.new_tensor([1.0, across / down, across])
+                near = F.normalize(near * turn[:, None, None], dim=0)
             out[task] = self._cut(near, start, IGNORE[kind])
         return self._cut(zoomed, start, 0), out
 
-    def _cut(self, values: Tensor, start: list[int], fill: int) -> Tensor:
+    def _cut(self, values: Tensor, start: list[int], fill: float) -> Tensor:
         (height, width), (top, left) = self.size, start
         out = values.new_full((*values.shape[:-2], height, width), fill)
         inner = values[..., max(top, 0) : top + height, max(left, 0) : left + width]
@@ -226,7 +236,8 @@ def _between(spare: int, chance: float) -> int:
     return place if spare >= 0 else -place
 
 
-def _resize_nearest(values: Tensor, size: list[int]) -> Tensor:
+def resize_nearest(values: Tensor, size: list[int]) -> Tensor:
+    """The nearest pixel of `values` (…, H, W) for each pixel at another size."""
     rows, columns = (
         (((torch.arange(new, device=values.device) + 0.5) * (old / new)).long()).clamp(max=old - 1)
         for new, old in zip(size, values.shape[-2:], strict=True)
