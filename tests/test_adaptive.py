@@ -41,7 +41,7 @@ def test_sparsity_follows_the_schedule(seed: int, allocation: Any) -> None:
 
 
 def test_updates_are_rare_and_the_last_step_is_one() -> None:
-    pruner = prepare(TwoTasks(), total_steps=1003)
+    pruner = prepare(TwoTasks(), total_steps=1003, schedule=SparsitySchedule(settled=1.0))
     assert pruner.budget.interval == 10
     calls = []
     pruner.budget.update = calls.append  # type: ignore[method-assign]
@@ -57,7 +57,8 @@ def test_updates_are_rare_and_the_last_step_is_one() -> None:
 
 
 def test_offsets_come_to_rest() -> None:
-    pruner = prepare(TwoTasks(), total_steps=100, schedule=SparsitySchedule(start=0.0, end=0.6))
+    schedule = SparsitySchedule(start=0.0, end=0.6, settled=1.0)
+    pruner = prepare(TwoTasks(), total_steps=100, schedule=schedule)
     sensitivity = pruner.budget.sensitivity
     ones = torch.ones(len(pruner.budget.layers))
     sensitivity.moves = lambda sample, thresholds: 0.01 * ones  # type: ignore[method-assign]
@@ -75,11 +76,38 @@ def test_offsets_come_to_rest() -> None:
     assert late[late > 0].diff().max() < 0  # ever less
 
 
-def test_the_last_step_moves_no_threshold() -> None:
+@pytest.mark.parametrize(("end", "settled", "last"), [(0.5, None, 70), (0.9, None, 90), (0, 0, 1)])
+def test_zeros_are_final_when_they_are_settled(end: float, settled: Any, last: int) -> None:
+    model = TwoTasks()
+    schedule = SparsitySchedule(start=0.0, end=end, settled=settled)
+    pruner = prepare(model, total_steps=100, schedule=schedule)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    layers = pruner.budget.layers
+    masks = []
+    for step in range(100):
+        train(model, pruner, optimizer, [step])
+        assert pruner.budget.frozen == (step + 1 >= last)
+        if pruner.budget.frozen:
+            masks.append([layer.threshold.mask.clone() for layer in layers])
+            assert zeros(pruner) == round(0.8 * weights(pruner))
+            assert all(torch.equal(a, b) for a, b in zip(masks[0], masks[-1], strict=True))
+            assert all(layer.threshold.alpha == 0 for layer in layers)  # no shrinkage any more
+    assert len(masks) == 101 - last
+    for layer in layers:  # Adam moved what the masks hid; the last step has written the zeros
+        assert not layer.weight[~layer.threshold.mask].any()
+
+
+@pytest.mark.parametrize(("end", "settled"), [(0.5, 0.4), (0.5, 1.1), (0.5, float("nan"))])
+def test_what_settled_may_not_be(end: float, settled: float) -> None:
+    with pytest.raises(ValueError, match=f"settled must lie between end=0.5 and 1.*got {settled}"):
+        SparsitySchedule(end=end, settled=settled)
+
+
+def test_the_last_update_moves_no_threshold() -> None:
     model = TwoTasks()
     pruner = prepare(model, total_steps=100)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    train(model, pruner, optimizer, range(99))
+    train(model, pruner, optimizer, range(69))
     before = [layer.sparse() for layer in pruner.budget.layers]
     thresholds = pruner.budget.thresholds()
     pruner.step()

@@ -144,7 +144,9 @@ def test_ends_with_what_it_has_reached() -> None:
     before = model(x)
     with pytest.raises(RuntimeError, match="mode='paper' does not do: call finalize"):
         pruner.freeze()
-    with pytest.warns(UserWarning, match="mode='paper' ended at a sparsity of .*, not 90.00%"):
+    with pytest.warns(
+        UserWarning, match="ended at a sparsity of .*, not 90.00%: mode='paper' raises"
+    ):
         assert pruner.finalize() is model
     assert zeros(pruner) == found < round(0.9 * weights(pruner))
     assert list(model.state_dict()) == keys
@@ -206,6 +208,6 @@ def test_mode_refuses(options: dict[str, float], message: str) -> None:
 def test_what_has_no_effect_is_refused(argument: str, value: object) -> None:
     model = TwoTasks()
     keys = list(model.state_dict())
-    with pytest.raises(ValueError, match=f"{argument} has no effect in mode='paper'"):
+    with pytest.raises(ValueError, match=f"{argument} has no effect in mode=PaperMode"):
         _paper(model, **{argument: value})
     assert list(model.state_dict()) == keys

@@ -97,12 +97,12 @@ def test_loading_an_earlier_state_takes_the_end_back() -> None:
     model = TwoTasks()
     pruner = prepare(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    train(model, pruner, optimizer, range(10))
+    train(model, pruner, optimizer, range(5))
     state = copy.deepcopy(model.state_dict())
-    train(model, pruner, optimizer, range(10, 20))
+    train(model, pruner, optimizer, range(5, 20))
     model.load_state_dict(state)
     assert pruner.sparsity() < 0.8
-    train(model, pruner, optimizer, range(10, 20))
+    train(model, pruner, optimizer, range(5, 20))
     assert zeros(pruner) == round(0.8 * weights(pruner))
 
 

@@ -289,3 +289,73 @@ def test_on_each_device(device: torch.device, dtype: torch.dtype) -> None:
     for alpha in (0.0, 0.25, torch.tensor(0.25, device=device)):
         want = plain(layer.weight, torch.as_tensor(alpha, device=device))
         assert torch.equal(soft_threshold(layer.weight, alpha), want)
+
+
+# --- firm thresholding ---------------------------------------------------------------------------
+
+
+def plain_firm(weight: Tensor, alpha: float, reach: float) -> Tensor:
+    """The formula by cases (Gao and Bruce, 1997), in float64."""
+    size = weight.double().abs()
+    rising = reach * alpha * (size - alpha) / (reach * alpha - alpha) if alpha else size
+    size = torch.where(size <= alpha, 0.0, torch.where(size <= reach * alpha, rising, size))
+    return size.copysign(weight.double())
+
+
+@given(
+    shape=shapes, dtype=dtypes, value=st.floats(0, 3), reach=st.floats(1.1, 4), seed=seeds,
+    as_tensor=st.booleans(),
+)  # fmt: skip
+def test_firm_is_the_formula_by_cases(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    value: float,
+    reach: float,
+    seed: int,
+    as_tensor: Any,
+) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    alpha = torch.tensor(value, dtype=dtype)
+    sparse = soft_threshold(weight, alpha if as_tensor else value, reach=reach)
+    assert sparse.dtype == dtype
+    expected = plain_firm(weight, alpha.item(), reach)
+    slack = 8 * torch.finfo(dtype).eps * reach / (reach - 1)
+    torch.testing.assert_close(sparse.double(), expected, rtol=slack, atol=4 * slack)
+    # The same weights are pruned as by the soft threshold.
+    assert torch.equal(sparse == 0, soft_threshold(weight, alpha) == 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("as_tensor", [True, False])
+def test_firm_with_a_threshold_of_zero_is_the_identity(dtype: torch.dtype, as_tensor: bool) -> None:
+    weight = torch.tensor([0.0, -0.0, 1.5, -2.7, math.inf, -math.inf, math.nan], dtype=dtype)
+    alpha: Any = torch.tensor(0.0, dtype=dtype) if as_tensor else 0.0
+    found = soft_threshold(weight, alpha, reach=1.5)
+    assert torch.equal(bits(found)[:-1], bits(weight)[:-1])
+    assert found[-1].isnan()
+
+
+def test_firm_in_pieces_is_firm_at_once() -> None:
+    weight = torch.randn(3, 70_001, generator=torch.Generator().manual_seed(0))
+    whole = soft_threshold(weight, 0.7, reach=1.5)  # more than a piece
+    rows = [soft_threshold(row, 0.7, reach=1.5) for row in weight]  # less than one
+    assert torch.equal(whole, torch.stack(rows))
+    assert torch.equal(whole.t(), soft_threshold(weight.t(), 0.7, reach=1.5))  # not contiguous
+
+
+@pytest.mark.parametrize("straight_through", [False, True])
+def test_firm_has_the_gradients_of_the_soft_threshold(straight_through: bool) -> None:
+    found = []
+    for reach in (math.inf, 1.5):
+        weight = torch.linspace(-2, 2, 41, requires_grad=True)
+        alpha = torch.tensor(0.72, requires_grad=True)
+        sparse = soft_threshold(weight, alpha, reach=reach, straight_through=straight_through)
+        found.append(torch.autograd.grad((sparse * torch.arange(41)).sum(), (weight, alpha)))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("reach", [1.0, 0.5, -1.0, math.nan])
+def test_what_reach_may_not_be(reach: float) -> None:
+    with pytest.raises(ValueError, match=f"reach must be above 1 .*got {reach}"):
+        soft_threshold(torch.ones(2), 0.5, reach=reach)

@@ -5,23 +5,26 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from numbers import Integral, Real
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from ._controller import Controller
+from ._controller import Controller, Mode
 from ._layers import Layer
 from .adaptive import AdaptiveBudget, GradientAllocation
 from .budget import SparsitySchedule
 from .groups import FROZEN, UNUSED, find_components, unwrap
-from .paper import PaperBudget, PaperMode
+from .paper import PaperMode
 from .pruner import AdapMTL
 from .sensitivity import SensitivityAllocation
-from .thresholds import SoftThreshold
+from .thresholds import SoftThreshold, check_reach
 from .weighting import LossWeighting, make_weighting
 
 __all__ = ["apply_adapmtl"]
+
+_REACH = 1.5
 
 
 def apply_adapmtl(
@@ -34,13 +37,14 @@ def apply_adapmtl(
     task_outputs: Any = None,
     prunable: Mapping[type[nn.Module], str | Sequence[str]] | None = None,
     exclude: Iterable[Any] = (),
-    mode: Literal["adaptive", "paper"] | PaperMode = "adaptive",
+    mode: Literal["adaptive", "paper"] | Mode = "adaptive",
     granularity: Literal["layer", "component"] | None = None,
     allocation: Literal["sensitivity", "gradient", "common"]
     | SensitivityAllocation
     | GradientAllocation
     | None = None,
     gradient: Literal["straight_through", "mask"] | None = None,
+    reach: float | None = None,
     schedule: SparsitySchedule | None = None,
     min_density: float | Mapping[str, float] | None = None,
     max_density: float | Mapping[str, float] | None = None,
@@ -75,14 +79,18 @@ def apply_adapmtl(
         task_outputs: How the model's output splits into tasks, where it is not a mapping or tuple.
         prunable: Which tensors are prunable besides, or in place of, the default ones.
         exclude: Modules, parameters, names or globs that stay dense and count in no figure.
-        mode: `"adaptive"`, or `"paper"` or a `PaperMode` for the paper's own mechanism.
+        mode: `"adaptive"`, or `"paper"` or a `PaperMode` for the paper's own mechanism, or one of
+            the [baselines][torch_adapmtl.baselines].
         granularity: One offset for each `"layer"` (the default), or each `"component"` as in the
-            paper. Not in paper mode, like the next four but `gradient`.
+            paper. Not in paper mode, like the next five but `gradient`.
         allocation: How offsets are learned: balanced by `"sensitivity"` (the default), by the task
             `"gradient"` (the paper's way), or not at all (`"common"`: one threshold for all).
         gradient: Whether pruned weights keep learning (`"straight_through"`, the default) or not
             (`"mask"`, the paper's, and the default in paper mode).
-        schedule: How the sparsity rises; the default is cubic from 5 % to 60 % of the run.
+        reach: Where the shrinkage of the remaining weights ends, in units of the threshold: 1.5 by
+            default; `math.inf` for the paper's soft threshold. See
+            [`soft_threshold`][torch_adapmtl.soft_threshold].
+        schedule: How the sparsity rises; see [`SparsitySchedule`][torch_adapmtl.SparsitySchedule].
         min_density: Least share of nonzero weights of a component, as a fraction; one for all or a
             mapping by component. Every layer also keeps a floor: a tenth of the overall density,
             and more if it is small.
@@ -122,7 +130,7 @@ def apply_adapmtl(
     total_steps = _check_steps(total_steps)
     make_budget = _budget(
         mode, gradient,
-        granularity=granularity, allocation=allocation, schedule=schedule,
+        granularity=granularity, allocation=allocation, reach=reach, schedule=schedule,
         min_density=min_density, max_density=max_density,
     )  # fmt: skip
     inner = unwrap(model)
@@ -155,7 +163,7 @@ def apply_adapmtl(
             + ", ".join(f"{t.name} is {t.component}" for t in components.tensors[:5])
         )
     losses = make_weighting(weighting, components.tasks, total_steps)
-    budget = make_budget(layers, target_sparsity, total_steps)
+    budget = make_budget(layers, inner, target=target_sparsity, total_steps=total_steps)
     taken = {id(t.parameter) for t in components.tensors}
     others = [
         (name, p.numel())
@@ -202,36 +210,30 @@ def _warn_of_others(others: Sequence[tuple[str, int]], prunable: int) -> None:
         )
 
 
-def _budget(
-    mode: object, gradient: object, **options: Any
-) -> Callable[[Sequence[Layer], float, int], Controller]:
+def _budget(mode: object, gradient: object, **options: Any) -> Callable[..., Controller]:
     """Check the options that need no model; return what makes the controller of one."""
-    paper = isinstance(mode, PaperMode) or mode == "paper"
-    if not paper:
-        _check_choice("mode", mode, ("adaptive", "paper"))
     if gradient is not None:
         _check_choice("gradient", gradient, ("straight_through", "mask"))
-    straight_through = gradient == "straight_through" or (gradient is None and not paper)
-    if paper:
-        _check_unused(**options)
-        settings = mode if isinstance(mode, PaperMode) else PaperMode()
-        return lambda layers, target, _: PaperBudget(
-            layers, target=target, mode=settings, straight_through=straight_through
-        )
+    if mode == "paper":
+        mode = PaperMode()
+    if isinstance(mode, PaperMode):
+        _check_unused(mode, **options)
+        return partial(mode.controller, straight_through=gradient == "straight_through")
+    if isinstance(mode, Mode):
+        _check_unused(mode, gradient=gradient, **options)
+        return mode.controller
+    _check_choice("mode", mode, ("adaptive", "paper"))
 
     given = {name: value for name, value in options.items() if value is not None}
     given.setdefault("schedule", SparsitySchedule())
     given.setdefault("granularity", "layer")
+    given.setdefault("reach", _REACH)
     _check_schedule(given["schedule"])
     _check_choice("granularity", given["granularity"], ("layer", "component"))
+    check_reach(given["reach"])
     given["allocation"] = _allocation(given.get("allocation", "sensitivity"))
-    return lambda layers, target, total_steps: AdaptiveBudget(
-        layers,
-        target=target,
-        total_steps=total_steps,
-        straight_through=straight_through,
-        **given,
-    )
+    given["straight_through"] = gradient != "mask"
+    return lambda layers, _, **run: AdaptiveBudget(layers, **run, **given)
 
 
 def _allocation(value: object) -> SensitivityAllocation | GradientAllocation | None:
@@ -281,10 +283,10 @@ def _check_unthresholded(model: nn.Module) -> None:
             )
 
 
-def _check_unused(**options: object) -> None:
+def _check_unused(mode: Mode, **options: object) -> None:
     for name, value in options.items():
         if value is not None:
             raise ValueError(
-                f"{name} has no effect in mode='paper', where weight decay raises the thresholds: "
-                f"leave it out, or use mode='adaptive'"
+                f"{name} has no effect in mode={mode!r}, which decides on it by itself: leave it "
+                f"out, or use mode='adaptive'"
             )

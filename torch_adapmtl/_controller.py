@@ -1,16 +1,19 @@
-"""What the handle asks of the controller that moves the thresholds."""
+"""What the handle asks of the controller that moves the thresholds, and what makes one."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from ._layers import Layer
+from ._layers import Layer, shaped_like
 from ._precision import KeepsPrecision
 
-__all__ = ["Controller"]
+__all__ = ["Controller", "Mode"]
+
+_GOLDEN = 0.6180339887498949
 
 
 class Controller(KeepsPrecision):
@@ -19,9 +22,13 @@ class Controller(KeepsPrecision):
     Args:
         layers: The layers, in the model's order; a subclass makes their thresholds.
         target: Zeros among all weights of the layers at the end, as a fraction.
+        total_steps: Number of steps.
 
     Attributes:
-        exact: Whether the last step leaves exactly the target, held by masks.
+        zeros: The number of zeros at the end, `round(target * N)`.
+        last_update: The step after which nothing is due any more.
+        interval: About how many steps lie between two updates.
+        exact: Whether the last step leaves exactly that many zeros, held by masks.
         frozen: Whether that is done.
         asleep: Whether `wake` is to be called before the next gradients come.
         threshold_decay: Weight decay of the thresholds that the optimiser trains.
@@ -32,32 +39,98 @@ class Controller(KeepsPrecision):
     asleep = False
     threshold_decay = 0.0
 
-    def __init__(self, layers: Sequence[Layer], target: float) -> None:
+    def __init__(self, layers: Sequence[Layer], target: float, total_steps: int) -> None:
         super().__init__()
         self.layers = list(layers)
-        self.zeros = round(target * sum(layer.weight.numel() for layer in layers))
+        self.target, self.total_steps = target, total_steps
+        self.last_update = total_steps
+        self.interval = max(1, min(10, total_steps // 50))
+        self._sizes = [layer.weight.numel() for layer in layers]
+        self.zeros = round(target * sum(self._sizes))
 
     @abstractmethod
     def thresholds(self) -> Tensor:
         """The threshold of each layer, in units of the weight, float32 of shape (L,)."""
 
     @abstractmethod
-    def due(self, step: int) -> bool:
-        """Whether the weights are looked at after `step` steps."""
-
-    @abstractmethod
-    def step(self, step: int) -> bool:
-        """Do what is due after `step` steps; tell whether it waited for the device."""
-
-    @abstractmethod
     def freeze(self) -> None:
         """Prune to the target now, exactly, and hold the zeros by masks."""
+
+    def due(self, step: int) -> bool:
+        """Whether the weights are looked at after `step` steps."""
+        # No whole number of steps apart, so that batches which take turns are all seen in time.
+        spacing = self.interval + _GOLDEN if self.interval > 1 else 1
+        turn = step // spacing != (step - 1) // spacing
+        return step == self.last_update or (turn and step < self.last_update)
+
+    def step(self, step: int) -> bool:
+        """Do what is due after `step` steps; tell whether it was an update (it synchronises)."""
+        due = self.due(step)
+        if due and not self.frozen:
+            self.freeze() if step == self.last_update else self.update(step)
+        elif step == self.total_steps and self.frozen:
+            self.write()  # momentum has moved what the masks hide
+        self.wake(step)
+        return due or step == self.total_steps
+
+    def update(self, step: int) -> None:
+        """Move the thresholds to where they should be after `step` steps."""
 
     def wake(self, step: int) -> None:
         """Be ready for the gradients of the step after `step`."""
 
+    def observe(self, losses: Mapping[str, Tensor]) -> None:
+        """See the task losses before they are weighted."""
+
+    def shortfall(self) -> str:
+        """Why a run that is not exact ended below its target, and what to do about it."""
+        return ""
+
     def refresh(self) -> None:
         """Derive from the state what is not in it, after a state was loaded."""
 
+    @torch.no_grad()
+    def hold(self, keep: Sequence[Tensor]) -> None:
+        """Write the sparse weights into the parameters, and keep their zeros by masks from now on.
+
+        Args:
+            keep: For each layer which of its weights remain, bool and flat.
+        """
+        for layer, flat in zip(self.layers, keep, strict=True):
+            layer.threshold.mask = shaped_like(layer.weight, flat)
+        self.write()
+        self.settle()
+        self.frozen = True
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Write the sparse weights into the parameters."""
+        for layer in self.layers:
+            layer.weight.copy_(layer.sparse())
+
+    @torch.no_grad()
     def settle(self) -> None:
-        """Keep the weights that remain from being zero, so that they do not count as pruned."""
+        """Keep the weights that remain from being zero, so that they do not count as pruned.
+
+        A weight may tie with the threshold, or have been zero all along.
+        """
+        for layer in self.layers:
+            weight, mask = layer.weight, layer.threshold.mask
+            if mask is not None:
+                weight.masked_fill_((weight == 0) & mask, _smallest(weight.dtype))
+
+
+class Mode(ABC):
+    """A way of pruning that [`apply_adapmtl`][torch_adapmtl.apply_adapmtl] takes as `mode`."""
+
+    @abstractmethod
+    def controller(
+        self, layers: Sequence[Layer], model: nn.Module, *, target: float, total_steps: int
+    ) -> Controller:
+        """Make the controller; it makes the layers' thresholds and changes nothing else yet."""
+
+
+def _smallest(dtype: torch.dtype) -> float:
+    """A number next to nothing: the smallest that is safe from being flushed to zero."""
+    # Half precision has few small numbers, and its subnormals are never flushed.
+    return 2.0**-24 if dtype == torch.float16 else torch.finfo(dtype).tiny

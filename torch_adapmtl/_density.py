@@ -46,7 +46,7 @@ class DensityBounds:
         least = _by_component("min_density", min_density, 0.0, by_name)
         most = _by_component("max_density", max_density, 1.0, by_name)
         sizes = [layer.weight.numel() for layer in layers]
-        masked = [_masked(layer) for layer in layers]
+        masked = [layer.masked for layer in layers]
         self.zeros = round(target * sum(sizes))
         self._index = {name: c for c, name in enumerate(by_name)}
         self._component = [self._index[layer.component] for layer in layers]
@@ -135,9 +135,3 @@ def _floor(layer: Layer, density: float) -> int:
 def _share(fraction: float, size: int) -> int:
     """The whole part of `fraction * size`, where 0.07 of 100 is 7 and 1 - 0.9 of 10 is 1."""
     return math.floor(fraction * size + 1e-6)
-
-
-def _masked(layer: Layer) -> int:
-    module, name = layer.owners[0]
-    mask = module._buffers.get(name + "_mask")
-    return 0 if mask is None else int((mask == 0).sum())

@@ -39,6 +39,13 @@ class Layer:
         return held_parameter(*self.owners[0])
 
     @property
+    def masked(self) -> int:
+        """How many weights a mask of `torch.nn.utils.prune` has taken, before it is attached."""
+        module, name = self.owners[0]
+        mask = module._buffers.get(name + "_mask")
+        return 0 if mask is None else int((mask == 0).sum())
+
+    @property
     def attached(self) -> bool:
         """Whether the threshold is still there; `prune.remove` may have taken it off."""
         return all(self._is_on(module, name) for module, name in self.owners)

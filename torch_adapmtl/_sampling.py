@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -54,8 +55,11 @@ class Sample:
 def positions(size: int, total: int, device: torch.device) -> Tensor | None:
     """Where to sample a layer: evenly spread and always the same; None for all of it."""
     wanted = size if total <= SAMPLE else max(LAYER_SAMPLE, round(size / total * SAMPLE))
-    if wanted >= size:
-        return None
+    return None if wanted >= size else _spread(size, wanted, device)
+
+
+@lru_cache(maxsize=4096)  # of layers; a megabyte for each model
+def _spread(size: int, wanted: int, device: torch.device) -> Tensor:
     # One in each of as many equal stretches; where in it follows no row or channel.
     number = torch.arange(wanted + 1, device=device)
     start = (number * size).div_(wanted, rounding_mode="floor")

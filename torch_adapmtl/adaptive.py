@@ -12,15 +12,13 @@ from torch import Tensor, nn
 
 from ._controller import Controller
 from ._density import DensityBounds
-from ._layers import Layer, PerComponent, members, shaped_like
+from ._layers import Layer, PerComponent, members
 from ._sampling import Sample, magnitude
 from .budget import Scores, SparsitySchedule, from_bits, pruned, select, solve, to_bits
 from .sensitivity import Sensitivity, SensitivityAllocation
 from .thresholds import SoftThreshold
 
 __all__ = ["AdaptiveBudget", "GradientAllocation"]
-
-_GOLDEN = 0.6180339887498949
 
 
 @dataclass(frozen=True)
@@ -76,6 +74,7 @@ class AdaptiveBudget(Controller):
         granularity: One offset per `"layer"` or per `"component"`.
         allocation: How the offsets are learned; None for one common threshold.
         straight_through: Whether pruned weights keep learning.
+        reach: Where the shrinkage ends, see `soft_threshold`.
         min_density: Least density of a component, as a fraction; one for all, or by name.
         max_density: The same for the largest.
 
@@ -95,14 +94,13 @@ class AdaptiveBudget(Controller):
         granularity: Literal["layer", "component"],
         allocation: SensitivityAllocation | GradientAllocation | None,
         straight_through: bool,
+        reach: float = math.inf,
         min_density: float | Mapping[str, float] | None = None,
         max_density: float | Mapping[str, float] | None = None,
     ) -> None:
-        super().__init__(layers, target)
-        self.target, self.total_steps, self.schedule = target, total_steps, schedule
-        self.allocation = allocation
-        self.interval = max(1, min(10, total_steps // 50))
-        self._sizes = [layer.weight.numel() for layer in layers]
+        super().__init__(layers, target, total_steps)
+        self.schedule, self.allocation = schedule, allocation
+        self.last_update = schedule.last_update(total_steps)
         self._density = DensityBounds(layers, target, min_density, max_density)
         self._members = members(layers)
 
@@ -114,7 +112,9 @@ class AdaptiveBudget(Controller):
             offset = torch.zeros((len(indices),) if granularity == "layer" else (), device=device)
             offsets[name] = nn.Parameter(offset) if learned else offset
         self.offset = PerComponent(offsets)
-        options: dict[str, Any] = {"straight_through": straight_through, "persistent": False}
+        options: dict[str, Any] = {
+            "reach": reach, "straight_through": straight_through, "persistent": False
+        }  # fmt: skip
         for name, indices in self._members.items():
             for position, i in enumerate(indices):
                 threshold = (
@@ -159,20 +159,6 @@ class AdaptiveBudget(Controller):
 
     # --- the rare update ------------------------------------------------------------------------
 
-    def due(self, step: int) -> bool:
-        """Whether the weights are looked at after `step` steps."""
-        # No whole number of steps apart, so that batches which take turns are all seen in time.
-        spacing = self.interval + _GOLDEN if self.interval > 1 else 1
-        return step == self.total_steps or step // spacing != (step - 1) // spacing
-
-    def step(self, step: int) -> bool:
-        """Do what is due after `step` steps; tell whether it was an update (it synchronises)."""
-        due = self.due(step)
-        if due and not self.frozen:
-            self.freeze() if step == self.total_steps else self.update(step)
-        self.wake(step)
-        return due
-
     def wake(self, step: int) -> None:
         """Be ready for the gradients of the step after `step`."""
         self.asleep = False
@@ -199,7 +185,7 @@ class AdaptiveBudget(Controller):
         decayed cannot follow.
         """
         end = self.schedule.end * self.total_steps
-        return min(1.0, (self.total_steps - step) / max(self.total_steps - end, 1.0))
+        return min(1.0, (self.last_update - step) / max(self.last_update - end, 1.0))
 
     def refresh(self) -> None:
         """Hand every layer its threshold, after an update or a loaded state."""
@@ -229,13 +215,8 @@ class AdaptiveBudget(Controller):
         trained afterwards that could make up for a moved threshold.
         """
         self._set_offsets(self.offsets())
-        level, numbers = self._select()
-        for i, layer in enumerate(self.layers):
-            keep = shaped_like(layer.weight, ~pruned(self._score(i), level[i], numbers[i]))
-            layer.weight.copy_(torch.where(keep, layer.sparse(), 0.0))
-            layer.threshold.mask = keep
-        self.settle()
-        self.frozen = True
+        chosen = zip(*self._select(), strict=True)
+        self.hold([~pruned(self._score(i), *at) for i, at in enumerate(chosen)])
         if self.sensitivity is not None:
             self.sensitivity.stop()
         self.refresh()
@@ -253,17 +234,6 @@ class AdaptiveBudget(Controller):
             return level, numbers
         everything = [-1] * len(level), [2**31] * len(level)
         return select(self._near(everything), bounds, zeros)
-
-    @torch.no_grad()
-    def settle(self) -> None:
-        """Keep the weights that remain from being zero, so that they do not count as pruned.
-
-        A weight may tie with the threshold, or have been zero all along.
-        """
-        for layer in self.layers:
-            weight, mask = layer.weight, layer.threshold.mask
-            if mask is not None:
-                weight.masked_fill_((weight == 0) & mask, _smallest(weight.dtype))
 
     def _score(self, index: int) -> Tensor:
         return magnitude(self.layers[index]) * self.offsets()[index].neg().exp()
@@ -287,9 +257,3 @@ class AdaptiveBudget(Controller):
     def __getstate__(self) -> dict[str, Any]:
         # A copy has not asked for gradients yet.
         return {**self.__dict__, "asleep": True}
-
-
-def _smallest(dtype: torch.dtype) -> float:
-    """A number next to nothing: the smallest that is safe from being flushed to zero."""
-    # Half precision has few small numbers, and its subnormals are never flushed.
-    return 2.0**-24 if dtype == torch.float16 else torch.finfo(dtype).tiny

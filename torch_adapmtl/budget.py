@@ -27,6 +27,8 @@ __all__ = [
     "to_bits",
 ]
 
+# When the choice of zeros becomes final, as a fraction of the run, unless the user says otherwise.
+_SETTLED = 0.7
 # Bits are those of a float32, plus one: 0 is a weight that is gone in any case (its score is
 # negative), the last stands for the largest finite number and for all that is not finite.
 _MAX_BITS = 0x7F7FFFFF + 1
@@ -40,11 +42,15 @@ class SparsitySchedule:
     `target + (initial - target) * (1 - p)**3` for the cubic shape (Zhu and Gupta, arXiv
     1710.01878), the same with exponent 1 for the linear one and `(1 + cos(pi p)) / 2` in place of
     the power for the cosine one. Before `start` it is `initial`, from `end` on it is the target,
-    and at the last step it is the target in any case.
+    and at the last step it is the target in any case. Which weights are zero may still change until
+    `settled`; from then on they are held by masks, exactly as many as asked for, and the others
+    train on without a threshold.
 
     Args:
         start: When the sparsity begins to rise, as a fraction of `total_steps`.
-        end: When it reaches the target, as a fraction of `total_steps`; `start <= end <= 1`.
+        end: When it reaches the target, as a fraction of `total_steps`.
+        settled: When the choice of zeros becomes final, as a fraction of `total_steps`;
+            `0 <= start <= end <= settled <= 1`, or `max(end, 0.7)` if None.
         initial: Sparsity before `start`, as a fraction of the prunable weights.
         shape: `"cubic"`, `"linear"` or `"cosine"`.
 
@@ -59,9 +65,10 @@ class SparsitySchedule:
     """
 
     start: float = 0.05
-    end: float = 0.6
+    end: float = 0.5
     initial: float = 0.0
     shape: Literal["cubic", "linear", "cosine"] = "cubic"
+    settled: float | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.start <= self.end <= 1.0:
@@ -69,12 +76,22 @@ class SparsitySchedule:
                 f"schedule: start and end must satisfy 0 <= start <= end <= 1, as fractions of "
                 f"total_steps; got start={self.start}, end={self.end}"
             )
+        if self.settled is not None and not self.end <= self.settled <= 1.0:
+            raise ValueError(
+                f"schedule: settled must lie between end={self.end} and 1, as a fraction of "
+                f"total_steps; got {self.settled}"
+            )
         if not 0.0 <= self.initial < 1.0:
             raise ValueError(f"schedule: initial must lie in [0, 1), got {self.initial}")
         if self.shape not in ("cubic", "linear", "cosine"):
             raise ValueError(
                 f"schedule: shape must be 'cubic', 'linear' or 'cosine', got {self.shape!r}"
             )
+
+    def last_update(self, total_steps: int) -> int:
+        """The step at which the choice of zeros becomes final."""
+        settled = max(self.end, _SETTLED) if self.settled is None else self.settled
+        return max(1, math.ceil(settled * total_steps))
 
     def __call__(self, step: int, total_steps: int, target: float) -> float:
         """Return the overall sparsity, a fraction, due after `step` of `total_steps` steps."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._controller import Controller
+from ._controller import Controller, Mode
 from ._layers import Layer, PerComponent, members
 from .thresholds import SoftThreshold
 
@@ -18,7 +18,7 @@ __all__ = ["PaperBudget", "PaperMode"]
 
 
 @dataclass(frozen=True)
-class PaperMode:
+class PaperMode(Mode):
     """Settings of the paper's mechanism (AdapMTL, arXiv 2408.03913, and the authors' code).
 
     Each component has one trained number s and the threshold `alpha = sigmoid(s)`. It starts low;
@@ -49,6 +49,24 @@ class PaperMode:
         if not 0.0 <= self.weight_decay < math.inf:
             raise ValueError(f"mode: weight_decay must be >= 0, got {self.weight_decay}")
 
+    def controller(
+        self,
+        layers: Sequence[Layer],
+        model: nn.Module,
+        *,
+        target: float,
+        total_steps: int,
+        straight_through: bool = False,
+    ) -> PaperBudget:
+        """Make the controller; see `PaperBudget`."""
+        return PaperBudget(
+            layers,
+            target=target,
+            total_steps=total_steps,
+            mode=self,
+            straight_through=straight_through,
+        )
+
 
 class _SigmoidThreshold(SoftThreshold):
     """alpha = sigmoid(s), with the s of the layer's component."""
@@ -74,6 +92,7 @@ class PaperBudget(Controller):
     Args:
         layers: The layers, in the model's order; their thresholds are made here.
         target: Zeros among all weights of the layers, as a fraction.
+        total_steps: Number of steps.
         mode: The settings.
         straight_through: Whether pruned weights keep learning; the paper's do not.
     """
@@ -82,9 +101,15 @@ class PaperBudget(Controller):
     exact = False
 
     def __init__(
-        self, layers: Sequence[Layer], *, target: float, mode: PaperMode, straight_through: bool
+        self,
+        layers: Sequence[Layer],
+        *,
+        target: float,
+        total_steps: int,
+        mode: PaperMode,
+        straight_through: bool,
     ) -> None:
-        super().__init__(layers, target)
+        super().__init__(layers, target, total_steps)
         self.threshold_decay = mode.weight_decay
         device = layers[0].weight.device
         names = list(members(layers))
@@ -127,4 +152,17 @@ class PaperBudget(Controller):
         raise RuntimeError(
             "freeze() prunes to the target exactly, which mode='paper' does not do: call "
             "finalize() to keep the sparsity it has reached"
+        )
+
+    def shortfall(self) -> str:
+        """Why the run ended below its target, and what to do about it."""
+        if bool(self.reached):
+            return (
+                "mode='paper' held its thresholds when the target was reached, and some weights "
+                "have grown across them since. Train for fewer steps after that, or use "
+                "mode='adaptive'"
+            )
+        return (
+            "mode='paper' raises its thresholds by the optimizer's weight decay. Make the "
+            "optimizer from param_groups(), and raise PaperMode's start or weight_decay"
         )

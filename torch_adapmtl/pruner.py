@@ -118,6 +118,7 @@ class AdapMTL(nn.Module):
         self._check_active("loss")
         if self.budget.asleep:
             self.budget.wake(self._step)
+        self.budget.observe({task: loss for task, loss in losses.items() if loss is not None})
         total: Tensor = self.weighting(losses)
         return total
 
@@ -125,9 +126,10 @@ class AdapMTL(nn.Module):
         """Move the sparsity along its schedule; call it once after each step of the optimiser.
 
         Most calls only count. Every few steps the thresholds are solved for anew, from a sample of
-        the weights, which waits for the device once. The last call writes the sparse weights into
-        the parameters, exactly `round(target_sparsity * N)` of them zero, and keeps them zero
-        under masks from then on.
+        the weights, which waits for the device once. When the schedule says that the zeros are
+        settled (after 70 % of the steps by default), the sparse weights are written into the
+        parameters, exactly `round(target_sparsity * N)` of them zero, and masks hold these zeros
+        from then on, while the other weights train on without a threshold.
 
         Raises:
             RuntimeError: If called more than `total_steps` times, after `finalize`, while
@@ -283,8 +285,8 @@ class AdapMTL(nn.Module):
     def freeze(self) -> None:
         """Prune the model to its target now, whatever the schedule says, and hold its zeros.
 
-        The last `step` does this by itself. Call it to end early; train on as long as you like,
-        without `step`, to let the remaining weights recover.
+        `step` does this by itself when the schedule says so. Call it to end early; train on as long
+        as you like, without `step`, to let the remaining weights recover.
 
         Raises:
             RuntimeError: In paper mode, which has no exact target, or after `finalize`.
@@ -316,16 +318,14 @@ class AdapMTL(nn.Module):
             raise RuntimeError(
                 f"finalize() was called after {self._step} of total_steps={self.total_steps} "
                 f"steps: the model is {self.sparsity():.2%} sparse, and becomes exactly "
-                f"{self.target_sparsity:.2%} sparse with the last step. Call freeze() to prune it "
-                f"to its target now (and train on to recover), or call step() after every "
+                f"{self.target_sparsity:.2%} sparse when its zeros settle. Call freeze() to "
+                f"prune it to its target now (and train on to recover), or call step() after every "
                 f"optimizer step until the end."
             )
         if not self.budget.exact and (sparsity := self.sparsity()) < self.target_sparsity:
             warnings.warn(
-                f"mode='paper' ended at a sparsity of {sparsity:.2%}, not "
-                f"{self.target_sparsity:.2%}: its thresholds rise by the optimizer's weight decay. "
-                f"Make the optimizer from param_groups(), and raise PaperMode's start or "
-                f"weight_decay",
+                f"the run ended at a sparsity of {sparsity:.2%}, not {self.target_sparsity:.2%}: "
+                f"{self.budget.shortfall()}",
                 stacklevel=2,
             )
         self.budget.settle()

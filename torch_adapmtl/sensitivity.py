@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._hooks import GradientHooks
 from ._layers import Layer
 from ._precision import KeepsPrecision
 from ._sampling import Sample, positions, take
@@ -44,7 +45,7 @@ class SensitivityAllocation:
     """
 
     rate: float = 0.1
-    bound: float = 1.1
+    bound: float = 0.35
     decay: float = 0.9
     prior: float = 20.0
 
@@ -87,43 +88,26 @@ class Sensitivity(KeepsPrecision):
         # Decayed sum of the saliency in the band above the threshold, and number of weights in it.
         device = layers[0].weight.device
         self.register_buffer("saliency", torch.zeros(2, len(layers), device=device))
-        self._listening = False
+        self._total = sum(layer.weight.numel() for layer in layers)
         self._gradients: dict[int, Tensor] = {}
-        self._hooked: list[tuple[nn.Parameter, Any]] = []
+        self._hooks = GradientHooks(self.layers, self._remember)
 
     def listen(self, listening: bool) -> None:
         """Sample the gradients of the backward passes from now on, or stop to."""
-        self._listening = listening
-        if listening:
-            weights = [layer.weight for layer in self.layers]
-            # Loading a state dict or thawing a layer may have brought other parameters.
-            wanted = [(id(w), w.requires_grad) for w in weights]
-            if wanted != [(id(w), handle is not None) for w, handle in self._hooked]:
-                self.stop()
-                self._listening = True
-                self._hooked = [(w, self._hook(i, w)) for i, w in enumerate(weights)]
+        self._hooks.listen(listening)
 
     def stop(self) -> None:
         """Take the hooks off the parameters."""
-        for _, handle in self._hooked:
-            if handle is not None:
-                handle.remove()
-        self._hooked, self._gradients, self._listening = [], {}, False
+        self._hooks.stop()
+        self._gradients = {}
 
-    def _hook(self, index: int, weight: nn.Parameter) -> Any:
-        if not weight.requires_grad:
-            return None
-        total = sum(layer.weight.numel() for layer in self.layers)
-        where = positions(weight.numel(), total, weight.device)
-
-        def remember(parameter: Tensor) -> None:
-            # A sample only, and now: the gradient is gone when step() is called.
-            if self._listening and parameter.grad is not None:
-                taken = take(parameter.grad, where)
-                # Not a view: what follows may write to the gradient (zeroing, unscaling, clipping).
-                self._gradients[index] = taken.clone() if where is None else taken
-
-        return weight.register_post_accumulate_grad_hook(remember)
+    def _remember(self, index: int, parameter: nn.Parameter) -> None:
+        # A sample only, and now: the gradient is gone when step() is called.
+        where = positions(parameter.numel(), self._total, parameter.device)
+        assert parameter.grad is not None
+        taken = take(parameter.grad, where)
+        # Not a view: what follows may write to the gradient (zeroing, unscaling, clipping).
+        self._gradients[index] = taken.clone() if where is None else taken
 
     def moves(self, sample: Sample, thresholds: Tensor) -> Tensor:
         """Take in the sampled gradients; say how far each layer's offset should move.
@@ -174,5 +158,4 @@ class Sensitivity(KeepsPrecision):
         return torch.zeros_like(values).index_add_(0, pool, values)[pool]
 
     def __getstate__(self) -> dict[str, Any]:
-        # Hooks belong to the parameters of this very model; a copy makes its own when it listens.
-        return {**self.__dict__, "_listening": False, "_hooked": [], "_gradients": {}}
+        return {**self.__dict__, "_gradients": {}}
