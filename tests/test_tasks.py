@@ -1,0 +1,149 @@
+"""Losses and metrics of the tasks, by hand-computed examples and plain formulae."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+pytest.importorskip("torchmetrics")
+
+from torch_adapmtl.tasks import (
+    Classification,
+    Depth,
+    Map,
+    Normals,
+    Regression,
+    Segmentation,
+    Task,
+)
+
+
+def measured(task: Task, *batches: tuple[Tensor, Tensor]) -> dict[str, float]:
+    for prediction, target in batches:
+        task.update(prediction, target)
+    return task.compute()
+
+
+def test_segmentation_by_hand() -> None:
+    # classes found 0 0 1 1 2, true 0 1 1 1 ignored: IoU of 0 is 1/2, of 1 is 2/3; 2 never counts
+    logits = F.one_hot(torch.tensor([[[0, 0, 1, 1, 2]]]), 4).movedim(-1, 1).float() * 9
+    target = torch.tensor([[[0, 1, 1, 1, 255]]])
+    found = measured(Segmentation(4), (logits, target))
+    assert found["mIoU"] == pytest.approx(100 * (1 / 2 + 2 / 3) / 2)
+    assert found["pixel_accuracy"] == pytest.approx(75)
+
+
+def test_the_loss_of_segmentation_is_weighted_cross_entropy() -> None:
+    torch.manual_seed(0)
+    logits, target = torch.randn(2, 3, 4, 5), torch.randint(3, (2, 4, 5))
+    target[0, :2] = 255
+    for weights in (None, torch.tensor([0.5, 1.0, 3.0])):
+        task = Segmentation(3, class_weights=weights, metrics=["cross_entropy"])
+        expected = F.cross_entropy(logits, target, weight=weights, ignore_index=255)
+        torch.testing.assert_close(task.loss(logits, target), expected)
+        found = measured(task, (logits, target))["cross_entropy"]
+        assert found == pytest.approx(expected.item())
+    assert task.loss(logits, torch.full_like(target, 255)) == 0
+
+
+def test_depth_by_hand() -> None:
+    prediction = torch.tensor([[[[2.0, 3.0, 1.0, 7.0, -1.0]]]])
+    target = torch.tensor([[[[2.0, 4.0, 1.6, 0.0, 1.0]]]])  # the fourth is unknown
+    found = measured(Depth(), (prediction, target))
+    assert found["abs_error"] == pytest.approx((0 + 1 + 0.6 + 2) / 4)
+    assert found["rel_error"] == pytest.approx((0 + 1 / 4 + 0.6 / 1.6 + 2) / 4)
+    # ratios 1, 4/3, 1.6, none
+    assert found["within_1.25"] == pytest.approx(25)
+    assert found["within_1.25^2"] == pytest.approx(50)
+    assert found["within_1.25^3"] == pytest.approx(75)
+    assert Depth().loss(prediction, target).item() == pytest.approx(3.6 / 4)
+
+
+def test_normals_by_hand() -> None:
+    angles = torch.tensor([0.0, 10.0, 20.0, 25.0, 90.0])
+    radians = angles.deg2rad()
+    prediction = 3 * torch.stack([radians.sin(), radians.cos(), 0 * radians]).view(1, 3, 1, 5)
+    target = torch.tensor([0.0, 1.0, 0.0]).view(1, 3, 1, 1).repeat(1, 1, 1, 6)
+    target[..., 5] = 0  # unknown
+    prediction = torch.cat([prediction, torch.ones(1, 3, 1, 1)], dim=-1)
+    task = Normals(metrics=[*Normals._default, "cosine"])
+    found = measured(task, (prediction, target))
+    assert found["angle_mean"] == pytest.approx(29, abs=1e-4)
+    assert found["angle_median"] == pytest.approx(20, abs=0.011)
+    assert found["within_11.25"] == pytest.approx(40)
+    assert found["within_22.5"] == pytest.approx(60)
+    assert found["within_30"] == pytest.approx(80)
+    assert found["cosine"] == pytest.approx(radians.cos().mean().item(), abs=1e-6)
+    assert task.loss(prediction, target).item() == pytest.approx(1 - found["cosine"], abs=1e-6)
+
+
+def test_the_median_angle_is_that_of_all_batches() -> None:
+    generator = torch.Generator().manual_seed(0)
+    task = Normals(metrics=["angle_median"])
+    everything = []
+    for _ in range(3):
+        prediction, target = torch.randn(2, 2, 3, 4, 5, generator=generator)
+        target = F.normalize(target, dim=1)
+        task.update(prediction, target)
+        everything.append(F.cosine_similarity(prediction, target, dim=1).acos().rad2deg().flatten())
+    expected = torch.cat(everything).median().item()
+    assert task.compute()["angle_median"] == pytest.approx(expected, abs=0.011)
+    task.reset()
+    task.update(target, target)
+    assert task.compute()["angle_median"] < 0.02
+
+
+def test_maps_by_hand() -> None:
+    target = torch.tensor([[[[1.0, -1.0, math.nan]]]])
+    prediction = torch.tensor([[[[0.5, 0.5, 9.0]]]], requires_grad=True)
+    task = Map()
+    loss = task.loss(prediction, target)
+    loss.backward()
+    assert loss.item() == 1.0
+    assert prediction.grad.flatten().tolist() == [-0.5, 0.5, 0.0]
+    assert measured(task, (prediction, target)) == {"abs_error": 1.0}
+
+
+def test_numbers_and_classes() -> None:
+    regression, classes = Regression(), Classification(3)
+    prediction, target = torch.tensor([[1.0], [4.0]]), torch.tensor([[0.0], [2.0]])
+    assert regression.loss(prediction, target) == 2.5
+    assert measured(regression, (prediction, target)) == {"abs_error": 1.5}
+    logits = torch.eye(3)[[0, 1, 2, 0]]
+    assert measured(classes, (logits, torch.tensor([0, 1, 0, 0]))) == {"accuracy": 75.0}
+
+
+@pytest.mark.parametrize(
+    ("task", "channels", "make"),
+    [
+        (Segmentation(3), 3, lambda: torch.randint(3, (2, 8, 8))),
+        (Depth(), 1, lambda: torch.rand(2, 1, 8, 8) + 1),
+        (Normals(), 3, lambda: F.normalize(torch.randn(2, 3, 8, 8), dim=1)),
+        (Map(), 1, lambda: torch.rand(2, 1, 8, 8)),
+    ],
+    ids=["segmentation", "depth", "normals", "map"],
+)
+def test_sizes_are_brought_together(task: Any, channels: int, make: Any) -> None:
+    torch.manual_seed(0)
+    target, prediction = make(), torch.rand(2, channels, 4, 4)
+    thinned = target[..., ::2, ::2]  # what nearest picks
+    torch.testing.assert_close(task.loss(prediction, target), task.loss(prediction, thinned))
+    task.update(prediction, target)
+    found = task.compute()
+    task.reset()
+    task.update(F.interpolate(prediction, (8, 8), mode="bilinear", align_corners=False), target)
+    assert task.compute() == found
+    task.reset()
+
+
+def test_metrics_are_chosen_by_name() -> None:
+    assert Depth(metrics=["abs_error"]).metrics == ("abs_error",)
+    with pytest.raises(ValueError, match=r"metrics must be some of .*'abs_error'.*got \['mIoU'\]"):
+        Depth(metrics=["mIoU"])
+    with pytest.raises(ValueError, match=r"one number for each of 3 classes, got the shape \(2,\)"):
+        Segmentation(3, class_weights=torch.ones(2))

@@ -1,0 +1,155 @@
+"""NYU-v2 with its three dense tasks, from either of the two preparations in use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from torch_adapmtl.datasets._files import (
+    check_files,
+    check_size,
+    listed,
+    read_array,
+    read_image,
+    resized,
+)
+
+__all__ = ["NYUv2"]
+
+_INDEX = "nyu_v2_3task.json"
+_COLUMNS = ("image", "segmentation", "normal", "depth")
+_FOLDERS = ("image", "label", "normal", "depth")
+_NO_DEPTH = 3e-5
+_IGNORE = 255
+
+Transform = Callable[[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
+
+
+class NYUv2(Dataset[tuple[Tensor, dict[str, Tensor]]]):
+    """NYU-v2 (Silberman et al., ECCV 2012): segmentation, depth and surface normals.
+
+    Nothing is downloaded. `root` is a folder in one of two layouts, told apart by what is in it:
+
+    - that of the paper's code, with `nyu_v2_3task.json`: under `train` and `test` it lists rows of
+      image, segmentation, normal and depth, as paths from `root`. Segmentation is an 8-bit image
+      of 40 classes (255: unknown), normals an 8-bit image (255 in all channels: unknown; else
+      -1 to 1), depth a `.npy` in metres (up to 3e-5: unknown).
+    - that of MTAN and LibMTL, with folders `train` and `val`, in each `image/N.npy` (H, W, 3, from
+      0 to 1), `label/N.npy` (13 classes, -1: unknown), `depth/N.npy` (H, W, 1) and `normal/N.npy`
+      (H, W, 3).
+
+    Either way an example is an image `(3, H, W)` in [0, 1], and targets as
+    [`torch_adapmtl.tasks`][torch_adapmtl.tasks] take them: `segmentation` `(H, W)` int64, 255 where
+    unknown; `normal` `(3, H, W)`, of unit length, 0 where unknown; `depth` `(1, H, W)` in metres, 0
+    where unknown.
+
+    Args:
+        root: The folder.
+        split: `"train"` or `"test"` (the second layout's `val`).
+        size: Height and width that every example is resized to (targets by nearest pixel), as the
+            paper's test set is to 321; None to leave them.
+        transform: Called with image and targets last, for instance a `RandomScaleCrop`.
+
+    Attributes:
+        classes: Number of classes of the segmentation: 40 or 13.
+
+    Raises:
+        FileNotFoundError: If `root` is in neither layout, or a file is missing.
+        ValueError: If `split` is neither, or a file is not as described above; the first example
+            is read at once to see that.
+
+    Example:
+        >>> NYUv2("no/such/folder")
+        Traceback (most recent call last):
+        FileNotFoundError: no/such/folder holds neither nyu_v2_3task.json nor the folders train...
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str = "train",
+        *,
+        size: int | tuple[int, int] | None = None,
+        transform: Transform | None = None,
+    ) -> None:
+        if split not in ("train", "test"):
+            raise ValueError(f'split must be "train" or "test", got {split!r}')
+        self.root = Path(root)
+        self.size = (size, size) if isinstance(size, int) else size
+        self.transform = transform
+        self._listed = (self.root / _INDEX).is_file()
+        if self._listed:
+            self.classes = 40
+            self._rows = listed(self.root / _INDEX, split, _COLUMNS)
+        else:
+            self.classes = 13
+            folder = self.root / ("train" if split == "train" else "val")
+            if not (folder / "image").is_dir():
+                raise FileNotFoundError(
+                    f"{self.root} holds neither {_INDEX} nor the folders train/image and val/image"
+                )
+            names = sorted(
+                (path.name for path in (folder / "image").glob("*.npy")),
+                key=lambda name: (len(name), name),
+            )
+            if not names:
+                raise FileNotFoundError(f"{folder / 'image'} holds no .npy files")
+            self._rows = [[f"{folder.name}/{kind}/{n}" for kind in _FOLDERS] for n in names]
+        check_files(self.root, self._rows, _COLUMNS)
+        self[0]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The image and the targets of one example."""
+        image_path, *paths = (self.root / name for name in self._rows[index])
+        read: Any = self._from_images if self._listed else self._from_arrays
+        image, targets = read(image_path, *paths)
+        check_size(image, targets, image_path)
+        if self.size is not None:
+            image, targets = resized(image, targets, self.size)
+        return (image, targets) if self.transform is None else self.transform(image, targets)
+
+    def _from_images(
+        self, image: Path, segmentation: Path, normal: Path, depth: Path
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        codes = read_image(normal, 3)
+        unknown = (codes == 255).all(0)
+        vectors = codes / 127.5 - 1
+        return read_image(image, 3) / 255, {
+            "segmentation": self._labels(read_image(segmentation, 1)[0].long(), segmentation),
+            "depth": _metres(read_array(depth, 1)),
+            "normal": F.normalize(vectors, dim=0).masked_fill(unknown, 0.0),
+        }
+
+    def _from_arrays(
+        self, image: Path, label: Path, normal: Path, depth: Path
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        labels = read_array(label, None).long()
+        vectors = read_array(normal, 3)
+        known = vectors.square().sum(0) > 1e-6
+        return read_array(image, 3), {
+            "segmentation": self._labels(labels.masked_fill(labels == -1, _IGNORE), label),
+            "depth": _metres(read_array(depth, 1)),
+            "normal": F.normalize(vectors, dim=0) * known,
+        }
+
+    def _labels(self, labels: Tensor, path: Path) -> Tensor:
+        wrong = labels[(labels != _IGNORE) & ((labels < 0) | (labels >= self.classes))]
+        if len(wrong):
+            raise ValueError(
+                f"{path} must hold classes 0 to {self.classes - 1} or unknown pixels, found "
+                f"{int(wrong[0])}"
+            )
+        return labels
+
+
+def _metres(depth: Tensor) -> Tensor:
+    return torch.where(depth > _NO_DEPTH, depth, 0.0)
