@@ -1,0 +1,297 @@
+"""The baselines, each against a plain version of it: explicit masks in an ordinary loop."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn.utils import prune
+from toys import TwoTasks, batch, losses, prepare, tensors, train, weights, zeros
+
+from torch_adapmtl import SparsitySchedule, apply_adapmtl
+from torch_adapmtl.baselines import SNIP, DiSparse, IterativeMagnitude, Magnitude, Taylor
+from torch_adapmtl.baselines._masked import lowest
+
+NAMES = ("body", "heads.a", "heads.b")
+STEPS, TARGET = 20, 0.8
+SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}
+MODES: dict[str, Any] = {
+    "global": Magnitude(),
+    "uniform": Magnitude("uniform"),
+    "one-shot": Magnitude(schedule=SparsitySchedule(start=0.5, end=0.5)),
+    "Taylor": Taylor(),
+    "SNIP": SNIP(),
+    "SNIP, 3 batches": SNIP(batches=3),
+    "DiSparse": DiSparse(),
+    "DiSparse dynamic": DiSparse(dynamic=True),
+    "IMP": IterativeMagnitude(rounds=3),
+    "LTH": IterativeMagnitude(rounds=3, rewind=True),
+}
+
+
+class Plain:
+    """`TwoTasks` with a mask for each weight, and a rule that says when they change and how."""
+
+    def __init__(self, model: TwoTasks) -> None:
+        self.model = copy.deepcopy(model)
+        self.start = tensors(self.model)
+        named = dict(self.model.named_parameters())
+        self.weights = {name: named[f"{name}.weight"] for name in NAMES}
+        self.masks = {name: torch.ones_like(weight) for name, weight in self.weights.items()}
+        self.optimizer = torch.optim.SGD(self.model.parameters(), **SGD)
+        self.saliency = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+
+    def losses(self, step: int) -> dict[str, Tensor]:
+        masked = {f"{n}.weight": self.weights[n] * self.masks[n] for n in NAMES}
+        x, targets = batch(step)
+        outputs = functional_call(self.model, masked, x)
+        return {task: (outputs[task] - y).square().mean() for task, y in targets.items()}
+
+    def step(self, step: int) -> None:
+        sum(self.losses(step).values()).backward()
+        for name, weight in self.weights.items():
+            effect = (weight.detach() * weight.grad) ** 2
+            self.saliency[name] = 0.95 * self.saliency[name] + 0.05 * effect
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def prune(self, scores: dict[str, Tensor], count: int) -> None:
+        """Mask the `count` lowest scores; what is masked stays so; ties in order."""
+        order = []
+        for place, name in enumerate(scores):
+            for i, score in enumerate(scores[name].flatten().tolist()):
+                gone = self.masks[name].flatten()[i] == 0
+                order.append((-1.0 if gone else score, place, i, name))
+        for _, _, i, name in sorted(order)[:count]:
+            self.masks[name].view(-1)[i] = 0
+
+    def magnitudes(self) -> dict[str, Tensor]:
+        return {name: weight.detach().abs() for name, weight in self.weights.items()}
+
+
+def due(step: int, schedule: SparsitySchedule) -> int:
+    total = sum(layer.numel() for layer in Plain(TwoTasks()).weights.values())
+    return round(schedule(step, STEPS, TARGET) * total)
+
+
+def plain_gradual(plain: Plain, schedule: SparsitySchedule, uniform: bool, taylor: bool) -> None:
+    for step in range(STEPS):
+        plain.step(step)
+        count = due(step + 1, schedule)
+        scores = plain.saliency if taylor else plain.magnitudes()
+        if not uniform:
+            plain.prune(scores, count)
+            continue
+        sizes = [weight.numel() for weight in plain.weights.values()]
+        upto = [count * sum(sizes[:k]) // sum(sizes) for k in range(len(sizes) + 1)]
+        for name, low, high in zip(NAMES, upto[:-1], upto[1:], strict=True):
+            plain.prune({name: scores[name]}, high - low)
+
+
+def plain_snip(plain: Plain) -> None:
+    found = torch.autograd.grad(sum(plain.losses(0).values()), list(plain.weights.values()))
+    sensitivity = {
+        name: (weight * gradient).abs().detach()
+        for (name, weight), gradient in zip(plain.weights.items(), found, strict=True)
+    }
+    plain.step(0)  # the masks come between this forward pass and the next
+    plain.prune(sensitivity, due(STEPS, SparsitySchedule()))
+    for step in range(1, STEPS):
+        plain.step(step)
+
+
+def plain_disparse(plain: Plain) -> None:
+    best = {name: torch.zeros_like(weight) for name, weight in plain.weights.items()}
+    for task, loss in plain.losses(0).items():
+        names = ["body", f"heads.{task}"]
+        found = torch.autograd.grad(loss, [plain.weights[n] for n in names], retain_graph=True)
+        sizes = torch.cat([
+            (plain.weights[n] * gradient).abs().flatten()
+            for n, gradient in zip(names, found, strict=True)
+        ])  # fmt: skip
+        ranks = torch.tensor([int((sizes < size).sum()) / (len(sizes) - 1) for size in sizes])
+        at = 0
+        for name in names:
+            own = ranks[at : at + best[name].numel()].view_as(best[name])
+            best[name], at = torch.maximum(best[name], own), at + own.numel()
+    plain.step(0)
+    plain.prune(best, due(STEPS, SparsitySchedule()))
+    for step in range(1, STEPS):
+        plain.step(step)
+
+
+def plain_iterative(plain: Plain, rewind: bool) -> None:
+    total = sum(weight.numel() for weight in plain.weights.values())
+    for step in range(STEPS):
+        plain.step(step)
+        if step + 1 in (5, 10, 15):
+            plain.prune(plain.magnitudes(), round((1 - 0.2 ** ((step + 1) / 15)) * total))
+            if rewind:
+                with torch.no_grad():
+                    for name, tensor in plain.model.state_dict().items():
+                        tensor.copy_(plain.start[name])
+
+
+GRADUAL = SparsitySchedule()
+ORACLES: dict[str, Callable[[Plain], None]] = {
+    "global": lambda p: plain_gradual(p, GRADUAL, uniform=False, taylor=False),
+    "uniform": lambda p: plain_gradual(p, GRADUAL, uniform=True, taylor=False),
+    "one-shot": lambda p: plain_gradual(
+        p, SparsitySchedule(start=0.5, end=0.5), uniform=False, taylor=False
+    ),
+    "Taylor": lambda p: plain_gradual(p, GRADUAL, uniform=False, taylor=True),
+    "SNIP": plain_snip,
+    "DiSparse": plain_disparse,
+    "IMP": lambda p: plain_iterative(p, rewind=False),
+    "LTH": lambda p: plain_iterative(p, rewind=True),
+}
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_equals_the_plain_version(name: str) -> None:
+    torch.manual_seed(0)
+    model = TwoTasks()
+    plain = Plain(model)
+    pruner = prepare(model, mode=MODES[name], weighting="equal")
+    optimizer = torch.optim.SGD(model.parameters(), **SGD)
+    train(model, pruner, optimizer, range(STEPS))
+    ORACLES[name](plain)
+    pruner.finalize()
+    for layer in NAMES:
+        expected = plain.weights[layer] * plain.masks[layer]
+        found = model.get_submodule(layer).weight
+        assert torch.equal(found == 0, plain.masks[layer] == 0)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert sum(int((mask == 0).sum()) for mask in plain.masks.values()) == 134  # of 168
+
+
+@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize("target", [0.0, 0.37, 0.95])
+@pytest.mark.parametrize("total", [1, 7, 40])
+def test_every_baseline_is_exact(name: str, target: float, total: int) -> None:
+    model = TwoTasks()
+    keys = list(model.state_dict())
+    options = {"total_steps": total, "target_sparsity": target, "weighting": "equal"}
+    pruner = prepare(model, mode=MODES[name], **options)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, weight_decay=1e-2)
+    train(model, pruner, optimizer, range(total))
+    wanted = round(target * weights(pruner))
+    assert zeros(pruner) == wanted
+    sum(losses(model, 99).values()).backward()
+    optimizer.step()
+    assert zeros(pruner) == wanted
+    pruner.finalize()
+    assert list(model.state_dict()) == keys
+    assert sum(int((model.get_submodule(n).weight == 0).sum()) for n in NAMES) == wanted
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_a_copy_and_a_loaded_state_go_on_as_the_original(name: str) -> None:
+    def make() -> tuple[TwoTasks, Any, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = TwoTasks()
+        pruner = prepare(model, mode=MODES[name], weighting="equal")
+        return model, pruner, torch.optim.SGD(model.parameters(), lr=0.1)
+
+    model, pruner, optimizer = make()
+    train(model, pruner, optimizer, range(8))
+    copied = copy.deepcopy(model)
+    loaded, other, own = make()
+    loaded.load_state_dict(model.state_dict())
+    train(model, pruner, optimizer, range(8, STEPS))
+    train(loaded, other, own, range(8, STEPS))
+    optimizer = torch.optim.SGD(copied.parameters(), lr=0.1)
+    train(copied, copied.adapmtl, optimizer, range(8, STEPS))  # type: ignore[arg-type]
+    for again in (loaded, copied):
+        again.adapmtl.finalize()  # type: ignore[operator,union-attr]
+    pruner.finalize()
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value)
+        assert torch.equal(copied.state_dict()[key], value)
+
+
+@given(
+    sizes=st.lists(st.integers(0, 6), min_size=1, max_size=4),
+    levels=st.integers(1, 4),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 2**31),
+)
+def test_lowest_is_a_stable_sort(
+    sizes: Sequence[int], levels: int, share: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = [torch.randint(levels, (n,), generator=generator).float() for n in sizes]
+    count = int(share * sum(sizes))
+    marked = lowest(scores, count)
+    assert [len(part) for part in marked] == list(sizes)
+    expected = torch.zeros(sum(sizes), dtype=torch.bool)
+    expected[torch.cat(scores).sort(stable=True).indices[:count]] = True
+    assert torch.equal(torch.cat(marked), expected)
+
+
+def test_dynamic_masks_move_and_hide_the_gradient_of_what_is_gone() -> None:
+    torch.manual_seed(0)
+    model = TwoTasks()
+    pruner = prepare(model, mode=DiSparse(dynamic=True), total_steps=40, weighting="equal")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    layers = pruner.budget.layers
+    seen = set()
+    for step in range(40):
+        pruner.loss(losses(model, step)).backward()
+        if step:
+            for layer in layers:
+                assert not layer.weight.grad[~layer.threshold.mask].any()
+        optimizer.step()
+        optimizer.zero_grad()
+        pruner.step()
+        seen.add(tuple(bytes(layer.threshold.mask.flatten().tolist()) for layer in layers))
+        if step:
+            assert sum(int((~layer.threshold.mask).sum()) for layer in layers) == 134
+    assert 10 < len(seen) < 40  # they move, and come to rest
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())
+def test_an_earlier_mask_counts_and_stays(mode: Any) -> None:
+    model = TwoTasks()
+    prune.random_unstructured(model.body, "weight", amount=40)
+    before = model.body.weight_mask == 0
+    pruner = prepare(model, mode=mode, weighting="equal")
+    train(model, pruner, torch.optim.SGD(model.parameters(), lr=0.1), range(STEPS))
+    assert zeros(pruner) == 134
+    pruner.finalize()
+    assert ((model.body.weight == 0) & before).sum() == 40
+    model = TwoTasks()
+    prune.random_unstructured(model.body, "weight", amount=40)
+    keys = list(model.state_dict())
+    with pytest.raises(ValueError, match=r"asks for 17 zeros, but masks .* hold 40"):
+        prepare(model, mode=mode, target_sparsity=0.1)
+    assert list(model.state_dict()) == keys
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: Magnitude("layer"), "scope must be 'global' or 'uniform', got 'layer'"),
+        (lambda: Taylor(decay=1.0), r"decay must lie in \[0, 1\), got 1.0"),
+        (lambda: SNIP(batches=0), "batches must be an integer >= 1, got 0"),
+        (lambda: IterativeMagnitude(rounds=0), "rounds must be an integer >= 1, got 0"),
+        (lambda: DiSparse(fraction=1.0), r"fraction must lie in \(0, 1\), got 1.0"),
+        (lambda: DiSparse(interval=0), "interval must be an integer >= 1, got 0"),
+    ],
+)
+def test_settings_are_checked(make: Callable[[], object], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+@pytest.mark.parametrize("option", [{"gradient": "mask"}, {"allocation": "common"}, {"reach": 2.0}])
+def test_what_has_no_effect_is_refused(option: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(option))} has no effect in mode=SNIP"):
+        apply_adapmtl(TwoTasks(), target_sparsity=0.5, total_steps=5, mode=SNIP(), **option)

@@ -1,0 +1,177 @@
+"""DiSparse: saliency by task, and pruning only where every task agrees."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from torch_adapmtl._controller import Mode
+from torch_adapmtl._hooks import GradientHooks
+from torch_adapmtl._layers import Layer, shaped_like
+from torch_adapmtl.baselines._masked import OneShot, lowest, task_gradients
+from torch_adapmtl.thresholds import SoftThreshold
+
+__all__ = ["DiSparse", "DiSparseMasks"]
+
+
+@dataclass(frozen=True)
+class DiSparse(Mode):
+    """Disentangled sparsification (Sun et al., arXiv 2206.04662), static or dynamic.
+
+    Every task ranks the weights it depends on, shared and its own, by its own connection
+    sensitivity `|w * dL_t/dw|` on the first batch. A weight is as valuable as the task that ranks
+    it highest finds it, so that a shared one is pruned only when every task agrees; the least
+    valuable ones go, as many as the target asks for.
+
+    With `dynamic`, the masks move while the model trains: every `interval` steps each layer drops
+    the smallest of its weights and grows as many others, those whose gradient some task ranks
+    highest (from zero). The share that moves decays by a cosine to nothing at three quarters of the
+    run.
+
+    Args:
+        dynamic: Whether the masks move.
+        fraction: The share of a layer's remaining weights that moves at first; in (0, 1).
+        interval: Steps between two moves; a fiftieth of the run if None.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> from torch_adapmtl.baselines import DiSparse
+        >>> DiSparse(dynamic=True).fraction
+        0.3
+    """
+
+    dynamic: bool = False
+    fraction: float = 0.3
+    interval: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction < 1:
+            raise ValueError(f"fraction must lie in (0, 1), got {self.fraction}")
+        if self.interval is not None and self.interval < 1:
+            raise ValueError(f"interval must be an integer >= 1, got {self.interval!r}")
+
+    def controller(
+        self, layers: Sequence[Layer], model: nn.Module, *, target: float, total_steps: int
+    ) -> DiSparseMasks:
+        """Make the controller."""
+        return DiSparseMasks(layers, target=target, total_steps=total_steps, mode=self)
+
+
+class _Window(SoftThreshold):
+    """A mask through which, while it is open, the gradient of pruned weights can be seen."""
+
+    open = False
+
+    def forward(self, weight: Tensor) -> Tensor:
+        masked = super().forward(weight)
+        return weight + (masked - weight).detach() if self.open else masked
+
+
+class DiSparseMasks(OneShot):
+    """The masks of `DiSparse`."""
+
+    _END = 0.75
+
+    def __init__(
+        self, layers: Sequence[Layer], *, target: float, total_steps: int, mode: DiSparse
+    ) -> None:
+        super().__init__(layers, target=target, total_steps=total_steps, batches=1)
+        self.mode = mode
+        self.every = mode.interval or max(1, total_steps // 50)
+        self._value: list[Tensor] = []  # of each weight: the highest rank a task gives it
+        self._hooks = GradientHooks(self.layers, self._close)
+        for layer in layers:
+            weight = layer.weight
+            layer.threshold = _Window(0.0, persistent=False).to(weight.device, weight.dtype)
+
+    def due(self, step: int) -> bool:
+        """Whether masks move after `step` steps."""
+        moves = self.mode.dynamic and step % self.every == 0
+        return step == self.total_steps or (moves and step < self._END * self.total_steps)
+
+    def wake(self, step: int) -> None:
+        """Open the masks for the gradients of a step after which they move."""
+        opened = not self.frozen and self.due(step + 1) and step + 1 < self.total_steps
+        for layer in self.layers:
+            assert isinstance(layer.threshold, _Window)
+            layer.threshold.open = opened
+        self._hooks.listen(opened)
+
+    def _close(self, index: int, parameter: nn.Parameter) -> None:
+        # The optimiser must not see the gradient of a pruned weight.
+        mask = self.layers[index].threshold.mask
+        if mask is not None and parameter.grad is not None:
+            parameter.grad.mul_(mask)
+
+    def observe(self, losses: Mapping[str, Tensor]) -> None:
+        """Rank the first batch's weights; later, where masks move, the gradients."""
+        super().observe(losses)
+        threshold = self.layers[0].threshold
+        assert isinstance(threshold, _Window)
+        if threshold.open:
+            self._value = self._ranks(losses, by_weight=False)
+
+    def score(self, losses: Mapping[str, Tensor]) -> None:
+        """Rank the weights by connection sensitivity."""
+        self._value = self._ranks(losses, by_weight=True)
+
+    def scores(self) -> list[Tensor]:
+        """The highest rank that a task gives each weight."""
+        if not self._value:  # frozen early, or loaded from a state: the masks decide
+            return self.unmasked(lambda layer, _: layer.weight.abs())
+        return self.unmasked(lambda _, i: self._value[i])
+
+    def _ranks(self, losses: Mapping[str, Tensor], *, by_weight: bool) -> list[Tensor]:
+        weights = [layer.weight for layer in self.layers]
+        best = [torch.zeros(weight.numel(), device=weight.device) for weight in weights]
+        for gradients in task_gradients(losses, self.layers).values():
+            reached = [i for i, gradient in enumerate(gradients) if gradient is not None]
+            parts = []
+            for i in reached:
+                gradient = gradients[i]
+                assert gradient is not None
+                size = gradient * weights[i] if by_weight else gradient
+                parts.append(size.detach().abs().float().flatten())
+            order = torch.cat(parts).argsort(stable=True)
+            rank = torch.empty(len(order), device=order.device)
+            rank[order] = torch.linspace(0, 1, len(order), device=order.device)
+            for i, own in zip(reached, rank.split([len(part) for part in parts]), strict=True):
+                best[i] = torch.maximum(best[i], own)
+        return best
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Drop the smallest weights of every layer, and grow the most wanted others."""
+        share = (1 + math.cos(math.pi * step / (self._END * self.total_steps))) / 2
+        for layer, value in zip(self.layers, self._value, strict=False):
+            mask = layer.threshold.mask
+            if mask is None:
+                continue
+            alive = mask.flatten()
+            gone = ~alive
+            count = int(self.mode.fraction * share * int(alive.sum()))
+            count = min(count, int(gone.sum()))
+            size = layer.weight.detach().abs().float().flatten().masked_fill(gone, torch.inf)
+            dropped = lowest([size], count)[0]
+            wanted = value.masked_fill(alive, -torch.inf)
+            grown = lowest([-wanted], count)[0]
+            layer.threshold.mask = shaped_like(layer.weight, (alive & ~dropped) | grown)
+            layer.weight.copy_(
+                layer.weight.masked_fill(shaped_like(layer.weight, grown | dropped), 0.0)
+            )
+        self._value = []
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Hold the zeros by the masks as they are."""
+        if int(self.seen) < self.batches:
+            super().freeze()
+            return
+        alive = self.unmasked(lambda layer, _: torch.ones_like(layer.weight))
+        self.hold([~flat for flat in lowest(alive, self.zeros)])

@@ -1,0 +1,167 @@
+"""Hard masks on exactly as many weights as asked: what the baselines share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from torch_adapmtl._controller import Controller
+from torch_adapmtl._layers import Layer, shaped_like
+from torch_adapmtl.budget import SparsitySchedule
+from torch_adapmtl.thresholds import SoftThreshold
+
+__all__ = ["Masked", "OneShot", "lowest", "task_gradients"]
+
+
+def lowest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
+    """Mark the `count` lowest of all scores together; of equal ones the first in order.
+
+    Args:
+        scores: Any shapes; NaN counts as the lowest.
+        count: How many to mark.
+
+    Returns:
+        Boolean tensors, flat, one for each of `scores`.
+    """
+    flat = torch.cat([part.flatten() for part in scores]).nan_to_num(nan=-torch.inf)
+    if count == 0:
+        marked = torch.zeros_like(flat, dtype=torch.bool)
+    else:
+        level = flat.kthvalue(count).values
+        marked = flat < level
+        ties = (flat == level).nonzero().squeeze(1)
+        marked[ties[: count - int(marked.sum())]] = True
+    return list(marked.split([part.numel() for part in scores]))
+
+
+def task_gradients(
+    losses: Mapping[str, Tensor], layers: Sequence[Layer]
+) -> dict[str, list[Tensor | None]]:
+    """The gradient of each task's loss for each layer's weight; None where a task has none."""
+    weights = [layer.weight for layer in layers]
+    return {
+        task: list(torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True))
+        for task, loss in losses.items()
+    }
+
+
+class Masked(Controller):
+    """Prunes by masks, along a schedule, the weights with the lowest scores.
+
+    Args:
+        layers: The layers, in the model's order; their thresholds (zero) are made here.
+        target: Zeros among all weights of the layers at the end, as a fraction.
+        total_steps: Number of steps.
+        schedule: How the sparsity gets there.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        *,
+        target: float,
+        total_steps: int,
+        schedule: SparsitySchedule,
+    ) -> None:
+        super().__init__(layers, target, total_steps)
+        self.schedule = schedule
+        self._least = sum(layer.masked for layer in layers)
+        if self._least > self.zeros:
+            raise ValueError(
+                f"target_sparsity={target} asks for {self.zeros} zeros, but masks that are there "
+                f"already hold {self._least}: raise the target or remove the masks"
+            )
+        for layer in layers:
+            weight = layer.weight
+            layer.threshold = SoftThreshold(0.0, persistent=False).to(weight.device, weight.dtype)
+
+    def thresholds(self) -> Tensor:
+        """The thresholds: none."""
+        return torch.zeros(len(self.layers), device=self.layers[0].weight.device)
+
+    @abstractmethod
+    def scores(self) -> list[Tensor]:
+        """What each weight is worth, by layer; -inf for what a mask has taken already."""
+
+    def choose(self, zeros: int) -> list[Tensor]:
+        """Mark the weights that are pruned when `zeros` are, by layer, bool and flat."""
+        return lowest(self.scores(), zeros)
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Prune to where the schedule is after `step` steps."""
+        wanted = round(self.schedule(step, self.total_steps, self.target) * sum(self._sizes))
+        self.mask(self.choose(max(wanted, self._least)))
+
+    def mask(self, gone: Sequence[Tensor]) -> None:
+        """Put masks on the layers where a weight is gone."""
+        for layer, flat in zip(self.layers, gone, strict=True):
+            layer.threshold.mask = shaped_like(layer.weight, ~flat) if bool(flat.any()) else None
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Prune to the target now, exactly, and hold the zeros by masks."""
+        self.hold([~flat for flat in self.choose(self.zeros)])
+
+    def store(self, name: str) -> None:
+        """Register a buffer of zeros for each layer's weight, float32: it moves with the model."""
+        for i, layer in enumerate(self.layers):
+            zeros = torch.zeros_like(layer.weight, dtype=torch.float32)
+            self.register_buffer(f"{name}_{i}", zeros)
+
+    def stored(self, name: str, index: int) -> Tensor:
+        """One of the buffers that `store` registered."""
+        found = self._buffers[f"{name}_{index}"]
+        assert found is not None
+        return found
+
+    def unmasked(self, score: Callable[[Layer, int], Tensor]) -> list[Tensor]:
+        """The score of each layer, flat, with -inf where its mask has a zero."""
+        found = []
+        for i, layer in enumerate(self.layers):
+            own, mask = score(layer, i).detach().float().flatten(), layer.threshold.mask
+            if mask is not None:
+                own = own.masked_fill(~mask.to(own.device).flatten(), -torch.inf)
+            found.append(own)
+        return found
+
+
+class OneShot(Masked):
+    """Prunes to the target once, by scores from the gradients of the first batches.
+
+    Args:
+        layers: See `Masked`.
+        target: See `Masked`.
+        total_steps: See `Masked`.
+        batches: How many batches to score; the masks come with the last of them.
+    """
+
+    def __init__(
+        self, layers: Sequence[Layer], *, target: float, total_steps: int, batches: int
+    ) -> None:
+        never = SparsitySchedule(start=1.0, end=1.0)
+        super().__init__(layers, target=target, total_steps=total_steps, schedule=never)
+        self.batches = batches
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    seen: Tensor
+
+    @abstractmethod
+    def score(self, losses: Mapping[str, Tensor]) -> None:
+        """Add what the losses of one batch say to the scores."""
+
+    def due(self, step: int) -> bool:
+        """Whether the weights are looked at after `step` steps: at the end."""
+        return step == self.total_steps
+
+    def observe(self, losses: Mapping[str, Tensor]) -> None:
+        """Score the first batches, then prune: the masks hold from the next forward pass on."""
+        if not self.frozen and int(self.seen) < self.batches:
+            self.score(losses)
+            self.seen += 1
+            if int(self.seen) == self.batches:
+                with torch.no_grad():
+                    self.mask(self.choose(self.zeros))
