@@ -66,7 +66,9 @@ def test_prints_the_exact_sparsity_and_draws(script: str, tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
 
 
-@pytest.mark.parametrize("script", [name for name in SCRIPTS if name not in TRAINING])
+@pytest.mark.parametrize(
+    "script", [name for name in SCRIPTS if name not in (*TRAINING, "benchmark")]
+)
 def test_runs(script: str, tmp_path: Path) -> None:
     assert run(script, tmp_path).strip()
 
@@ -117,3 +119,15 @@ def test_rooms_metrics_leave_out_invalid_pixels() -> None:
     assert found == pytest.approx({"abs. error (m)": 2 / 3, "rel. error (%)": 50 / 3})
     found = rooms.normal_metrics(normal, target_normal)
     assert found == pytest.approx({"mean angle (°)": 30.0, "median angle (°)": 0.0}, abs=0.1)
+
+
+def test_benchmark_writes_a_line_a_run_and_runs_none_twice(tmp_path: Path) -> None:
+    from torch_adapmtl.benchmark import read
+
+    out = tmp_path / "runs.jsonl"
+    for _ in range(2):
+        assert run("benchmark", tmp_path, "--out", str(out)) == f"3 runs in {out}\n"
+        lines = read(out)
+        assert [line["method"] for line in lines] == ["dense", "AdapMTL", "Taylor"]
+        assert all(line["steps"] == 3 and line["metrics"] for line in lines)
+        assert all(line["zeros"] == round(0.9 * line["weights"]) for line in lines)

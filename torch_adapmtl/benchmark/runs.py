@@ -1,0 +1,171 @@
+"""One run: a model trained by a method to a sparsity on a problem, and what came of it."""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+import torch_adapmtl
+from torch_adapmtl import AdapMTL, apply_adapmtl
+from torch_adapmtl.baselines import IterativeMagnitude
+from torch_adapmtl.benchmark.methods import DENSE, METHODS
+from torch_adapmtl.benchmark.problems import PROBLEMS, Problem, Samples
+
+__all__ = ["run", "settings"]
+
+Progress = Callable[[int], object]
+
+
+def settings(
+    problem: Problem, method: str, sparsity: float, seed: int, options: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """What decides on a run's outcome, as JSON can hold it: runs of equal settings are one run."""
+    own = METHODS[method](problem) if options is None else options
+    return {
+        "problem": problem.name,
+        "method": method,
+        "sparsity": 0.0 if method == DENSE else sparsity,
+        "seed": seed,
+        "options": {name: repr(value) for name, value in own.items()},
+        "steps": problem.steps,
+        "batch": problem.batch,
+        "lr": problem.lr,
+        "weight_decay": problem.weight_decay,
+    }
+
+
+def run(
+    problem: Problem,
+    method: str,
+    sparsity: float,
+    seed: int,
+    *,
+    options: dict[str, Any] | None = None,
+    device: str = "cpu",
+    bf16: bool = False,
+    progress: Progress = lambda step: None,
+) -> dict[str, Any]:
+    """Train and test one model.
+
+    Args:
+        problem: What on.
+        method: A name from `METHODS`.
+        sparsity: Zeros among the prunable weights, as a fraction; of no meaning to the dense model.
+        seed: Of the initial weights and the order of batches.
+        options: Options of `apply_adapmtl` in place of the method's own.
+        device: Where.
+        bf16: Whether the forward pass runs under autocast to bfloat16.
+        progress: Called after each step with their number so far.
+
+    Returns:
+        Settings, versions, seconds, the sparsity reached overall and by component, and the metrics
+        by task: one JSON line.
+    """
+    own = METHODS[method](problem) if options is None else options
+    train, test = _data(problem.name, device) if problem.name in PROBLEMS else problem.load()
+    tasks = problem.make_tasks()
+    torch.manual_seed(seed)
+    model = problem.make_model().to(device)
+    pruner: AdapMTL | None = None
+    if method != DENSE:
+        pruner = apply_adapmtl(
+            model,
+            target_sparsity=sparsity,
+            total_steps=problem.steps,
+            example_inputs=train.inputs[:2],
+            **{"weighting": "equal", **own},
+        )
+    mode = own.get("mode")
+    phases = mode.phases(problem.steps) if isinstance(mode, IterativeMagnitude) else [0]
+    autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16)
+
+    started = time.perf_counter()
+    model.train()
+    optimizer = None
+    for step, (inputs, targets) in zip(
+        range(problem.steps), train.shuffled(problem.batch, seed), strict=False
+    ):
+        if step in phases:
+            following = [*phases, problem.steps][phases.index(step) + 1]
+            optimizer = _optimizer(problem, model, pruner)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(following - step))
+        assert optimizer is not None
+        with autocast:
+            outputs = model(inputs)
+        losses = {name: task.loss(outputs[name], targets[name]) for name, task in tasks.items()}
+        total = pruner.loss(losses) if pruner else torch.stack(list(losses.values())).sum()
+        total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if pruner:
+            pruner.step()
+        progress(step + 1)
+    seconds = time.perf_counter() - started
+
+    report = pruner.report() if pruner else None
+    if pruner:
+        model = pruner.finalize()
+    metrics = evaluate(model, problem, test, autocast)
+    return {
+        **settings(problem, method, sparsity, seed, own),
+        "seconds": round(seconds, 2),
+        "reached": report.sparsity if report else 0.0,
+        "zeros": report.zeros if report else 0,
+        "weights": report.weights if report else 0,
+        "components": {row.name: row.sparsity for row in report.components} if report else {},
+        "task_weights": dict(report.task_weights) if report else {},
+        "metrics": metrics,
+        "device": _device_name(device),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "torch_adapmtl": torch_adapmtl.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, problem: Problem, test: Samples, autocast: Any
+) -> dict[str, dict[str, float]]:
+    """The metrics of every task on the test set."""
+    tasks = problem.make_tasks()
+    model.eval()
+    for inputs, targets in test.in_order(max(problem.batch, 100)):
+        with autocast:
+            outputs = model(inputs)
+        for name, task in tasks.items():
+            task.update(outputs[name], targets[name])
+    return {name: task.compute() for name, task in tasks.items()}
+
+
+@cache
+def _data(name: str, device: str) -> tuple[Samples, Samples]:
+    train, test = PROBLEMS[name].load()
+    return train.to(device), test.to(device)
+
+
+def _optimizer(problem: Problem, model: nn.Module, pruner: AdapMTL | None) -> torch.optim.Optimizer:
+    options: dict[str, Any] = {"lr": problem.lr, "weight_decay": problem.weight_decay}
+    if pruner is None:
+        return torch.optim.Adam(model.parameters(), **options)
+    return torch.optim.Adam(pruner.param_groups(threshold_lr=problem.threshold_lr, **options))
+
+
+def _cosine(steps: int) -> Callable[[int], float]:
+    return lambda step: (1 + math.cos(math.pi * min(step / steps, 1.0))) / 2
+
+
+def _device_name(device: str) -> str:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()

@@ -1,0 +1,130 @@
+"""Many runs, each a line of JSON: what is there already is not run again."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from torch_adapmtl.benchmark.methods import DENSE
+from torch_adapmtl.benchmark.problems import PROBLEMS, Problem
+from torch_adapmtl.benchmark.runs import run, settings
+
+__all__ = ["read", "study"]
+
+Key = tuple[str, str, float, int]
+
+
+def read(path: str | Path) -> list[dict[str, Any]]:
+    """The runs in a file of JSON lines; none if there is no such file.
+
+    A last line that a killed process left unfinished is not among them.
+
+    Example:
+        >>> read("no such file")
+        []
+    """
+    file = Path(path)
+    lines = file.read_text().split("\n") if file.exists() else []
+    return [json.loads(line) for line in lines[:-1]]  # what follows the last newline is unfinished
+
+
+def study(
+    *,
+    problems: Sequence[str],
+    methods: Sequence[str],
+    sparsities: Sequence[float],
+    seeds: Sequence[int],
+    out: str | Path,
+    steps: int | None = None,
+    jobs: int = 1,
+    device: str = "cpu",
+) -> None:
+    """Run every method at every sparsity and seed on every problem, and add a line for each run.
+
+    Args:
+        problems: Names from `PROBLEMS`.
+        methods: Names from `METHODS`; the dense model is trained once for each seed.
+        sparsities: Zeros among the prunable weights, as fractions.
+        seeds: Seeds.
+        out: The file of lines; runs that are in it with the same settings are left out.
+        steps: Optimiser steps, in place of the problem's own.
+        jobs: How many runs at a time, each in a process with one thread (on a GPU: with all).
+        device: Where to train.
+    """
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _cut_unfinished(path)
+    chosen = {name: _shortened(PROBLEMS[name], steps) for name in problems}
+    missing = _missing(read(path), list(chosen.values()), methods, sparsities, seeds)
+    calls = [(*key, steps, device) for key in missing]
+    with tqdm(total=len(calls), unit="run", smoothing=0.1) as bar:
+        if jobs == 1:
+            for call in calls:
+                _write(path, _one(call), bar)
+            return
+        with multiprocessing.get_context("spawn").Pool(jobs, _one_thread) as pool:
+            for line in pool.imap_unordered(_one, calls):
+                _write(path, line, bar)
+
+
+def _missing(
+    done: Sequence[dict[str, Any]],
+    problems: Sequence[Problem],
+    methods: Sequence[str],
+    sparsities: Sequence[float],
+    seeds: Sequence[int],
+) -> Iterable[Key]:
+    """The runs that are not done yet; all methods of one seed before the next seed."""
+    known = {_identity(line) for line in done}
+    for seed in seeds:
+        for problem in problems:
+            for sparsity in sparsities:
+                for method in methods:
+                    if method == DENSE and sparsity != sparsities[0]:
+                        continue
+                    wanted = settings(problem, method, sparsity, seed)
+                    if _identity(wanted) not in known:
+                        yield problem.name, method, sparsity, seed
+
+
+def _identity(line: dict[str, Any]) -> str:
+    names = ("problem", "method", "sparsity", "seed", "options", "steps", "batch", "lr")
+    return json.dumps([line[name] for name in (*names, "weight_decay")], sort_keys=True)
+
+
+def _shortened(problem: Problem, steps: int | None) -> Problem:
+    return problem if steps is None else replace(problem, steps=steps)
+
+
+def _one(call: tuple[str, str, float, int, int | None, str]) -> str:
+    name, method, sparsity, seed, steps, device = call
+    problem = _shortened(PROBLEMS[name], steps)
+    return json.dumps(run(problem, method, sparsity, seed, device=device))
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _write(path: Path, line: str, bar: Any) -> None:
+    with open(path, "a") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    bar.update()
+
+
+def _cut_unfinished(path: Path) -> None:
+    """Take off what a killed process wrote after the last whole line."""
+    if path.exists():
+        whole = path.read_bytes().rpartition(b"\n")
+        if whole[2]:
+            path.write_bytes(whole[0] + whole[1])
