@@ -70,9 +70,10 @@ class Words(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         self.phonemes = sorted({sounds[-1].rstrip("012") for _, sounds in entries})
         self.classes = {"syllables": _MOST, "stress": _MOST, "last": len(self.phonemes)}
         self.tasks = tuple(tasks)
-        self._letters = torch.zeros(len(chosen), length, dtype=torch.int64)
-        for row, (word, _) in enumerate(chosen):
-            self._letters[row, : len(word)] = torch.tensor([_LETTERS.index(c) + 1 for c in word])
+        number = {letter: i for i, letter in enumerate(_LETTERS, start=1)}
+        self._letters = torch.tensor(
+            [[number[c] for c in word] + [0] * (length - len(word)) for word, _ in chosen]
+        )
         index = {phoneme: i for i, phoneme in enumerate(self.phonemes)}
         stresses = [[s[-1] for s in sounds if s[-1].isdigit()] for _, sounds in chosen]
         found = {
