@@ -50,7 +50,8 @@ class SparsitySchedule:
         start: When the sparsity begins to rise, as a fraction of `total_steps`.
         end: When it reaches the target, as a fraction of `total_steps`.
         settled: When the choice of zeros becomes final, as a fraction of `total_steps`;
-            `0 <= start <= end <= settled <= 1`, or `max(end, 0.7)` if None.
+            `0 <= start <= end <= settled <= 1`, or `max(end, 0.7)` if None. Baselines, whose
+            pruned weights stay pruned, do without it.
         initial: Sparsity before `start`, as a fraction of the prunable weights.
         shape: `"cubic"`, `"linear"` or `"cosine"`.
 

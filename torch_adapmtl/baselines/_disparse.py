@@ -170,7 +170,7 @@ class DiSparseMasks(OneShot):
     @torch.no_grad()
     def freeze(self) -> None:
         """Hold the zeros by the masks as they are."""
-        if int(self.seen) < self.batches:
+        if self._seen < self.batches:
             super().freeze()
             return
         alive = self.unmasked(lambda layer, _: torch.ones_like(layer.weight))

@@ -146,6 +146,7 @@ class OneShot(Masked):
         super().__init__(layers, target=target, total_steps=total_steps, schedule=never)
         self.batches = batches
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self._seen = 0  # the same on the host: to ask the device would wait for it in every step
 
     seen: Tensor
 
@@ -157,11 +158,16 @@ class OneShot(Masked):
         """Whether the weights are looked at after `step` steps: at the end."""
         return step == self.total_steps
 
+    def refresh(self) -> None:
+        """Read how many batches a loaded state has seen."""
+        self._seen = int(self.seen)
+
     def observe(self, losses: Mapping[str, Tensor]) -> None:
         """Score the first batches, then prune: the masks hold from the next forward pass on."""
-        if not self.frozen and int(self.seen) < self.batches:
+        if not self.frozen and self._seen < self.batches:
             self.score(losses)
             self.seen += 1
-            if int(self.seen) == self.batches:
+            self._seen += 1
+            if self._seen == self.batches:
                 with torch.no_grad():
                     self.mask(self.choose(self.zeros))
