@@ -30,12 +30,14 @@ class Controller(KeepsPrecision):
         interval: About how many steps lie between two updates.
         exact: Whether the last step leaves exactly that many zeros, held by masks.
         frozen: Whether that is done.
+        allocates: Whether components are free to differ in their sparsity, and meant to.
         asleep: Whether `wake` is to be called before the next gradients come.
         threshold_decay: Weight decay of the thresholds that the optimiser trains.
     """
 
     exact = True
     frozen = False
+    allocates = False
     asleep = False
     threshold_decay = 0.0
 

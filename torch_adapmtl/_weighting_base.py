@@ -70,6 +70,7 @@ class LossWeighting(KeepsPrecision, ABC):
         self.register_buffer(
             "nonfinite", torch.zeros(len(self.tasks), dtype=torch.int64), persistent=False
         )
+        self._latest: tuple[tuple[str, ...], Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -107,6 +108,7 @@ class LossWeighting(KeepsPrecision, ABC):
             self._raise_nonfinite((~accepted).tolist())
         if self.training and torch.is_grad_enabled():
             self.nonfinite += ~accepted
+            self._latest = (tuple(present), values)
             for index, task in enumerate(self.tasks):
                 if task not in present:
                     accepted[index].fill_(False)  # a fill copies nothing from the host
@@ -126,6 +128,22 @@ class LossWeighting(KeepsPrecision, ABC):
         if any(counts):
             self.nonfinite.zero_()
         self._raise_nonfinite(counts)
+
+    def latest(self) -> dict[str, float]:
+        """Returns the losses of the last training step by task (this waits for the device).
+
+        Example:
+            >>> from torch_adapmtl.weighting import EqualWeighting
+            >>> weighting = EqualWeighting(["seg", "depth"])
+            >>> _ = weighting({"depth": torch.tensor(0.5)})
+            >>> weighting.latest()
+            {'depth': 0.5}
+        """
+        if self._latest is None:
+            return {}
+        present, values = self._latest
+        found = dict(zip(self.tasks, values.tolist(), strict=True))
+        return {task: found[task] for task in present}
 
     def as_dict(self) -> dict[str, float]:
         """Returns the current weights by task as floats (this waits for the device).

@@ -101,6 +101,7 @@ class AdaptiveBudget(Controller):
         super().__init__(layers, target, total_steps)
         self.schedule, self.allocation = schedule, allocation
         self.last_update = schedule.last_update(total_steps)
+        self.allocates = allocation is not None and min_density is None and max_density is None
         self._density = DensityBounds(layers, target, min_density, max_density)
         self._members = members(layers)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from ._controller import Controller
+from ._health import Losses, signs
 from ._layers import Layer
 from ._report import measure
 from ._state import load, save
@@ -93,6 +95,7 @@ class AdapMTL(nn.Module):
         self._step = 0
         self._finalized = False
         self._attached: Any = None
+        self._losses = Losses()
         self.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]
 
     def forward(self, *args: Any) -> Any:
@@ -154,6 +157,7 @@ class AdapMTL(nn.Module):
         self._step += 1
         if self.budget.step(self._step):
             self.weighting.check_finite()
+            self._losses.read(self.weighting.latest())
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Let the optimiser call `step` after each of its steps, until `total_steps` is reached.
@@ -312,6 +316,11 @@ class AdapMTL(nn.Module):
         Raises:
             RuntimeError: If the target is not reached yet, or after a `finalize` before. Paper mode
                 has no exact target: it warns instead.
+
+        Warns:
+            UserWarning: If the run went wrong: all components are equally sparse though they were
+                free to differ, one task has nearly all the weight, the loss of a task has diverged,
+                or (in paper mode) the target was missed.
         """
         self._check_active("finalize")
         if self.budget.exact and not self.budget.frozen:
@@ -322,12 +331,7 @@ class AdapMTL(nn.Module):
                 f"prune it to its target now (and train on to recover), or call step() after every "
                 f"optimizer step until the end."
             )
-        if not self.budget.exact and (sparsity := self.sparsity()) < self.target_sparsity:
-            warnings.warn(
-                f"the run ended at a sparsity of {sparsity:.2%}, not {self.target_sparsity:.2%}: "
-                f"{self.budget.shortfall()}",
-                stacklevel=2,
-            )
+        self._warn()
         self.budget.settle()
         for layer in self._layers:
             layer.remove()
@@ -335,6 +339,18 @@ class AdapMTL(nn.Module):
         del self._model._modules["adapmtl"]
         self._finalized = True
         return self._model
+
+    def _warn(self) -> None:
+        """Warn of what went wrong in the run."""
+        report = self.report()
+        found = signs(report, self._losses, allocated=self.budget.allocates)
+        if not self.budget.exact and report.sparsity < self.target_sparsity:
+            found.append(
+                f"the run ended at a sparsity of {report.sparsity:.2%}, not "
+                f"{self.target_sparsity:.2%}: {self.budget.shortfall()}"
+            )
+        for text in found:
+            warnings.warn(text, stacklevel=3)
 
     def _check_active(self, method: str) -> None:
         if self._finalized:
@@ -356,7 +372,9 @@ class AdapMTL(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Where the run stands, and the masks, as a tensor of bytes on the CPU."""
-        progress = {"step": self._step, "frozen": self.budget.frozen}
+        progress = {
+            "step": self._step, "frozen": self.budget.frozen, "losses": asdict(self._losses)
+        }  # fmt: skip
         return save(self._settings(), progress, self._layers)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -367,6 +385,7 @@ class AdapMTL(nn.Module):
         """
         loaded = load(state, self._settings(), self._layers)
         self._step, self.budget.frozen = loaded["step"], loaded["frozen"]
+        self._losses = Losses(**loaded["losses"])
 
     def _settings(self) -> dict[str, Any]:
         return {"total_steps": self.total_steps, "target_sparsity": self.target_sparsity}

@@ -1,0 +1,145 @@
+"""Warnings at the end of a run that went wrong, and none at the end of one that did not."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toys import TwoTasks, losses, prepare
+
+from torch_adapmtl import AdapMTL, apply_adapmtl
+from torch_adapmtl._health import Losses, signs
+from torch_adapmtl.report import ComponentRow, Report
+from torch_adapmtl.weighting import StabilityWeighting
+
+STEPS = 60
+
+
+def finished(pruner: AdapMTL) -> list[str]:
+    """What `finalize` warns of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pruner.finalize()
+    assert all(warning.filename == __file__ for warning in caught)  # the caller's line
+    return [str(warning.message) for warning in caught]
+
+
+def trained(scale: Any = lambda task, step: 1.0, first: int = 0, **options: Any) -> AdapMTL:
+    """Train `TwoTasks` with its losses scaled by a function of task and step."""
+    torch.manual_seed(0)
+    model = TwoTasks()
+    pruner = prepare(model, total_steps=STEPS, **options)
+    run(model, pruner, scale, range(first, STEPS))
+    return pruner
+
+
+def run(model: nn.Module, pruner: AdapMTL, scale: Any, steps: range) -> None:
+    optimizer = torch.optim.SGD(pruner.param_groups(lr=0.01))
+    for step in steps:
+        found: Mapping[str, Tensor] = losses(model, step)
+        pruner.loss({t: loss * scale(t, step) for t, loss in found.items()}).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        pruner.step()
+
+
+def test_a_good_run_says_nothing() -> None:
+    assert finished(trained()) == []
+
+
+class Twins(nn.Module):
+    """Two components that are the same in everything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 8, bias=False)
+        self.b = nn.Linear(8, 8, bias=False)
+        self.b.load_state_dict(self.a.state_dict())
+
+    def losses(self) -> dict[str, Tensor]:
+        return {task: (self.get_submodule(task).weight - 0.3).square().mean() for task in "ab"}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({}, 1), ({"allocation": "common"}, 0), ({"min_density": 0.25}, 0)],
+)
+def test_components_that_are_equally_sparse(options: dict[str, Any], expected: int) -> None:
+    torch.manual_seed(0)
+    model = Twins()
+    pruner = apply_adapmtl(
+        model, target_sparsity=0.75, total_steps=20, groups={"a": ["a"], "b": ["b"]}, **options
+    )
+    for _ in range(20):
+        pruner.loss(model.losses()).backward()
+        pruner.step()
+    said = finished(pruner)
+    assert len(said) == expected
+    assert all("all components are equally sparse (75.00%)" in text for text in said)
+
+
+@pytest.mark.parametrize(("bounds", "expected"), [(None, 1), ((0.5, 1.5), 0)])
+def test_one_task_that_dominates(bounds: tuple[float, float] | None, expected: int) -> None:
+    weighting = StabilityWeighting(["a", "b"], window=10, start=0, bounds=bounds)
+    model = TwoTasks()
+    pruner = prepare(model, total_steps=STEPS, weighting=weighting)
+    for step in range(STEPS):
+        found = losses(model, step)
+        flat = found["a"] * 0 + 1.0  # cannot be learned
+        pruner.loss({"a": flat, "b": found["b"]}).backward()
+        pruner.step()
+    said = [text for text in finished(pruner) if "task weights" in text]
+    assert len(said) == expected
+    assert all("task 'a' has taken" in text for text in said)
+
+
+def test_a_loss_that_diverges() -> None:
+    said = finished(trained(lambda task, step: 1.1**step if task == "b" else 1.0))
+    assert len(said) == 1
+    assert "the loss of task 'b' has diverged: it began at" in said[0]
+
+
+def test_divergence_is_seen_across_a_resumed_run() -> None:
+    def scale(task: str, step: int) -> float:
+        return 1.1**step if task == "b" else 1.0
+
+    torch.manual_seed(0)
+    model = TwoTasks()
+    half = prepare(model, total_steps=STEPS)
+    run(model, half, scale, range(STEPS // 2))
+    again = TwoTasks()
+    pruner = prepare(again, total_steps=STEPS)
+    again.load_state_dict(model.state_dict())
+    run(again, pruner, scale, range(STEPS // 2, STEPS))
+    began = (half._losses.first, pruner._losses.first)
+    assert began[0]["b"][0] == began[1]["b"][0]
+    assert any("the loss of task 'b' has diverged" in text for text in finished(pruner))
+
+
+def test_missing_and_nonfinite_losses_are_no_readings() -> None:
+    seen = Losses()
+    seen.read({"a": 1.0})
+    seen.read({"a": float("nan"), "b": 2.0})
+    seen.read({"a": float("inf"), "b": 2.0})
+    assert seen.recent == {"a": 1.0, "b": 2.0}
+    assert seen.first == {"a": (1.0, 1), "b": (4.0, 2)}
+
+
+@pytest.mark.parametrize("others", [0.9, 0.85])
+def test_signs_of_a_report(others: float) -> None:
+    rows = [ComponentRow("shared", 1, 1000, 900), ComponentRow("a", 1, 1000, int(1000 * others))]
+    report = Report(
+        components=tuple(rows),
+        layers=(),
+        target_sparsity=0.9,
+        step=1,
+        total_steps=1,
+        dense=[],
+        task_weights={"a": 1.0},
+    )
+    assert len(signs(report, Losses(), allocated=True)) == (others == 0.9)
+    assert signs(report, Losses(), allocated=False) == []

@@ -1,0 +1,215 @@
+"""What the runs of a study say: means over seeds, with their standard errors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch_adapmtl.benchmark.methods import DENSE
+from torch_adapmtl.metrics import RelativePerformance, relative_performance
+
+__all__ = ["Estimate", "Margin", "Row", "margin", "summarize"]
+
+Run = Mapping[str, Any]
+
+# What runs must share to be compared.
+_TRAINING = ("problem", "steps", "batch", "lr", "weight_decay", "device")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds.
+
+    Attributes:
+        mean: The mean.
+        error: Its standard error, the standard deviation (n - 1) over the root of n; NaN of one.
+        count: How many seeds.
+
+    Example:
+        >>> print(Estimate.of([1.0, 2.0, 3.0]))
+        2.00 ± 0.58
+    """
+
+    mean: float
+    error: float
+    count: int
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Estimate:
+        """Make it from the values, at least one."""
+        n = len(values)
+        mean = math.fsum(values) / n
+        if n == 1:
+            return Estimate(mean, math.nan, 1)
+        variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
+        return Estimate(mean, math.sqrt(variance / n), n)
+
+    def __str__(self) -> str:
+        return self.format(".2f")
+
+    def format(self, spec: str) -> str:
+        """The mean and, if there is one, the error, both in the format `spec`."""
+        mean = format(self.mean, spec)
+        if math.isnan(self.error):
+            return mean
+        return f"{mean} ± {format(self.error, spec.lstrip('+'))}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method at a sparsity on a problem.
+
+    Attributes:
+        problem: Name of the problem.
+        method: Name of the method.
+        sparsity: What was asked for, as a fraction.
+        seeds: The seeds that have a dense run to compare with, in order.
+        delta: Delta_T against the dense model of the same seed, in percent; None for the dense
+            model.
+        by_seed: The same for each of `seeds`.
+        tasks: Delta of each task, in percent.
+        metrics: Each metric of each task.
+        components: Sparsity of each component, as a fraction.
+        reached: Sparsity that the run ended at, as a fraction.
+        seconds: Time of a run.
+    """
+
+    problem: str
+    method: str
+    sparsity: float
+    seeds: tuple[int, ...]
+    delta: Estimate | None
+    by_seed: Mapping[int, float]
+    tasks: Mapping[str, Estimate]
+    metrics: Mapping[str, Mapping[str, Estimate]]
+    components: Mapping[str, Estimate]
+    reached: Estimate
+    seconds: Estimate
+
+
+def summarize(runs: Iterable[Run]) -> list[Row]:
+    """Group the runs by problem, method and sparsity, in the order in which they first come.
+
+    Runs whose dense run is missing are left out.
+
+    Args:
+        runs: Lines of a study, as `read` returns them.
+
+    Raises:
+        ValueError: If a run is there twice, or the runs of a problem were not trained alike.
+    """
+    dense: dict[tuple[str, int], Run] = {}
+    groups: dict[tuple[str, str, float], dict[int, Run]] = {}
+    training: dict[str, list[Any]] = {}
+    for run in runs:
+        shared = [run[name] for name in _TRAINING]
+        if training.setdefault(run["problem"], shared) != shared:
+            raise ValueError(
+                f"the runs of {run['problem']!r} were not trained alike: {_TRAINING} are "
+                f"{training[run['problem']]} and {shared}"
+            )
+        if run["method"] == DENSE:
+            dense[run["problem"], run["seed"]] = run
+        group = groups.setdefault((run["problem"], run["method"], run["sparsity"]), {})
+        if run["seed"] in group:
+            raise ValueError(
+                f"two runs of {run['method']!r} on {run['problem']!r} at {run['sparsity']} have "
+                f"the seed {run['seed']}"
+            )
+        group[run["seed"]] = run
+    rows = []
+    for (problem, method, sparsity), group in groups.items():
+        seeds = tuple(sorted(seed for seed in group if (problem, seed) in dense))
+        if seeds:
+            own = [group[seed] for seed in seeds]
+            against = [dense[problem, seed] for seed in seeds]
+            rows.append(_row(problem, method, sparsity, seeds, own, against))
+    return rows
+
+
+def _row(
+    problem: str,
+    method: str,
+    sparsity: float,
+    seeds: tuple[int, ...],
+    runs: Sequence[Run],
+    dense: Sequence[Run],
+) -> Row:
+    compared = [_relative(run, base) for run, base in zip(runs, dense, strict=True)]
+    first = runs[0]
+    return Row(
+        problem,
+        method,
+        sparsity,
+        seeds,
+        None if method == DENSE else Estimate.of([found.delta for found in compared]),
+        {seed: found.delta for seed, found in zip(seeds, compared, strict=True)},
+        {task: Estimate.of([found.tasks[task] for found in compared]) for task in first["metrics"]},
+        {
+            task: {
+                name: Estimate.of([run["metrics"][task][name] for run in runs]) for name in metrics
+            }
+            for task, metrics in first["metrics"].items()
+        },
+        {
+            name: Estimate.of([run["components"][name] for run in runs])
+            for name in first["components"]
+        },
+        Estimate.of([run["reached"] for run in runs]),
+        Estimate.of([run["seconds"] for run in runs]),
+    )
+
+
+def _relative(run: Run, dense: Run) -> RelativePerformance:
+    lower = [(task, metric) for task, metric in run["lower_is_better"]]
+    return relative_performance(run["metrics"], dense["metrics"], lower_is_better=lower)
+
+
+@dataclass(frozen=True)
+class Margin:
+    """How far a method is above the best of others, on a problem at a sparsity.
+
+    Attributes:
+        rival: The best of the others, by its mean over the same seeds.
+        ahead: The difference of the two Delta_T seed by seed, in points; negative if behind.
+    """
+
+    rival: str
+    ahead: Estimate
+
+
+def margin(
+    rows: Iterable[Row], method: str, others: Iterable[str], *, problem: str, sparsity: float
+) -> Margin | None:
+    """Compare a method with the best of others, seed by seed.
+
+    Args:
+        rows: What `summarize` returned.
+        method: The method.
+        others: The names of the others; those without a run of every seed of the method are left
+            out.
+        problem: On which problem.
+        sparsity: At which sparsity.
+
+    Returns:
+        The margin, or None if there are no runs to compare.
+    """
+    here = {
+        row.method: row for row in rows if row.problem == problem and row.sparsity == sparsity
+    }
+    own = here.get(method)
+    rivals = [
+        here[name]
+        for name in others
+        if name in here and own is not None and set(own.seeds) <= set(here[name].seeds)
+    ]
+    if own is None or not rivals:
+        return None
+    ahead = {
+        rival.method: Estimate.of([own.by_seed[s] - rival.by_seed[s] for s in own.seeds])
+        for rival in rivals
+    }
+    best = min(ahead, key=lambda name: ahead[name].mean)
+    return Margin(best, ahead[best])
