@@ -1,47 +1,81 @@
 """Train every method on every problem, and write a line of JSON for each run.
 
+    python examples/benchmark.py --study comparison --jobs 2        # what the results page shows
     python examples/benchmark.py --problems digits --methods dense AdapMTL Taylor --sparsities 0.9
+    python examples/benchmark.py --preset paper --device cuda --bf16 --data rooms
     python examples/benchmark.py --quick      # three runs of a few steps, to see that it runs
 
 A run that is in the file already is not run again, so that a study can be stopped and resumed.
+`examples/report.py` makes tables and figures of the lines.
 """
 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
-from torch_adapmtl.benchmark import METHODS, PROBLEMS, read, study
+from torch_adapmtl.benchmark import (
+    COMPARISON,
+    ENCODERS,
+    METHODS,
+    STUDIES,
+    find_problem,
+    read,
+    study,
+)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--study", choices=STUDIES, help="one of the results page's, as a whole")
+    parser.add_argument("--preset", choices=("cpu", "paper"), default="cpu", help="which problems")
+    parser.add_argument("--data", nargs="+", default=["rooms"], help="of the paper preset: folders")
+    parser.add_argument("--problems", nargs="+", help="in place of the preset's")
+    parser.add_argument("--methods", nargs="+", choices=METHODS)
+    parser.add_argument("--sparsities", nargs="+", type=float)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--out", help="file of lines to add to")
+    parser.add_argument("--steps", type=int, help="in place of each problem's own")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    parser.add_argument("--quick", action="store_true", help="three runs of a few steps")
+    return parser.parse_args()
+
+
+def wanted(args: argparse.Namespace) -> dict[str, Any]:
+    """Which runs: the study's or the preset's, but for what is given."""
+    name = args.study or ("paper" if args.preset == "paper" else "comparison")
+    chosen = dict(STUDIES[name])
+    if args.preset == "paper":
+        chosen["problems"] = [f"paper/{e}/{data}" for data in args.data for e in ENCODERS]
+    elif not args.study:
+        chosen["problems"] = COMPARISON
+    if args.quick:
+        chosen.update(problems=["digits"], methods=["dense", "AdapMTL", "Taylor"])
+        chosen.update(sparsities=[0.9])
+        args.seeds, args.steps = [0], 3
+    given = {name: getattr(args, name) for name in ("problems", "methods", "sparsities", "out")}
+    return {**chosen, **{name: value for name, value in given.items() if value is not None}}
 
 
 def main() -> None:
     """Run what is missing."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--problems", nargs="+", choices=[*PROBLEMS], default=[*PROBLEMS])
-    parser.add_argument("--methods", nargs="+", choices=[*METHODS], default=[*METHODS])
-    parser.add_argument("--sparsities", nargs="+", type=float, default=[0.8, 0.9, 0.95, 0.97])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--out", default="docs/results/cpu.jsonl", help="file of lines to add to")
-    parser.add_argument("--steps", type=int, help="in place of each problem's own")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--quick", action="store_true", help="three runs of a few steps")
-    args = parser.parse_args()
-    if args.quick:
-        args.problems, args.methods = ["digits"], ["dense", "AdapMTL", "Taylor"]
-        args.sparsities, args.seeds, args.steps = [0.9], [0], 3
+    args = arguments()
+    chosen = wanted(args)
+    for name in chosen["problems"]:
+        find_problem(name)  # an unknown one is an error before the first run, not at its turn
     study(
-        problems=args.problems,
-        methods=args.methods,
-        sparsities=args.sparsities,
+        **chosen,
         seeds=args.seeds,
-        out=args.out,
         steps=args.steps,
         jobs=args.jobs,
         device=args.device,
+        bf16=args.bf16,
     )
-    print(f"{len(read(args.out))} runs in {args.out}")
+    print(f"{len(read(chosen['out']))} runs in {chosen['out']}")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def _literal(pruner: AdapMTL) -> int:
     how=INITIAL,
     options=st.fixed_dictionaries(
         {
-            "allocation": st.sampled_from(["sensitivity", "gradient", "common"]),
+            "allocation": st.sampled_from(["lamp", "sensitivity", "gradient", "common"]),
             "granularity": st.sampled_from(["layer", "component"]),
             "gradient": st.sampled_from(["straight_through", "mask"]),
         }

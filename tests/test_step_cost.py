@@ -135,11 +135,11 @@ def test_an_update_reads_a_sample_of_the_weights(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(_sampling, "SAMPLE", 500)
     monkeypatch.setattr(_sampling, "LAYER_SAMPLE", 50)
     model = TwoTasks(4000)
-    pruner = prepare(model, total_steps=1000)
+    pruner = prepare(model, total_steps=1000, allocation="sensitivity")
     train(model, pruner, torch.optim.SGD(model.parameters(), lr=0.01), range(10))
     pruner.loss(losses(model, 10)).backward()  # step 11 is the first that updates
-    assert sorted(pruner.budget.sensitivity._gradients) == [0, 1, 2]
-    assert sum(part.numel() for part in pruner.budget.sensitivity._gradients.values()) <= 650
+    assert sorted(pruner.budget.allocator._gradients) == [0, 1, 2]
+    assert sum(part.numel() for part in pruner.budget.allocator._gradients.values()) <= 650
     with _Largest() as seen:
         pruner.step()
     assert pruner.budget.level.min() > 0 or pruner.sparsity() == 0
@@ -148,7 +148,7 @@ def test_an_update_reads_a_sample_of_the_weights(monkeypatch: pytest.MonkeyPatch
 
 def test_what_is_kept_does_not_grow() -> None:
     model = TwoTasks()
-    pruner = prepare(model, total_steps=450)
+    pruner = prepare(model, total_steps=450, allocation="sensitivity")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     sizes, hooks = [], []
     for step in range(1, 101):
@@ -156,6 +156,6 @@ def test_what_is_kept_does_not_grow() -> None:
         if step % 9 == 5:
             sizes.append(len(pickle.dumps(copy.deepcopy(model))))
             hooks.append(sum(len(p._post_accumulate_grad_hooks or ()) for p in model.parameters()))
-            assert not pruner.budget.sensitivity._gradients
+            assert not pruner.budget.allocator._gradients
     assert max(sizes[1:]) - min(sizes[1:]) <= 64  # numbers of more digits
     assert set(hooks[1:]) == {3}

@@ -4,6 +4,7 @@ from ._apply import apply_adapmtl
 from .adaptive import GradientAllocation
 from .budget import SparsitySchedule
 from .groups import Components, PrunableTensor, find_components
+from .lamp import LAMPAllocation
 from .paper import PaperMode
 from .pruner import AdapMTL
 from .pruning import SoftThresholdPruning, soft_threshold_unstructured
@@ -28,6 +29,7 @@ __all__ = [
     "EqualWeighting",
     "FixedWeighting",
     "GradientAllocation",
+    "LAMPAllocation",
     "LayerRow",
     "LossWeighting",
     "PaperMode",

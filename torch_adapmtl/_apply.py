@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from ._controller import Controller, Mode
 from ._layers import Layer
-from .adaptive import AdaptiveBudget, GradientAllocation
+from .adaptive import AdaptiveBudget, Allocation, GradientAllocation
 from .budget import SparsitySchedule
 from .groups import FROZEN, UNUSED, find_components, unwrap
+from .lamp import LAMPAllocation
 from .paper import PaperMode
 from .pruner import AdapMTL
 from .sensitivity import SensitivityAllocation
@@ -24,7 +25,7 @@ from .weighting import LossWeighting, make_weighting
 
 __all__ = ["apply_adapmtl"]
 
-_REACH = 1.5
+_REACH = 1.1
 
 
 def apply_adapmtl(
@@ -39,10 +40,7 @@ def apply_adapmtl(
     exclude: Iterable[Any] = (),
     mode: Literal["adaptive", "paper"] | Mode = "adaptive",
     granularity: Literal["layer", "component"] | None = None,
-    allocation: Literal["sensitivity", "gradient", "common"]
-    | SensitivityAllocation
-    | GradientAllocation
-    | None = None,
+    allocation: Literal["lamp", "sensitivity", "gradient", "common"] | Allocation | None = None,
     gradient: Literal["straight_through", "mask"] | None = None,
     reach: float | None = None,
     schedule: SparsitySchedule | None = None,
@@ -83,11 +81,15 @@ def apply_adapmtl(
             the [baselines][torch_adapmtl.baselines].
         granularity: One offset for each `"layer"` (the default), or each `"component"` as in the
             paper. Not in paper mode, like the next five but `gradient`.
-        allocation: How offsets are learned: balanced by `"sensitivity"` (the default), by the task
-            `"gradient"` (the paper's way), or not at all (`"common"`: one threshold for all).
+        allocation: What moves the offsets: `"lamp"` (the default), what each layer's weights are
+            worth to its output; `"sensitivity"`, what pruning costs the loss; `"gradient"`, the
+            task gradient (the paper's way); or nothing (`"common"`: one threshold for all). Or an
+            instance of [`LAMPAllocation`][torch_adapmtl.LAMPAllocation],
+            [`SensitivityAllocation`][torch_adapmtl.SensitivityAllocation] or
+            [`GradientAllocation`][torch_adapmtl.GradientAllocation].
         gradient: Whether pruned weights keep learning (`"straight_through"`, the default) or not
             (`"mask"`, the paper's, and the default in paper mode).
-        reach: Where the shrinkage of the remaining weights ends, in units of the threshold: 1.5 by
+        reach: Where the shrinkage of the remaining weights ends, in units of the threshold: 1.1 by
             default; `math.inf` for the paper's soft threshold. See
             [`soft_threshold`][torch_adapmtl.soft_threshold].
         schedule: How the sparsity rises; see [`SparsitySchedule`][torch_adapmtl.SparsitySchedule].
@@ -231,18 +233,22 @@ def _budget(mode: object, gradient: object, **options: Any) -> Callable[..., Con
     _check_schedule(given["schedule"])
     _check_choice("granularity", given["granularity"], ("layer", "component"))
     check_reach(given["reach"])
-    given["allocation"] = _allocation(given.get("allocation", "sensitivity"))
+    given["allocation"] = _allocation(given.get("allocation", "lamp"))
     given["straight_through"] = gradient != "mask"
     return lambda layers, _, **run: AdaptiveBudget(layers, **run, **given)
 
 
-def _allocation(value: object) -> SensitivityAllocation | GradientAllocation | None:
-    if isinstance(value, SensitivityAllocation | GradientAllocation):
+def _allocation(value: object) -> Allocation | None:
+    if isinstance(value, Allocation):
         return value
-    _check_choice("allocation", value, ("sensitivity", "gradient", "common"))
-    if value == "common":
-        return None
-    return SensitivityAllocation() if value == "sensitivity" else GradientAllocation()
+    kinds: dict[str, Callable[[], Allocation | None]] = {
+        "lamp": LAMPAllocation,
+        "sensitivity": SensitivityAllocation,
+        "gradient": GradientAllocation,
+        "common": lambda: None,
+    }
+    _check_choice("allocation", value, tuple(kinds))
+    return kinds[str(value)]()
 
 
 def _check_fraction(name: str, value: object) -> float:

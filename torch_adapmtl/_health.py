@@ -68,9 +68,9 @@ def signs(report: Report, losses: Losses, *, allocated: bool) -> list[str]:
     mean = sum(densities) / len(densities) if densities else 0.0
     if allocated and len(densities) > 1 and max(densities) - min(densities) < _EQUAL * mean:
         found.append(
-            f"all components are equally sparse ({report.components[0].sparsity:.2%}): nothing told "
-            f"them apart. Look at the gradients of the weights (none may have come from backward, "
-            f"or the run was too short), or choose another allocation"
+            f"all components are equally sparse ({report.components[0].sparsity:.2%}): nothing "
+            f"told them apart. Look at the gradients of the weights (none may have come from "
+            f"backward, or the run was too short), or choose another allocation"
         )
     total = sum(report.task_weights.values())
     for task, weight in report.task_weights.items():

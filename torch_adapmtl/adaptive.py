@@ -5,20 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from ._allocator import Allocator
 from ._controller import Controller
 from ._density import DensityBounds
 from ._layers import Layer, PerComponent, members
 from ._sampling import Sample, magnitude
 from .budget import Scores, SparsitySchedule, from_bits, pruned, select, solve, to_bits
+from .lamp import LAMP, LAMPAllocation
 from .sensitivity import Sensitivity, SensitivityAllocation
 from .thresholds import SoftThreshold
 
-__all__ = ["AdaptiveBudget", "GradientAllocation"]
+__all__ = ["AdaptiveBudget", "Allocation", "GradientAllocation"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,9 @@ class GradientAllocation:
     def __post_init__(self) -> None:
         if not 0 < self.bound < math.inf:
             raise ValueError(f"allocation: bound must be > 0, got {self.bound}")
+
+
+Allocation: TypeAlias = LAMPAllocation | SensitivityAllocation | GradientAllocation
 
 
 class _OffsetThreshold(SoftThreshold):
@@ -92,7 +97,7 @@ class AdaptiveBudget(Controller):
         total_steps: int,
         schedule: SparsitySchedule,
         granularity: Literal["layer", "component"],
-        allocation: SensitivityAllocation | GradientAllocation | None,
+        allocation: Allocation | None,
         straight_through: bool,
         reach: float = math.inf,
         min_density: float | Mapping[str, float] | None = None,
@@ -126,12 +131,14 @@ class AdaptiveBudget(Controller):
                 weight = layers[i].weight
                 layers[i].threshold = threshold.to(weight.device, weight.dtype)
 
-        self.sensitivity: Sensitivity | None = None
+        names = list(self._members)
+        by_component = [names.index(layer.component) for layer in layers]
+        pool = by_component if granularity == "component" else range(len(layers))
+        self.allocator: Allocator | None = None
         if isinstance(allocation, SensitivityAllocation):
-            names = list(self._members)
-            by_component = [names.index(layer.component) for layer in layers]
-            pool = by_component if granularity == "component" else range(len(layers))
-            self.sensitivity = Sensitivity(layers, allocation, pool)
+            self.allocator = Sensitivity(layers, allocation, pool)
+        elif isinstance(allocation, LAMPAllocation):
+            self.allocator = LAMP(layers, allocation, pool)
 
     # --- offsets --------------------------------------------------------------------------------
 
@@ -163,19 +170,19 @@ class AdaptiveBudget(Controller):
     def wake(self, step: int) -> None:
         """Be ready for the gradients of the step after `step`."""
         self.asleep = False
-        if self.sensitivity is not None and not self.frozen:
-            self.sensitivity.listen(self.due(step + 1))
+        if self.allocator is not None and not self.frozen:
+            self.allocator.listen(self.due(step + 1))
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Balance the offsets, then solve for the level that meets the schedule."""
+        """Move the offsets, then solve for the level that meets the schedule."""
         sample = Sample.draw(self.layers, self.level.device)
         offsets = self.offsets()
-        if self.sensitivity is not None:
-            moves = self.sensitivity.moves(sample, self.thresholds())
+        zeros = self.schedule(step, self.total_steps, self.target) * sum(self._sizes)
+        if self.allocator is not None:
+            moves = self.allocator.moves(sample, self.thresholds(), offsets, zeros)
             offsets = offsets + self._mobility(step) * moves
         self._set_offsets(offsets)
-        zeros = self.schedule(step, self.total_steps, self.target) * sum(self._sizes)
         self.level.copy_(from_bits(self._solve(self._scores(sample), zeros)))
         self.refresh()
 
@@ -218,8 +225,8 @@ class AdaptiveBudget(Controller):
         self._set_offsets(self.offsets())
         chosen = zip(*self._select(), strict=True)
         self.hold([~pruned(self._score(i), *at) for i, at in enumerate(chosen)])
-        if self.sensitivity is not None:
-            self.sensitivity.stop()
+        if self.allocator is not None:
+            self.allocator.stop()
         self.refresh()
 
     def _select(self) -> tuple[list[int], list[int]]:

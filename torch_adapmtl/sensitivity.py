@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._allocator import Allocator
 from ._hooks import GradientHooks
 from ._layers import Layer
-from ._precision import KeepsPrecision
 from ._sampling import Sample, positions, take
 
 __all__ = ["Sensitivity", "SensitivityAllocation"]
@@ -61,7 +61,7 @@ class SensitivityAllocation:
             )
 
 
-class Sensitivity(KeepsPrecision):
+class Sensitivity(Allocator):
     """Collects the saliency of the weights near the thresholds and says how offsets should move.
 
     Gradients are sampled by hooks on the parameters, in the one step before an update; the hooks
@@ -109,16 +109,8 @@ class Sensitivity(KeepsPrecision):
         # Not a view: what follows may write to the gradient (zeroing, unscaling, clipping).
         self._gradients[index] = taken.clone() if where is None else taken
 
-    def moves(self, sample: Sample, thresholds: Tensor) -> Tensor:
-        """Take in the sampled gradients; say how far each layer's offset should move.
-
-        Args:
-            sample: The magnitudes of the sampled weights.
-            thresholds: The threshold of each layer, (L,).
-
-        Returns:
-            The moves in units of log alpha, (L,); the same within a pool.
-        """
+    def moves(self, sample: Sample, thresholds: Tensor, offsets: Tensor, zeros: float) -> Tensor:
+        """Take in the sampled gradients; say how far each layer's offset should move."""
         options = self.options
         self.saliency.mul_(options.decay).add_(self._collect(sample, thresholds))
         total, count = self.saliency

@@ -1,13 +1,17 @@
-"""The problems that methods are compared on: data, model, tasks and training."""
+"""The problems that methods are compared on, in sizes that two CPU cores train in a minute."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torch_adapmtl.benchmark.data import Samples
+from torch_adapmtl.benchmark.paper_scale import paper_problem
+from torch_adapmtl.benchmark.problem import Problem
 from torch_adapmtl.datasets import MultiDigits, Rooms, Words
 from torch_adapmtl.models import (
     ASPPHead,
@@ -18,94 +22,7 @@ from torch_adapmtl.models import (
 )
 from torch_adapmtl.tasks import Classification, Depth, Map, Normals, Regression, Segmentation, Task
 
-__all__ = ["PROBLEMS", "Problem", "Samples"]
-
-Batch = tuple[Tensor, dict[str, Tensor]]
-
-
-@dataclass(frozen=True)
-class Samples:
-    """A data set in memory.
-
-    Attributes:
-        inputs: All inputs, `(N, …)`.
-        targets: The targets of each task, `(N, …)`.
-    """
-
-    inputs: Tensor
-    targets: Mapping[str, Tensor]
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    def at_most(self, count: int) -> Samples:
-        """The first samples."""
-        first = {task: target[:count] for task, target in self.targets.items()}
-        return Samples(self.inputs[:count], first)
-
-    def to(self, device: str) -> Samples:
-        """The same on another device."""
-        moved = {task: target.to(device) for task, target in self.targets.items()}
-        return Samples(self.inputs.to(device), moved)
-
-    def at(self, rows: Tensor) -> Batch:
-        """Some of the samples, as a batch."""
-        return self.inputs[rows], {task: target[rows] for task, target in self.targets.items()}
-
-    def shuffled(self, batch: int, seed: int) -> Iterator[Batch]:
-        """Batches without end, each epoch in a new order; a function of the seed."""
-        generator = torch.Generator().manual_seed(seed)
-        while True:
-            order = torch.randperm(len(self), generator=generator)
-            for rows in order.split(batch):
-                if len(rows) == batch:
-                    yield self.at(rows.to(self.inputs.device))
-
-    def in_order(self, batch: int) -> Iterator[Batch]:
-        """All samples once."""
-        for rows in torch.arange(len(self), device=self.inputs.device).split(batch):
-            yield self.at(rows)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What is trained, on what, and how; the same for every method.
-
-    Attributes:
-        name: Its name.
-        load: Makes the training and the test set.
-        make_model: Makes the model, with random weights.
-        make_tasks: Makes the tasks, by the names of the model's outputs.
-        steps: Optimiser steps.
-        batch: Samples in a batch.
-        lr: Learning rate of Adam at the start; it falls to 0 along a cosine.
-        weight_decay: Of Adam (L2).
-        threshold_lr: Learning rate of thresholds that are trained by gradient.
-        paper_start: `PaperMode.start`, which has to be found for each problem.
-    """
-
-    name: str
-    load: Callable[[], tuple[Samples, Samples]]
-    make_model: Callable[[], nn.Module]
-    make_tasks: Callable[[], dict[str, Task]]
-    steps: int
-    batch: int
-    lr: float = 2e-3
-    weight_decay: float = 1e-4
-    threshold_lr: float = 2e-2
-    paper_start: float = -8.0
-
-    @property
-    def lower_is_better(self) -> list[tuple[str, str]]:
-        """The metrics of which less is better, as `relative_performance` takes them."""
-        tasks = self.make_tasks()
-        return [
-            (name, metric)
-            for name, task in tasks.items()
-            for metric in task.metrics
-            if metric in task.lower_is_better
-        ]
-
+__all__ = ["COMPARISON", "PROBLEMS", "TEACHERS", "WordModel", "find_problem"]
 
 _ROOM_TASKS: Mapping[str, Callable[[], Task]] = {
     "segmentation": lambda: Segmentation(5),
@@ -248,7 +165,59 @@ def _words() -> Problem:
     )
 
 
-#: The problems of the small preset, by name.
+#: Hidden units of the networks that the tasks of the problem `teachers` are to imitate.
+TEACHERS: Mapping[str, int] = {"narrow": 2, "middle": 8, "wide": 32}
+
+
+class TeacherModel(nn.Module):
+    """A shared perceptron, and a head of the same size for each teacher."""
+
+    def __init__(self, inputs: int = 16, width: int = 64) -> None:
+        super().__init__()
+        self.shared = nn.Sequential(nn.Linear(inputs, width), nn.ReLU())
+        self.heads = nn.ModuleDict(
+            {
+                task: nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
+                for task in TEACHERS
+            }
+        )
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Take `(B, inputs)`; return `(B, 1)` by task."""
+        h = self.shared(x)
+        return {task: head(h) for task, head in self.heads.items()}
+
+
+def _teachers() -> Problem:
+    """Tasks of known difficulty: the wider its teacher, the more weights a head needs."""
+
+    def load() -> tuple[Samples, Samples]:
+        generator = torch.Generator().manual_seed(0)
+        inputs = torch.randn(10_000, 16, generator=generator)
+        targets = {}
+        for task, hidden in TEACHERS.items():
+            first = torch.randn(hidden, 16, generator=generator) / 4
+            last = torch.randn(1, hidden, generator=generator)
+            found = F.linear(F.linear(inputs, first).relu(), last)
+            targets[task] = (found - found.mean()) / found.std()
+        everything = Samples(inputs, targets)
+        return everything.at_most(8000), Samples(*everything.at(torch.arange(8000, 10_000)))
+
+    return Problem(
+        "teachers",
+        load,
+        TeacherModel,
+        lambda: {task: Regression() for task in TEACHERS},
+        steps=2000,
+        batch=64,
+    )
+
+
+#: The problems that methods are compared on.
+COMPARISON: tuple[str, ...] = ("rooms3", "rooms5", "digits", "words")
+
+#: The problems of the small preset, by name: those of the comparison, pairs of the tasks of Rooms,
+#: and one whose components have known sensitivities.
 PROBLEMS: Mapping[str, Problem] = {
     problem.name: problem
     for problem in (
@@ -256,5 +225,27 @@ PROBLEMS: Mapping[str, Problem] = {
         _rooms("rooms5", ("segmentation", "depth", "normal", "edges", "keypoints"), 64, 500),
         _digits(),
         _words(),
+        _rooms("rooms: segmentation, depth", ("segmentation", "depth"), 96, 500),
+        _rooms("rooms: segmentation, normal", ("segmentation", "normal"), 96, 500),
+        _rooms("rooms: depth, normal", ("depth", "normal"), 96, 500),
+        _teachers(),
     )
 }
+
+
+@cache
+def find_problem(name: str) -> Problem:
+    """A problem by its name: one of `PROBLEMS`, or `paper/ENCODER/DATA`.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    if name in PROBLEMS:
+        return PROBLEMS[name]
+    kind, _, rest = name.partition("/")
+    encoder, _, data = rest.partition("/")
+    if kind == "paper" and data:
+        return paper_problem(encoder, data)
+    raise ValueError(
+        f"problem must be one of {list(PROBLEMS)} or 'paper/ENCODER/DATA', got {name!r}"
+    )

@@ -15,8 +15,9 @@ from torch import nn
 import torch_adapmtl
 from torch_adapmtl import AdapMTL, apply_adapmtl
 from torch_adapmtl.baselines import IterativeMagnitude
+from torch_adapmtl.benchmark.data import Data
 from torch_adapmtl.benchmark.methods import DENSE, METHODS
-from torch_adapmtl.benchmark.problems import PROBLEMS, Problem, Samples
+from torch_adapmtl.benchmark.problem import Problem
 
 __all__ = ["run", "settings"]
 
@@ -69,7 +70,7 @@ def run(
         by task: one JSON line.
     """
     own = METHODS[method](problem) if options is None else options
-    train, test = _data(problem.name, device) if problem.name in PROBLEMS else problem.load()
+    train, test = _data(problem.load, device)
     tasks = problem.make_tasks()
     torch.manual_seed(seed)
     model = problem.make_model().to(device)
@@ -79,7 +80,7 @@ def run(
             model,
             target_sparsity=sparsity,
             total_steps=problem.steps,
-            example_inputs=train.inputs[:2],
+            example_inputs=train.example(2),
             **{"weighting": "equal", **own},
         )
     mode = own.get("mode")
@@ -123,6 +124,7 @@ def run(
         "components": {row.name: row.sparsity for row in report.components} if report else {},
         "task_weights": dict(report.task_weights) if report else {},
         "metrics": metrics,
+        "lower_is_better": problem.lower_is_better,
         "device": _device_name(device),
         "threads": torch.get_num_threads(),
         "versions": {
@@ -135,7 +137,7 @@ def run(
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, problem: Problem, test: Samples, autocast: Any
+    model: nn.Module, problem: Problem, test: Data, autocast: Any
 ) -> dict[str, dict[str, float]]:
     """The metrics of every task on the test set."""
     tasks = problem.make_tasks()
@@ -149,8 +151,8 @@ def evaluate(
 
 
 @cache
-def _data(name: str, device: str) -> tuple[Samples, Samples]:
-    train, test = PROBLEMS[name].load()
+def _data(load: Callable[[], tuple[Data, Data]], device: str) -> tuple[Data, Data]:
+    train, test = load()
     return train.to(device), test.to(device)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,53 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from torch_adapmtl.benchmark.methods import DENSE
-from torch_adapmtl.benchmark.problems import PROBLEMS, Problem
+from torch_adapmtl.benchmark.methods import BASELINES, DENSE, SETTINGS, VARIANTS
+from torch_adapmtl.benchmark.paper_scale import ENCODERS
+from torch_adapmtl.benchmark.problem import Problem
+from torch_adapmtl.benchmark.problems import COMPARISON, PROBLEMS, find_problem
 from torch_adapmtl.benchmark.runs import run, settings
 
-__all__ = ["read", "study"]
+__all__ = ["STUDIES", "read", "study"]
 
 Key = tuple[str, str, float, int]
+
+_SPARSITIES = (0.9, 0.97, 0.8, 0.95)  # those that matter most first
+_PAIRS = tuple(name for name in PROBLEMS if name.startswith("rooms: "))
+_PARTS = ("AdapMTL", "AdapMTL, common threshold", "AdapMTL, equal weights")
+
+#: The studies of the results page: problems, methods and sparsities, and the file of lines.
+STUDIES: Mapping[str, Mapping[str, Any]] = {
+    "comparison": {
+        "problems": COMPARISON,
+        "methods": (DENSE, *BASELINES, *VARIANTS),
+        "sparsities": _SPARSITIES,
+        "out": "docs/results/comparison.jsonl",
+    },
+    "settings": {
+        "problems": ("rooms3", "words"),
+        "methods": (DENSE, "AdapMTL", *SETTINGS),
+        "sparsities": (0.95,),
+        "out": "docs/results/settings.jsonl",
+    },
+    "ablation": {
+        "problems": _PAIRS,
+        "methods": (DENSE, *_PARTS),
+        "sparsities": (0.95,),
+        "out": "docs/results/ablation.jsonl",
+    },
+    "sensitivities": {
+        "problems": ("teachers",),
+        "methods": (DENSE, "uniform magnitude", "global magnitude", "Taylor", *VARIANTS),
+        "sparsities": (0.9, 0.97),
+        "out": "docs/results/sensitivities.jsonl",
+    },
+    "paper": {
+        "problems": [f"paper/{encoder}/rooms" for encoder in ENCODERS],
+        "methods": (DENSE, "global magnitude", "DiSparse", "AdapMTL, paper mode", "AdapMTL"),
+        "sparsities": (0.9,),
+        "out": "docs/results/paper.jsonl",
+    },
+}
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
@@ -46,11 +86,12 @@ def study(
     steps: int | None = None,
     jobs: int = 1,
     device: str = "cpu",
+    bf16: bool = False,
 ) -> None:
     """Run every method at every sparsity and seed on every problem, and add a line for each run.
 
     Args:
-        problems: Names from `PROBLEMS`.
+        problems: Names from `PROBLEMS`, or `paper/ENCODER/DATA`.
         methods: Names from `METHODS`; the dense model is trained once for each seed.
         sparsities: Zeros among the prunable weights, as fractions.
         seeds: Seeds.
@@ -58,13 +99,14 @@ def study(
         steps: Optimiser steps, in place of the problem's own.
         jobs: How many runs at a time, each in a process with one thread (on a GPU: with all).
         device: Where to train.
+        bf16: Whether the forward pass runs under autocast to bfloat16.
     """
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     _cut_unfinished(path)
-    chosen = {name: _shortened(PROBLEMS[name], steps) for name in problems}
+    chosen = {name: _shortened(find_problem(name), steps) for name in problems}
     missing = _missing(read(path), list(chosen.values()), methods, sparsities, seeds)
-    calls = [(*key, steps, device) for key in missing]
+    calls = [(*key, steps, device, bf16) for key in missing]
     with tqdm(total=len(calls), unit="run", smoothing=0.1) as bar:
         if jobs == 1:
             for call in calls:
@@ -104,10 +146,10 @@ def _shortened(problem: Problem, steps: int | None) -> Problem:
     return problem if steps is None else replace(problem, steps=steps)
 
 
-def _one(call: tuple[str, str, float, int, int | None, str]) -> str:
-    name, method, sparsity, seed, steps, device = call
-    problem = _shortened(PROBLEMS[name], steps)
-    return json.dumps(run(problem, method, sparsity, seed, device=device))
+def _one(call: tuple[str, str, float, int, int | None, str, bool]) -> str:
+    name, method, sparsity, seed, steps, device, bf16 = call
+    problem = _shortened(find_problem(name), steps)
+    return json.dumps(run(problem, method, sparsity, seed, device=device, bf16=bf16))
 
 
 def _one_thread() -> None:

@@ -196,9 +196,7 @@ def margin(
     Returns:
         The margin, or None if there are no runs to compare.
     """
-    here = {
-        row.method: row for row in rows if row.problem == problem and row.sparsity == sparsity
-    }
+    here = {row.method: row for row in rows if row.problem == problem and row.sparsity == sparsity}
     own = here.get(method)
     rivals = [
         here[name]

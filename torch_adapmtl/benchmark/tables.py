@@ -71,7 +71,7 @@ def metric_tables(rows: Iterable[Row], problem: str, sparsity: float) -> str:
 
 
 def fill(page: str, blocks: Mapping[str, Callable[[], str]]) -> str:
-    """Replace what stands between the markers of a page.
+    r"""Replace what stands between the markers of a page.
 
     A block is between `<!-- NAME -->` and `<!-- end -->`, each on a line of its own.
 
@@ -83,7 +83,7 @@ def fill(page: str, blocks: Mapping[str, Callable[[], str]]) -> str:
         KeyError: If the page has a block that is not in `blocks`.
 
     Example:
-        >>> print(fill("<!-- a -->\\nold\\n<!-- end -->", {"a": lambda: "new"}))
+        >>> print(fill("<!-- a -->\nold\n<!-- end -->", {"a": lambda: "new"}))
         <!-- a -->
         <BLANKLINE>
         new
