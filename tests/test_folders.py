@@ -16,6 +16,7 @@ pytest.importorskip("torchmetrics")
 import numpy as np
 from PIL import Image
 
+from torch_adapmtl.benchmark import paper_problem
 from torch_adapmtl.datasets import NYUv2, RandomFlip, RandomScaleCrop, TinyTaskonomy
 from torch_adapmtl.tasks import Depth, Map, Normals, Segmentation
 
@@ -299,3 +300,33 @@ def test_faults_of_taskonomy_are_found_at_once(taskonomy: Path, fault: str) -> N
 def test_unknown_tasks_of_taskonomy(taskonomy: Path) -> None:
     with pytest.raises(ValueError, match=r"tasks must be names out of .* got \['shading'\]"):
         TinyTaskonomy(taskonomy, tasks=["shading"])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("layout", "channels"),
+    [
+        ("listed", {"segmentation": 40, "depth": 1, "normal": 3}),
+        ("arrays", {"segmentation": 13, "depth": 1, "normal": 3}),
+        ("taskonomy", {"segmentation": 17, "depth": 1, "normal": 3, "keypoints": 1, "edges": 1}),
+    ],
+)
+def test_the_benchmark_trains_on_folders(
+    layout: str, channels: dict[str, int], workers: int, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(layout)
+    problem = paper_problem("resnet34", str(folder), size=4, workers=workers)
+    train, test = problem.load()
+    assert problem.name == f"paper/resnet34/{folder}"
+    tasks = problem.make_tasks()
+    assert list(tasks) == list(channels)
+    for inputs, targets in (next(iter(train.shuffled(1, 0))), next(iter(test.in_order(1)))):
+        assert inputs.shape[:2] == (1, 3)
+        for name, task in tasks.items():
+            prediction = torch.rand(1, channels[name], *inputs.shape[-2:])
+            assert task.loss(prediction, targets[name]).isfinite()
+            task.update(prediction, targets[name])
+    with torch.device("meta"):
+        model = problem.make_model()
+        shapes = {name: out.shape[1] for name, out in model(torch.zeros(1, 3, 33, 33)).items()}
+    assert shapes == channels

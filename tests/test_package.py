@@ -32,7 +32,14 @@ WITHOUT_EXAMPLE = {
     "sensitivity": {"Sensitivity"},
     "paper": {"PaperBudget"},
     "tasks": {"Task"},
-    "benchmark": {"Problem", "Samples", "evaluate", "run", "settings", "study"},
+    "lamp": {"LAMP", "lamp_thresholds"},
+    "benchmark": {
+        *("Problem", "Data", "Samples", "Streamed", "paper_problem"),
+        *("evaluate", "run", "settings", "study"),
+        *("Row", "Margin", "margin", "summarize", "provenance"),
+        *("delta_table", "margin_table", "metric_tables", "order_table", "paper_table"),
+        *("allocation_figure", "tradeoff_figure"),
+    },
 }
 COMMANDS = [
     'pip install -e ".[examples]" && python examples/quickstart.py',

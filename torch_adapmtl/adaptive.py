@@ -20,7 +20,7 @@ from .lamp import LAMP, LAMPAllocation
 from .sensitivity import Sensitivity, SensitivityAllocation
 from .thresholds import SoftThreshold
 
-__all__ = ["AdaptiveBudget", "Allocation", "GradientAllocation"]
+__all__ = ["AdaptiveBudget", "GradientAllocation"]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,15 @@ from .problems import COMPARISON, PROBLEMS, TEACHERS, find_problem
 from .runs import evaluate, run, settings
 from .studies import STUDIES, read, study
 from .summary import Estimate, Margin, Row, margin, summarize
-from .tables import delta_table, fill, margin_table, metric_tables, paper_table
+from .tables import (
+    delta_table,
+    fill,
+    margin_table,
+    metric_tables,
+    order_table,
+    paper_table,
+    provenance,
+)
 
 __all__ = [
     "BASELINES",
@@ -43,8 +51,10 @@ __all__ = [
     "margin",
     "margin_table",
     "metric_tables",
+    "order_table",
     "paper_problem",
     "paper_table",
+    "provenance",
     "read",
     "run",
     "settings",

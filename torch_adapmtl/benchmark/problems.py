@@ -239,6 +239,11 @@ def find_problem(name: str) -> Problem:
 
     Raises:
         ValueError: If there is none of that name.
+
+    Example:
+        >>> from torch_adapmtl.benchmark import find_problem
+        >>> find_problem("paper/mobilenetv2/rooms").steps
+        20000
     """
     if name in PROBLEMS:
         return PROBLEMS[name]

@@ -72,6 +72,7 @@ class Row:
         tasks: Delta of each task, in percent.
         metrics: Each metric of each task.
         components: Sparsity of each component, as a fraction.
+        components_by_seed: The same for each of `seeds`.
         reached: Sparsity that the run ended at, as a fraction.
         seconds: Time of a run.
     """
@@ -85,6 +86,7 @@ class Row:
     tasks: Mapping[str, Estimate]
     metrics: Mapping[str, Mapping[str, Estimate]]
     components: Mapping[str, Estimate]
+    components_by_seed: Mapping[int, Mapping[str, float]]
     reached: Estimate
     seconds: Estimate
 
@@ -157,6 +159,7 @@ def _row(
             name: Estimate.of([run["components"][name] for run in runs])
             for name in first["components"]
         },
+        {seed: run["components"] for seed, run in zip(seeds, runs, strict=True)},
         Estimate.of([run["reached"] for run in runs]),
         Estimate.of([run["seconds"] for run in runs]),
     )

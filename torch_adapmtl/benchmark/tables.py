@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from torch_adapmtl.benchmark.methods import BASELINES, DENSE
 from torch_adapmtl.benchmark.summary import Estimate, Row, margin
 
-__all__ = ["delta_table", "fill", "margin_table", "metric_tables", "paper_table"]
+__all__ = [
+    "delta_table",
+    "fill",
+    "margin_table",
+    "metric_tables",
+    "order_table",
+    "paper_table",
+    "provenance",
+]
 
 OURS = "AdapMTL"
 
@@ -68,6 +78,42 @@ def metric_tables(rows: Iterable[Row], problem: str, sparsity: float) -> str:
         body = [[row.method, *(_metric(e) for e in row.metrics[task].values())] for row in rows]
         parts.append(_table(header, body))
     return "\n\n".join(parts)
+
+
+def order_table(rows: Iterable[Row], components: Sequence[str]) -> str:
+    """How dense each component is left, and whether they come in this order, least dense first."""
+    body = []
+    for row in rows:
+        if row.delta is None:
+            continue
+        kept = [100 * (1 - row.components[name].mean) for name in components]
+        ordered = sum(
+            all(own[a] > own[b] for a, b in itertools.pairwise(components))
+            for own in row.components_by_seed.values()
+        )
+        body.append(
+            [
+                row.method,
+                _percent(row.sparsity),
+                *(f"{k:.1f}" for k in kept),
+                f"{ordered} of {len(row.seeds)}",
+                _delta(row),
+            ]
+        )
+    header = ["", "zeros", *(f"{name}, % kept" for name in components)]
+    return _table([*header, "seeds in order", "Delta_T, %"], body)
+
+
+def provenance(runs: Sequence[Mapping[str, Any]]) -> str:
+    """How many runs there are, how long they took, and where and with what they were made."""
+    hours = sum(run["seconds"] for run in runs) / 3600
+    seeds = sorted({run["seed"] for run in runs})
+    parts = [f"{len(runs)} runs, {hours:.1f} hours of training in all; seeds {seeds}"]
+    for key in ("device", "threads"):
+        parts.append(f"{key} {', '.join(sorted({str(run[key]) for run in runs}))}")
+    for name in runs[0]["versions"] if runs else ():
+        parts.append(f"{name} {', '.join(sorted({run['versions'][name] for run in runs}))}")
+    return "; ".join(parts) + "."
 
 
 def fill(page: str, blocks: Mapping[str, Callable[[], str]]) -> str:

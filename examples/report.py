@@ -1,0 +1,110 @@
+"""Fill the tables and figures of the results page from the lines of the studies.
+
+    python examples/report.py                       # docs/results.md, from docs/results/*.jsonl
+    python examples/report.py --lines my.jsonl      # print the tables of other lines
+
+The page's blocks, between `<!-- NAME -->` and `<!-- end -->`, are replaced; its text is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch_adapmtl.benchmark import (
+    BASELINES,
+    DENSE,
+    TEACHERS,
+    Row,
+    allocation_figure,
+    delta_table,
+    fill,
+    margin_table,
+    metric_tables,
+    order_table,
+    paper_table,
+    provenance,
+    read,
+    summarize,
+    tradeoff_figure,
+)
+
+DRAWN = ("AdapMTL", "Taylor", "global magnitude", "DiSparse dynamic", "uniform magnitude")
+
+
+def problems(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row.problem for row in rows))
+
+
+def sections(rows: Sequence[Row], table: Callable[[str], str], level: str = "###") -> str:
+    """One table for each problem, under its name."""
+    return "\n\n".join(f"{level} {name}\n\n{table(name)}" for name in problems(rows))
+
+
+def details(rows: Sequence[Row], sparsity: float) -> str:
+    """Every problem's tables of the paper's form at one sparsity, folded."""
+    parts = []
+    for name in problems(rows):
+        if all(row.sparsity != sparsity for row in rows if row.problem == name):
+            continue
+        both = paper_table(rows, name, sparsity) + "\n\n" + metric_tables(rows, name, sparsity)
+        indented = "\n".join(f"    {line}".rstrip() for line in both.split("\n"))
+        parts.append(f'??? note "{name}, {100 * sparsity:g} %"\n\n{indented}')
+    return "\n\n".join(parts)
+
+
+def blocks(lines: dict[str, list[dict[str, Any]]]) -> dict[str, Callable[[], str]]:
+    """What makes each block of the page; `lines` by the name of their file."""
+    rows = {name: summarize(own) for name, own in lines.items()}
+    made: dict[str, Callable[[], str]] = {}
+    for study, own in rows.items():
+        made[f"{study}: runs"] = lambda study=study: provenance(lines[study])
+        made[f"{study}: delta"] = lambda own=own: sections(own, lambda name: delta_table(own, name))
+        made[f"{study}: margin"] = lambda own=own: margin_table(own)
+        made[f"{study}: order"] = lambda own=own: order_table(own, list(TEACHERS))
+        for sparsity in sorted({row.sparsity for row in own if row.method != DENSE}):
+            made[f"{study}: details at {100 * sparsity:g} %"] = lambda own=own, s=sparsity: details(
+                own, s
+            )
+    return made
+
+
+def draw(rows: Sequence[Row], folder: Path) -> None:
+    """Write the page's figures."""
+    figures = {"tradeoff.png": tradeoff_figure(rows, DRAWN)}
+    for sparsity in (0.9, 0.97):
+        own = [row for row in rows if row.method in DRAWN]
+        figures[f"allocation{100 * sparsity:g}.png"] = allocation_figure(own, sparsity, DRAWN)
+    for name, figure in figures.items():
+        figure.savefig(folder / name, dpi=120)
+
+
+def main() -> None:
+    """Fill the page, or print the tables of a file."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--page", type=Path, default=Path("docs/results.md"))
+    parser.add_argument("--lines", type=Path, help="print the tables of this file instead")
+    parser.add_argument("--figures", action="store_true", help="draw the page's figures too")
+    parser.add_argument("--quick", action="store_true", help="print tables of few committed lines")
+    args = parser.parse_args()
+    folder = args.page.with_suffix("")
+    if args.quick:
+        args.lines = folder / "sensitivities.jsonl"
+    if args.lines:
+        rows = summarize(read(args.lines))
+        print(sections(rows, lambda name: delta_table(rows, name), level="##"))
+        print(f"\n{margin_table(rows)}" if any(row.method in BASELINES for row in rows) else "")
+        return
+    lines = {path.stem: read(path) for path in sorted(folder.glob("*.jsonl"))}
+    args.page.write_text(fill(args.page.read_text(), blocks(lines)))
+    if args.figures:
+        draw(summarize(lines["comparison"]), folder)
+    print(f"{args.page}: {sum(map(len, lines.values()))} runs")
+
+
+if __name__ == "__main__":
+    main()
