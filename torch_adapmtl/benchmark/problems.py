@@ -162,6 +162,7 @@ def _words() -> Problem:
         steps=1000,
         batch=64,
         lr=1e-3,
+        paper_start=-3.0,
     )
 
 
