@@ -35,30 +35,34 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--problems", nargs="+", help="in place of the preset's")
     parser.add_argument("--methods", nargs="+", choices=METHODS)
     parser.add_argument("--sparsities", nargs="+", type=float)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[3, 4, 5], help="0 to 2 chose the defaults"
+    )
     parser.add_argument("--out", help="file of lines to add to")
     parser.add_argument("--steps", type=int, help="in place of each problem's own")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--quick", action="store_true", help="three runs of a few steps")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.study and args.preset == "paper":
+        parser.error("--preset paper has problems of its own: leave out --study")
+    return args
 
 
 def wanted(args: argparse.Namespace) -> dict[str, Any]:
     """Which runs: the study's or the preset's, but for what is given."""
-    name = args.study or ("paper" if args.preset == "paper" else "comparison")
-    chosen = dict(STUDIES[name])
+    chosen = dict(STUDIES[args.study or ("paper" if args.preset == "paper" else "comparison")])
     if args.preset == "paper":
         chosen["problems"] = [f"paper/{e}/{data}" for data in args.data for e in ENCODERS]
-    elif not args.study:
-        chosen["problems"] = COMPARISON
     if args.quick:
-        chosen.update(problems=["digits"], methods=["dense", "AdapMTL", "Taylor"])
-        chosen.update(sparsities=[0.9])
+        chosen.update(problems=["digits"], methods=["dense", "AdapMTL", "Taylor"], sparsities=[0.9])
         args.seeds, args.steps = [0], 3
     given = {name: getattr(args, name) for name in ("problems", "methods", "sparsities", "out")}
-    return {**chosen, **{name: value for name, value in given.items() if value is not None}}
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.quick or args.steps or not args.study or "problems" in given:
+        chosen["out"] = "runs.jsonl"  # the results page is made of whole studies
+    return {**chosen, **given}
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from torch_adapmtl.benchmark import (
     margin_table,
     metric_tables,
     order_table,
+    overview_table,
     paper_table,
     provenance,
     read,
@@ -65,9 +66,9 @@ def blocks(lines: dict[str, list[dict[str, Any]]]) -> dict[str, Callable[[], str
         made[f"{study}: margin"] = lambda own=own: margin_table(own)
         made[f"{study}: order"] = lambda own=own: order_table(own, list(TEACHERS))
         for sparsity in sorted({row.sparsity for row in own if row.method != DENSE}):
-            made[f"{study}: details at {100 * sparsity:g} %"] = lambda own=own, s=sparsity: details(
-                own, s
-            )
+            at = f"at {100 * sparsity:g} %"
+            made[f"{study}: details {at}"] = lambda own=own, s=sparsity: details(own, s)
+            made[f"{study}: {at}"] = lambda own=own, s=sparsity: overview_table(own, s)
     return made
 
 

@@ -22,6 +22,7 @@ from torch_adapmtl.benchmark import (
     margin_table,
     metric_tables,
     order_table,
+    overview_table,
     paper_table,
     provenance,
     summarize,
@@ -125,6 +126,10 @@ def test_tables() -> None:
         "| SNIP | -25.00 |",
         "| Taylor | -7.50 ± 2.50 |",
         "| AdapMTL | **-2.50 ± 2.50** |",
+    ]
+    assert overview_table(rows, 0.9).split("\n") == [
+        "| Delta_T, % at 90 % | toy |",
+        *delta_table(rows, "toy").split("\n")[1:],
     ]
     assert margin_table(rows).split("\n")[2] == "| toy | +5.00 ± 0.00 (Taylor) |"
     paper = paper_table(rows, "toy", 0.9).split("\n")

@@ -25,7 +25,12 @@ from .weighting import LossWeighting, make_weighting
 
 __all__ = ["apply_adapmtl"]
 
-_REACH = 1.1
+_DEFAULTS: Mapping[str, Any] = {
+    "schedule": SparsitySchedule(),
+    "granularity": "layer",
+    "allocation": LAMPAllocation(),
+    "reach": 1.1,
+}
 
 
 def apply_adapmtl(
@@ -227,15 +232,24 @@ def _budget(mode: object, gradient: object, **options: Any) -> Callable[..., Con
     _check_choice("mode", mode, ("adaptive", "paper"))
 
     given = {name: value for name, value in options.items() if value is not None}
-    given.setdefault("schedule", SparsitySchedule())
-    given.setdefault("granularity", "layer")
-    given.setdefault("reach", _REACH)
+    given = {**_DEFAULTS, **given}
     _check_schedule(given["schedule"])
     _check_choice("granularity", given["granularity"], ("layer", "component"))
     check_reach(given["reach"])
-    given["allocation"] = _allocation(given.get("allocation", "lamp"))
+    given["allocation"] = _allocation(given["allocation"])
     given["straight_through"] = gradient != "mask"
     return lambda layers, _, **run: AdaptiveBudget(layers, **run, **given)
+
+
+def in_full(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of `apply_adapmtl` with the defaults of those that are not given, for the record.
+
+    Only the default mode has any; the others hold all their numbers themselves.
+    """
+    if options.get("mode", "adaptive") != "adaptive":
+        return dict(options)
+    found = {"gradient": "straight_through", **_DEFAULTS, **options}
+    return {**found, "allocation": _allocation(found["allocation"])}
 
 
 def _allocation(value: object) -> Allocation | None:

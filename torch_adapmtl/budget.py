@@ -20,6 +20,7 @@ __all__ = [
     "Bounds",
     "Scores",
     "SparsitySchedule",
+    "bisect",
     "from_bits",
     "pruned",
     "select",
@@ -188,7 +189,7 @@ class Scores:
         return lowest.tolist(), highest.tolist()
 
 
-def _bisect(count: Callable[[Tensor], Tensor], wanted: Tensor) -> Tensor:
+def bisect(count: Callable[[Tensor], Tensor], wanted: Tensor) -> Tensor:
     """The smallest level in bits whose count reaches `wanted`; -1 prunes nothing."""
     low = torch.full_like(wanted, -2, dtype=torch.long)
     high = torch.full_like(wanted, _MAX_BITS, dtype=torch.long)
@@ -212,7 +213,7 @@ def _common(scores: Scores, bounds: Bounds, zeros: Tensor) -> tuple[Tensor, Call
         spread = level[member] if level.ndim else level.expand(len(member))
         return bounds.total(scores.count(spread))
 
-    return _bisect(lambda lv: bounds.clamp(at(lv)).sum(), zeros), at
+    return bisect(lambda lv: bounds.clamp(at(lv)).sum(), zeros), at
 
 
 def solve(scores: Scores, bounds: Bounds, zeros: Tensor) -> Tensor:
@@ -233,8 +234,8 @@ def solve(scores: Scores, bounds: Bounds, zeros: Tensor) -> Tensor:
     common, at = _common(scores, bounds, zeros)
     free = at(common)
     due = bounds.clamp(free)
-    level = torch.where(free != due, _bisect(at, due), common)[bounds.component]
-    cap = _bisect(scores.count, bounds.layer_max)
+    level = torch.where(free != due, bisect(at, due), common)[bounds.component]
+    cap = bisect(scores.count, bounds.layer_max)
     # A tie that would carry a layer past its bound is not pruned at all.
     cap = torch.where(scores.count(cap) > bounds.layer_max, cap - 1, cap)
     return torch.minimum(level, cap)
@@ -263,8 +264,8 @@ def select(scores: Scores, bounds: Bounds, zeros: int) -> tuple[list[int], list[
 
     wanted = torch.tensor(due, dtype=torch.float64, device=budget.device)
     held = (wanted < below) | (wanted > upto)
-    own = torch.where(held, _bisect(at, wanted), common)[bounds.component]
-    level = torch.minimum(own, _bisect(scores.count, bounds.layer_max))
+    own = torch.where(held, bisect(at, wanted), common)[bounds.component]
+    level = torch.minimum(own, bisect(scores.count, bounds.layer_max))
     most = torch.minimum(scores.count(own), bounds.layer_max).tolist()
     numbers = torch.minimum(scores.count(own - 1), bounds.layer_max).tolist()
     for c, number in enumerate(due):

@@ -12,8 +12,12 @@ from torch import Tensor
 from ._allocator import Allocator
 from ._layers import Layer
 from ._sampling import Sample
+from .budget import bisect, from_bits, to_bits
 
 __all__ = ["LAMP", "LAMPAllocation", "lamp_thresholds"]
+
+# Squares of magnitudes are summed in units of the largest in their layer over this.
+_UNIT = 2.0**40
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,12 @@ class LAMPAllocation:
     bound: float = 5.0
 
     def __post_init__(self) -> None:
-        if not (0 <= self.strength <= 1 and 0 < self.rate <= 1 and 0 < self.bound < math.inf):
-            raise ValueError(
-                f"allocation: strength must lie in [0, 1], rate in (0, 1] and bound be > 0, got "
-                f"strength={self.strength}, rate={self.rate}, bound={self.bound}"
-            )
+        if not 0 <= self.strength <= 1:
+            raise ValueError(f"allocation: strength must lie in [0, 1], got {self.strength}")
+        if not 0 < self.rate <= 1:
+            raise ValueError(f"allocation: rate must lie in (0, 1], got {self.rate}")
+        if not 0 < self.bound < math.inf:
+            raise ValueError(f"allocation: bound must be > 0 and finite, got {self.bound}")
 
 
 class LAMP(Allocator):
@@ -99,29 +104,33 @@ def lamp_thresholds(sample: Sample, sizes: Tensor, zeros: float) -> Tensor:
 
     Returns:
         The largest magnitude that is pruned in each layer, float32 of shape (L,); 0 where none is.
+        Of weights whose scores tie all are pruned.
     """
-    device = sizes.device
-    lengths = torch.tensor(sample.lengths, device=device)
+    lengths = torch.tensor(sample.lengths, device=sizes.device)
     stands_for = sizes / lengths.double()
-    # Sorted by layer, then by magnitude: what is known by layer stays in place.
-    order = sample.values.argsort()
-    order = order[sample.layer[order].argsort(stable=True)]
-    values = sample.values[order].clamp(min=0.0)  # a mask's zeros are -1
+    # Layer in the high word, magnitude in the low one: one sort orders every layer's weights.
+    keys = ((sample.layer << 32) | to_bits(sample.values)).sort().values
+    values = from_bits(keys & 0xFFFFFFFF)
     last = lengths.cumsum(0)
     largest = values[last - 1].double().clamp(min=torch.finfo(torch.float32).tiny)
-    square = (values / largest[sample.layer]).square()  # in units of the layer's own
-    summed = square.cumsum(0)
+    square = (values / largest[sample.layer]).square()  # in units of the layer's largest
+    # Whole numbers: sums of them are exact, and the same in any order.
+    whole = (square * _UNIT).long()
+    summed = whole.cumsum(0)
     # What the weights from this one on in its layer sum to, itself included.
-    rest = (summed[last - 1][sample.layer] - summed + square) * stands_for[sample.layer]
-    score = torch.where(square > 0, square / rest, 0.0)
+    rest = (summed[last - 1][sample.layer] - summed + whole).double() / _UNIT
+    score = square / (rest * stands_for[sample.layer])
+    score = torch.where(square > 0, score, 0.0).float()
 
-    ranked = score.argsort()
-    pruned = stands_for[sample.layer[ranked]].cumsum(0)
-    wanted = torch.tensor([zeros], dtype=pruned.dtype, device=device)
-    # The last one that the budget has room for, rounded: none if it has room for none.
-    place = torch.searchsorted(pruned, wanted + 0.5) - 1
-    cut = torch.where(place < 0, -1.0, score[ranked[place.clamp(min=0)]])
-    count = torch.zeros_like(lengths).index_add_(0, sample.layer, (score <= cut).long())
+    def count(level: Tensor) -> Tensor:
+        found = torch.searchsorted(ranks, base + level, right=True) - start
+        return (found * stands_for).sum()
+
     start = last - lengths
-    highest = values[(start + count - 1).clamp(min=0)]
-    return torch.where(count > 0, highest, 0.0)
+    base = torch.arange(len(lengths), device=sizes.device) << 32
+    ranks = (sample.layer << 32) | to_bits(score)
+    wanted = torch.full((), zeros, dtype=torch.float64, device=sizes.device)
+    level = bisect(count, wanted)
+    found = torch.searchsorted(ranks, base + level.clamp(min=0), right=True) - start
+    found = torch.where(level < 0, 0, found)
+    return torch.where(found > 0, values[(start + found - 1).clamp(min=0)], 0.0)

@@ -21,6 +21,7 @@ from .tables import (
     margin_table,
     metric_tables,
     order_table,
+    overview_table,
     paper_table,
     provenance,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "margin_table",
     "metric_tables",
     "order_table",
+    "overview_table",
     "paper_problem",
     "paper_table",
     "provenance",

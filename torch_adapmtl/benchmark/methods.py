@@ -50,6 +50,7 @@ VARIANTS: Mapping[str, Callable[[Problem], Options]] = {
     "AdapMTL, by sensitivity": lambda _: {"allocation": "sensitivity", "weighting": "stability"},
     "AdapMTL, by gradient": lambda _: {"allocation": "gradient", "weighting": "stability"},
     "AdapMTL, equal weights": lambda _: {},
+    "AdapMTL, common threshold, equal weights": lambda _: {"allocation": "common"},
     "AdapMTL, code's weighting": lambda _: {"weighting": "deviation"},
 }
 

@@ -24,6 +24,8 @@ from torch_adapmtl.tasks import Classification, Depth, Map, Normals, Regression,
 
 __all__ = ["COMPARISON", "PROBLEMS", "TEACHERS", "WordModel", "find_problem"]
 
+# Each `paper_start` is the one of -8, -6, -5, -4, -3.5, -3 and -2.5 that came nearest to 90 % with
+# seed 0 without a collapse (Rooms-3, digits and words; the other problems take those of the first).
 _ROOM_TASKS: Mapping[str, Callable[[], Task]] = {
     "segmentation": lambda: Segmentation(5),
     "depth": Depth,
@@ -65,6 +67,7 @@ def _rooms(name: str, tasks: tuple[str, ...], hidden: int, steps: int) -> Proble
         lambda: {task: _ROOM_TASKS[task]() for task in tasks},
         steps=steps,
         batch=16,
+        paper_start=-3.5,
     )
 
 
@@ -106,6 +109,7 @@ def _digits() -> Problem:
         },
         steps=600,
         batch=32,
+        paper_start=-3.5,
     )
 
 
@@ -211,6 +215,7 @@ def _teachers() -> Problem:
         lambda: {task: Regression() for task in TEACHERS},
         steps=2000,
         batch=64,
+        paper_start=-3.5,
     )
 
 

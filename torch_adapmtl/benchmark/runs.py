@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import platform
 import time
+import warnings
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +17,7 @@ from torch import nn
 
 import torch_adapmtl
 from torch_adapmtl import AdapMTL, apply_adapmtl
+from torch_adapmtl._apply import in_full
 from torch_adapmtl.baselines import IterativeMagnitude
 from torch_adapmtl.benchmark.data import Data
 from torch_adapmtl.benchmark.methods import DENSE, METHODS
@@ -25,10 +29,22 @@ Progress = Callable[[int], object]
 
 
 def settings(
-    problem: Problem, method: str, sparsity: float, seed: int, options: dict[str, Any] | None = None
+    problem: Problem,
+    method: str,
+    sparsity: float,
+    seed: int,
+    options: dict[str, Any] | None = None,
+    *,
+    device: str = "cpu",
+    bf16: bool = False,
 ) -> dict[str, Any]:
-    """What decides on a run's outcome, as JSON can hold it: runs of equal settings are one run."""
+    """What decides on a run's outcome, as JSON can hold it: runs of equal settings are one run.
+
+    The library's defaults are among them, so that a line made before a default changed is known.
+    """
     own = METHODS[method](problem) if options is None else options
+    if method != DENSE:
+        own = in_full({"weighting": "equal", **own})
     return {
         "problem": problem.name,
         "method": method,
@@ -39,6 +55,9 @@ def settings(
         "batch": problem.batch,
         "lr": problem.lr,
         "weight_decay": problem.weight_decay,
+        "threshold_lr": problem.threshold_lr,
+        "device": torch.device(device).type,
+        "bf16": bf16,
     }
 
 
@@ -66,8 +85,8 @@ def run(
         progress: Called after each step with their number so far.
 
     Returns:
-        Settings, versions, seconds, the sparsity reached overall and by component, and the metrics
-        by task: one JSON line.
+        Settings, versions, seconds, the sparsity reached overall and by component, the metrics by
+        task, and what `finalize` warned of: one JSON line.
     """
     own = METHODS[method](problem) if options is None else options
     train, test = _data(problem.load, device)
@@ -109,14 +128,18 @@ def run(
         if pruner:
             pruner.step()
         progress(step + 1)
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
     seconds = time.perf_counter() - started
 
     report = pruner.report() if pruner else None
-    if pruner:
-        model = pruner.finalize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if pruner:
+            model = pruner.finalize()
     metrics = evaluate(model, problem, test, autocast)
     return {
-        **settings(problem, method, sparsity, seed, own),
+        **settings(problem, method, sparsity, seed, own, device=device, bf16=bf16),
         "seconds": round(seconds, 2),
         "reached": report.sparsity if report else 0.0,
         "zeros": report.zeros if report else 0,
@@ -125,7 +148,8 @@ def run(
         "task_weights": dict(report.task_weights) if report else {},
         "metrics": metrics,
         "lower_is_better": problem.lower_is_better,
-        "device": _device_name(device),
+        "warnings": [str(warning.message) for warning in caught],
+        "machine": _machine(device),
         "threads": torch.get_num_threads(),
         "versions": {
             "torch_adapmtl": torch_adapmtl.__version__,
@@ -167,7 +191,11 @@ def _cosine(steps: int) -> Callable[[int], float]:
     return lambda step: (1 + math.cos(math.pi * min(step / steps, 1.0))) / 2
 
 
-def _device_name(device: str) -> str:
+def _machine(device: str) -> str:
+    """The name of the processor that does the work."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{named[0] if named else platform.machine()}, {os.cpu_count()} cores"

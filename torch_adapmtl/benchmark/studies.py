@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,21 @@ __all__ = ["STUDIES", "read", "study"]
 
 Key = tuple[str, str, float, int]
 
+Call = tuple[str, str, float, int, int | None, str, bool]
+
+_SETTINGS = (
+    *("problem", "method", "sparsity", "seed", "options", "steps", "batch", "lr"),
+    *("weight_decay", "threshold_lr", "device", "bf16"),
+)
+
 _SPARSITIES = (0.9, 0.97, 0.8, 0.95)  # those that matter most first
 _PAIRS = tuple(name for name in PROBLEMS if name.startswith("rooms: "))
-_PARTS = ("AdapMTL", "AdapMTL, common threshold", "AdapMTL, equal weights")
+_PARTS = (
+    "AdapMTL",
+    "AdapMTL, common threshold",
+    "AdapMTL, equal weights",
+    "AdapMTL, common threshold, equal weights",
+)
 
 #: The studies of the results page: problems, methods and sparsities, and the file of lines.
 STUDIES: Mapping[str, Mapping[str, Any]] = {
@@ -97,7 +110,7 @@ def study(
         seeds: Seeds.
         out: The file of lines; runs that are in it with the same settings are left out.
         steps: Optimiser steps, in place of the problem's own.
-        jobs: How many runs at a time, each in a process with one thread (on a GPU: with all).
+        jobs: How many runs at a time, each with one thread.
         device: Where to train.
         bf16: Whether the forward pass runs under autocast to bfloat16.
     """
@@ -105,16 +118,11 @@ def study(
     path.parent.mkdir(parents=True, exist_ok=True)
     _cut_unfinished(path)
     chosen = {name: _shortened(find_problem(name), steps) for name in problems}
-    missing = _missing(read(path), list(chosen.values()), methods, sparsities, seeds)
+    missing = _missing(read(path), list(chosen.values()), methods, sparsities, seeds, device, bf16)
     calls = [(*key, steps, device, bf16) for key in missing]
     with tqdm(total=len(calls), unit="run", smoothing=0.1) as bar:
-        if jobs == 1:
-            for call in calls:
-                _write(path, _one(call), bar)
-            return
-        with multiprocessing.get_context("spawn").Pool(jobs, _one_thread) as pool:
-            for line in pool.imap_unordered(_one, calls):
-                _write(path, line, bar)
+        for line in _lines(calls, jobs):
+            _write(path, line, bar)
 
 
 def _missing(
@@ -123,6 +131,8 @@ def _missing(
     methods: Sequence[str],
     sparsities: Sequence[float],
     seeds: Sequence[int],
+    device: str,
+    bf16: bool,
 ) -> Iterable[Key]:
     """The runs that are not done yet; all methods of one seed before the next seed."""
     known = {_identity(line) for line in done}
@@ -132,28 +142,49 @@ def _missing(
                 for method in methods:
                     if method == DENSE and sparsity != sparsities[0]:
                         continue
-                    wanted = settings(problem, method, sparsity, seed)
+                    wanted = settings(problem, method, sparsity, seed, device=device, bf16=bf16)
                     if _identity(wanted) not in known:
                         yield problem.name, method, sparsity, seed
 
 
 def _identity(line: dict[str, Any]) -> str:
-    names = ("problem", "method", "sparsity", "seed", "options", "steps", "batch", "lr")
-    return json.dumps([line[name] for name in (*names, "weight_decay")], sort_keys=True)
+    """What makes two runs the same: all that `settings` names."""
+    return json.dumps([line[name] for name in _SETTINGS], sort_keys=True)
 
 
 def _shortened(problem: Problem, steps: int | None) -> Problem:
     return problem if steps is None else replace(problem, steps=steps)
 
 
-def _one(call: tuple[str, str, float, int, int | None, str, bool]) -> str:
+def _one(call: Call) -> str:
+    """Run a call, and say in its line if it fails: the others are not to wait for it."""
     name, method, sparsity, seed, steps, device, bf16 = call
     problem = _shortened(find_problem(name), steps)
-    return json.dumps(run(problem, method, sparsity, seed, device=device, bf16=bf16))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # with any number of jobs: threads change the order of sums
+    try:
+        line = run(problem, method, sparsity, seed, device=device, bf16=bf16)
+    except RuntimeError as error:
+        known = settings(problem, method, sparsity, seed, device=device, bf16=bf16)
+        line = {**known, "failed": str(error)}
+    finally:
+        torch.set_num_threads(threads)
+    return json.dumps(line)
 
 
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+def _lines(calls: Sequence[Call], jobs: int) -> Iterator[str]:
+    """The lines of the calls, as they come."""
+    if jobs == 1:
+        yield from map(_one, calls)
+        return
+    # Not a Pool: its processes may have none of their own, which read data.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context) as pool:
+        try:
+            for done in as_completed([pool.submit(_one, call) for call in calls]):
+                yield done.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _write(path: Path, line: str, bar: Any) -> None:

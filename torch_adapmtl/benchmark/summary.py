@@ -15,7 +15,7 @@ __all__ = ["Estimate", "Margin", "Row", "margin", "summarize"]
 Run = Mapping[str, Any]
 
 # What runs must share to be compared.
-_TRAINING = ("problem", "steps", "batch", "lr", "weight_decay", "device")
+_TRAINING = ("problem", "steps", "batch", "lr", "weight_decay", "device", "bf16")
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Row:
 def summarize(runs: Iterable[Run]) -> list[Row]:
     """Group the runs by problem, method and sparsity, in the order in which they first come.
 
-    Runs whose dense run is missing are left out.
+    Runs that failed, or whose dense run is missing, are left out.
 
     Args:
         runs: Lines of a study, as `read` returns them.
@@ -106,6 +106,8 @@ def summarize(runs: Iterable[Run]) -> list[Row]:
     groups: dict[tuple[str, str, float], dict[int, Run]] = {}
     training: dict[str, list[Any]] = {}
     for run in runs:
+        if "failed" in run:
+            continue
         shared = [run[name] for name in _TRAINING]
         if training.setdefault(run["problem"], shared) != shared:
             raise ValueError(

@@ -16,6 +16,7 @@ __all__ = [
     "margin_table",
     "metric_tables",
     "order_table",
+    "overview_table",
     "paper_table",
     "provenance",
 ]
@@ -36,6 +37,19 @@ def delta_table(rows: Iterable[Row], problem: str) -> str:
             cells.append(_delta(own, bold=own is not None and _mean(own) == best[s]))
         body.append(cells)
     return _table(["Delta_T, %", *(_percent(s) for s in sparsities)], body)
+
+
+def overview_table(rows: Iterable[Row], sparsity: float) -> str:
+    """Delta_T of every method on every problem, at one sparsity; the best of each in bold."""
+    rows = [row for row in rows if row.delta is not None and row.sparsity == sparsity]
+    problems = list(dict.fromkeys(row.problem for row in rows))
+    best = {name: max(_mean(row) for row in rows if row.problem == name) for name in problems}
+    body = []
+    for method in _methods(rows):
+        own = {row.problem: row for row in rows if row.method == method}
+        cells = [_delta(own.get(p), p in own and _mean(own[p]) == best[p]) for p in problems]
+        body.append([method, *cells])
+    return _table([f"Delta_T, % at {_percent(sparsity)}", *problems], body)
 
 
 def margin_table(rows: Sequence[Row], method: str = OURS) -> str:
