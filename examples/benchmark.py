@@ -15,7 +15,6 @@ import argparse
 from typing import Any
 
 from torch_adapmtl.benchmark import (
-    COMPARISON,
     ENCODERS,
     METHODS,
     STUDIES,

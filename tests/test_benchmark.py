@@ -112,7 +112,6 @@ def test_every_problem_has_losses_and_metrics(name: str) -> None:
     assert better.delta == 0
 
 
-@pytest.mark.filterwarnings("ignore:the run ended at a sparsity of")  # paper mode, in 12 steps
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_and_is_exact(tiny: Any, method: str) -> None:
     found = run(tiny, method, 0.9, seed=0)
@@ -169,6 +168,47 @@ def test_a_study_is_resumed_and_leaves_no_half_line(
     assert read(path) == lines[:-1]
     study(**wanted)
     assert [line["metrics"] for line in read(path)] == [line["metrics"] for line in lines]
+    study(**wanted, bf16=True)  # is another study
+    assert [line["bf16"] for line in read(path)] == [False] * 3 + [True] * 3
+
+
+def test_a_run_that_fails_says_so_and_stops_no_other(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch_adapmtl.benchmark import studies
+
+    diverging = dataclasses.replace(tiny, lr=1e30)
+    monkeypatch.setattr(studies, "find_problem", lambda _: diverging)
+    path = tmp_path / "runs.jsonl"
+    study(problems=["tiny"], methods=["Taylor", "IMP"], sparsities=[0.9], seeds=[0], out=path)
+    lines = read(path)
+    assert [line["method"] for line in lines] == ["Taylor", "IMP"]
+    assert all("NaN or infinite" in line["failed"] for line in lines)
+
+
+def test_two_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    study(
+        problems=["teachers"], methods=[DENSE, "AdapMTL"], sparsities=[0.9], seeds=[0], out=path,
+        steps=3, jobs=2,
+    )  # fmt: skip
+    assert sorted(line["method"] for line in read(path)) == ["AdapMTL", DENSE]
+
+
+def test_a_line_holds_the_defaults(tiny: Any) -> None:
+    found = settings(tiny, "AdapMTL", 0.9, 0)["options"]
+    assert found["allocation"] == "LAMPAllocation(strength=0.5, rate=0.3, bound=5.0)"
+    assert found["reach"] == "1.1"
+    assert found["weighting"] == "'stability'"
+    changed = settings(tiny, "reach 1.5", 0.9, 0)["options"]
+    assert changed == {**found, "reach": "1.5"}
+    assert settings(tiny, "Taylor", 0.9, 0)["options"].keys() == {"mode", "weighting"}
+
+
+def test_a_run_keeps_what_it_was_warned_of(tiny: Any) -> None:
+    assert run(tiny, "AdapMTL", 0.9, seed=0)["warnings"] == []
+    (said,) = run(tiny, "AdapMTL, paper mode", 0.9, seed=0)["warnings"]
+    assert said.startswith("the run ended at a sparsity of")
 
 
 class Numbers(torch.utils.data.Dataset[Any]):
@@ -197,12 +237,15 @@ def test_streamed_batches_are_functions_of_the_seed(workers: int) -> None:
     assert first[0] != first[2]
     seen = torch.cat([inputs for inputs, _ in data.in_order(4)])
     assert torch.equal(seen, torch.arange(10.0))
+    before = torch.random.get_rng_state()
     assert torch.equal(data.example(3), torch.arange(3.0))
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_a_batch_larger_than_the_data_is_an_error() -> None:
-    with pytest.raises(ValueError, match="batch must be at most the number of samples, got 16"):
-        next(Streamed(Numbers()).shuffled(16, 0))
+    for data in (Streamed(Numbers()), Samples(torch.arange(10), {"t": torch.arange(10)})):
+        with pytest.raises(ValueError, match="at most the number of samples, 10, got 16"):
+            next(data.shuffled(16, 0))
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from toys import TwoTasks, losses, prepare
 
-from torch_adapmtl import AdapMTL, apply_adapmtl
+from torch_adapmtl import AdapMTL, _state, apply_adapmtl
 from torch_adapmtl._health import Losses, signs
 from torch_adapmtl.report import ComponentRow, Report
 from torch_adapmtl.weighting import StabilityWeighting
@@ -47,8 +48,40 @@ def run(model: nn.Module, pruner: AdapMTL, scale: Any, steps: range) -> None:
         pruner.step()
 
 
-def test_a_good_run_says_nothing() -> None:
-    assert finished(trained()) == []
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"target_sparsity": 0.0},
+        {"target_sparsity": 0.05},
+        {"weighting": {"a": 9, "b": 1}},
+        {"weighting": lambda losses: {task: 1 / (1 + loss) for task, loss in losses.items()}},
+        {"allocation": "sensitivity"},
+        {"mode": "paper", "target_sparsity": 0.0},
+    ],
+)
+def test_a_good_run_says_nothing(options: dict[str, Any]) -> None:
+    assert finished(trained(**options)) == []
+
+
+def test_equal_heads_of_different_tasks_say_nothing() -> None:
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = TwoTasks(200)
+        model.heads["b"] = nn.Linear(200, 5)
+        model.body.requires_grad_(False)
+        pruner = prepare(model, total_steps=STEPS, target_sparsity=0.5)
+        optimizer = torch.optim.Adam(pruner.param_groups(lr=0.01))
+        for _ in range(STEPS):
+            x = torch.randn(16, 6)
+            a, b = model(x).values()
+            y = torch.cat([x.sin(), x.cos()], 1)
+            found = {"a": (a - y[:, :5]).square().mean(), "b": (b - y[:, 5:10]).square().mean()}
+            pruner.loss(found).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            pruner.step()
+        assert finished(pruner) == []
 
 
 class Twins(nn.Module):
@@ -66,14 +99,20 @@ class Twins(nn.Module):
 
 @pytest.mark.parametrize(
     ("options", "expected"),
-    [({}, 1), ({"allocation": "common"}, 0), ({"min_density": 0.25}, 0)],
+    [
+        ({}, 1),
+        ({"allocation": "sensitivity"}, 1),
+        ({"allocation": "common"}, 0),
+        ({"min_density": 0.25}, 0),
+        ({"target_sparsity": 0.0}, 0),
+    ],
 )
 def test_components_that_are_equally_sparse(options: dict[str, Any], expected: int) -> None:
     torch.manual_seed(0)
     model = Twins()
-    pruner = apply_adapmtl(
-        model, target_sparsity=0.75, total_steps=20, groups={"a": ["a"], "b": ["b"]}, **options
-    )
+    groups = {"a": ["a"], "b": ["b"]}
+    options = {"target_sparsity": 0.75, **options}
+    pruner = apply_adapmtl(model, total_steps=20, groups=groups, **options)
     for _ in range(20):
         pruner.loss(model.losses()).backward()
         pruner.step()
@@ -97,10 +136,23 @@ def test_one_task_that_dominates(bounds: tuple[float, float] | None, expected: i
     assert all("task 'a' has taken" in text for text in said)
 
 
-def test_a_loss_that_diverges() -> None:
-    said = finished(trained(lambda task, step: 1.1**step if task == "b" else 1.0))
+@pytest.mark.parametrize("options", [{}, {"mode": "paper", "target_sparsity": 0.0}])
+@pytest.mark.parametrize("since", [0, 3 * STEPS // 4])  # the zeros are settled at 70 %
+def test_a_loss_that_diverges(since: int, options: dict[str, Any]) -> None:
+    def scale(task: str, step: int) -> float:
+        return 50 ** max((step - since) / (STEPS - since), 0) if task == "b" else 1.0
+
+    said = finished(trained(scale, **options))
     assert len(said) == 1
-    assert "the loss of task 'b' has diverged: it began at" in said[0]
+    assert re.match("the loss of task 'b' ended .* times as large as it began", said[0])
+
+
+@pytest.mark.parametrize("allocation", ["lamp", "sensitivity"])
+def test_a_loss_that_comes_back_says_nothing(allocation: Any) -> None:
+    def scale(task: str, step: int) -> float:
+        return 8.0 if STEPS // 4 < step < STEPS // 2 else 1.0
+
+    assert finished(trained(scale, allocation=allocation)) == []
 
 
 def test_divergence_is_seen_across_a_resumed_run() -> None:
@@ -117,7 +169,18 @@ def test_divergence_is_seen_across_a_resumed_run() -> None:
     run(again, pruner, scale, range(STEPS // 2, STEPS))
     began = (half._losses.first, pruner._losses.first)
     assert began[0]["b"][0] == began[1]["b"][0]
-    assert any("the loss of task 'b' has diverged" in text for text in finished(pruner))
+    assert any("the loss of task 'b' ended" in text for text in finished(pruner))
+
+
+def test_states_without_losses_load() -> None:
+    header, masks = _state.unpack(prepare(TwoTasks(), total_steps=STEPS).get_extra_state())
+    assert not masks
+    del header["losses"]
+    header["step"] = 7
+    pruner = prepare(TwoTasks(), total_steps=STEPS)
+    pruner.set_extra_state(_state.pack(header, {}))
+    assert pruner._step == 7
+    assert pruner._losses == Losses()
 
 
 def test_missing_and_nonfinite_losses_are_no_readings() -> None:
@@ -139,7 +202,10 @@ def test_signs_of_a_report(others: float) -> None:
         step=1,
         total_steps=1,
         dense=[],
-        task_weights={"a": 1.0},
+        task_weights={},
     )
-    assert len(signs(report, Losses(), allocated=True)) == (others == 0.9)
-    assert signs(report, Losses(), allocated=False) == []
+    assert len(signs(report, Losses(), allocated=True, task_weights={})) == (others == 0.9)
+    assert signs(report, Losses(), allocated=False, task_weights={}) == []
+    dominated = signs(report, Losses(), allocated=False, task_weights={"a": 1.7, "b": 0.3})
+    assert len(dominated) == 1
+    assert "task 'a' has taken 85%" in dominated[0]

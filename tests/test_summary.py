@@ -43,6 +43,8 @@ def line(method: str, sparsity: float, seed: int, a: float, b: float, **other: A
         "lr": 0.1,
         "weight_decay": 0.0,
         "device": "cpu",
+        "bf16": False,
+        "machine": "Some CPU, 2 cores",
         "threads": 1,
         "seconds": 1800.0,
         "reached": 0.0 if dense else sparsity,
@@ -105,7 +107,8 @@ def test_a_margin_is_that_over_the_best_seed_by_seed() -> None:
     rows = summarize(LINES)
     found = margin(rows, "AdapMTL", ["Taylor", "SNIP", "absent"], problem="toy", sparsity=0.9)
     assert found is not None
-    assert found.rival == "Taylor"  # SNIP lacks a seed
+    assert found.rival == "Taylor"
+    assert found.left_out == ("SNIP", "absent")  # the one lacks a seed, the other all
     assert (found.ahead.mean, found.ahead.error) == pytest.approx((5.0, 0.0))
     assert margin(rows, "AdapMTL", ["SNIP"], problem="toy", sparsity=0.9) is None
     assert margin(rows, "AdapMTL", ["Taylor"], problem="toy", sparsity=0.8) is None
@@ -123,7 +126,7 @@ def test_tables() -> None:
     assert delta_table(rows, "toy").split("\n") == [
         "| Delta_T, % | 90 % |",
         "| --- | ---: |",
-        "| SNIP | -25.00 |",
+        "| SNIP | -25.00 (n = 1) |",
         "| Taylor | -7.50 ± 2.50 |",
         "| AdapMTL | **-2.50 ± 2.50** |",
     ]
@@ -131,7 +134,13 @@ def test_tables() -> None:
         "| Delta_T, % at 90 % | toy |",
         *delta_table(rows, "toy").split("\n")[1:],
     ]
-    assert margin_table(rows).split("\n")[2] == "| toy | +5.00 ± 0.00 (Taylor) |"
+    table, note = margin_table(rows, {0.9: 5.0}).split("\n\n")
+    assert table.split("\n")[0] == "| AdapMTL - best baseline | 90 % (aim: 5) |"
+    assert table.split("\n")[2] == "| toy | **+5.00 ± 0.00** (Taylor) |"
+    assert "SNIP at 90 %" in note
+    assert "LTH at 90 %" in note
+    assert "Taylor" not in note
+    assert "| +5.00 ± 0.00 (Taylor) |" in margin_table(rows, {0.9: 5.1})
     paper = paper_table(rows, "toy", 0.9).split("\n")
     assert (
         paper[0] == "|  | Δ a | Δ b | Delta_T, % | shared, % zero | a, % zero | overall, % zero |"
@@ -145,6 +154,22 @@ def test_tables() -> None:
     assert second.split("\n")[5] == "| AdapMTL | 0.4500 ± 0.0500 |"
 
 
+def test_what_missed_its_sparsity_is_never_the_best() -> None:
+    missed = [line("paper", 0.9, seed, 100.0, 0.1, reached=0.31) for seed in (0, 1)]
+    rows = summarize([*LINES, *missed])
+    table = delta_table(rows, "toy").split("\n")
+    assert "**-2.50 ± 2.50**" in table[4]
+    assert table[5].startswith("| paper | +")
+    assert table[5].endswith("(at 31 %) |")
+
+
+def test_failed_runs_are_left_out_and_bad_figures_name_their_run() -> None:
+    failed = {**LINES[2], "seed": 2, "failed": "NaN"}
+    assert summarize([*LINES, failed]) == summarize(LINES)
+    with pytest.raises(ValueError, match="with seed 1 cannot be compared"):
+        summarize([*LINES, line("LTH", 0.9, 1, math.nan, 0.5)])
+
+
 def test_the_order_of_components_is_counted_by_seed() -> None:
     rows = [row for row in summarize(LINES) if row.method == "Taylor"]
     table = order_table(rows, ["a", "shared"]).split("\n")
@@ -154,7 +179,12 @@ def test_the_order_of_components_is_counted_by_seed() -> None:
 
 def test_provenance() -> None:
     assert provenance(LINES) == (
-        "7 runs, 3.5 hours of training in all; seeds [0, 1]; device cpu; threads 1; torch 2.0."
+        "7 runs, 3.5 hours of training in all; seeds [0, 1]; machine: Some CPU, 2 cores; "
+        "threads: 1; torch 2.0."
+    )
+    failed = {"method": "Taylor", "seed": 2, "failed": "NaN"}
+    assert provenance([*LINES, failed]).startswith(
+        "8 runs, 3.5 hours of training in all; seeds [0, 1, 2], 1 of which failed;"
     )
 
 
@@ -165,7 +195,7 @@ def test_only_what_is_between_markers_is_replaced() -> None:
         "# A\n\n<!-- one -->\n\n1\n\n<!-- end -->\n\ntext\n\n<!-- two -->\n\n2\n\n<!-- end -->\n"
     )
     assert fill(once, {"one": lambda: "1", "two": lambda: "2"}) == once
-    with pytest.raises(KeyError, match="two"):
+    with pytest.raises(KeyError, match="the page has a block 'two', which nothing makes"):
         fill(page, {"one": lambda: "1"})
 
 

@@ -12,10 +12,10 @@ __all__ = ["Losses", "signs"]
 
 # Share of the summed task weights above which one task has taken the training over.
 _DOMINANT = 0.8
-# Densities that differ less than this, relative to their mean, are equal.
-_EQUAL = 0.01
-# A loss that ends this many times above where it began has diverged.
-_DIVERGED = 2.0
+# Sparsities that differ less than this, relative to the smaller of density and sparsity, are equal.
+_EQUAL = 1e-3
+# A loss that ends this many times as large as it began has diverged.
+_DIVERGED = 3.0
 # Readings that make up the beginning.
 _FIRST = 5
 # Share of the average kept from one reading to the next.
@@ -55,26 +55,34 @@ class Losses:
         }
 
 
-def signs(report: Report, losses: Losses, *, allocated: bool) -> list[str]:
+def signs(
+    report: Report,
+    losses: Losses,
+    *,
+    allocated: bool,
+    task_weights: Mapping[str, float],
+) -> list[str]:
     """Say what went wrong in a run, a sentence or two each; nothing if nothing did.
 
     Args:
         report: The report at its end.
         losses: The losses on the way.
         allocated: Whether the components were free to differ in their sparsity, and meant to.
+        task_weights: The weights of the tasks, if nobody chose them.
     """
     found = []
-    densities = [1 - row.sparsity for row in report.components]
-    mean = sum(densities) / len(densities) if densities else 0.0
-    if allocated and len(densities) > 1 and max(densities) - min(densities) < _EQUAL * mean:
+    sparsities = [row.sparsity for row in report.components]
+    room = min(report.sparsity, 1 - report.sparsity)
+    alike = len(sparsities) > 1 and max(sparsities) - min(sparsities) <= _EQUAL * room
+    if allocated and alike and room > 0:
         found.append(
-            f"all components are equally sparse ({report.components[0].sparsity:.2%}): nothing "
-            f"told them apart. Look at the gradients of the weights (none may have come from "
-            f"backward, or the run was too short), or choose another allocation"
+            f"all components are equally sparse ({report.sparsity:.2%}): nothing told them apart. "
+            f"Their weights may not have been trained (look at their gradients), or the run was "
+            f"too short; if they really are alike, this is as it should be"
         )
-    total = sum(report.task_weights.values())
-    for task, weight in report.task_weights.items():
-        if len(report.task_weights) > 1 and weight > _DOMINANT * total:
+    total = sum(task_weights.values())
+    for task, weight in task_weights.items():
+        if len(task_weights) > 1 and weight > _DOMINANT * total:
             found.append(
                 f"task {task!r} has taken {weight / total:.0%} of the task weights, so the others "
                 f"hardly train: a loss that does not fluctuate, because it cannot be learned or "
@@ -83,7 +91,8 @@ def signs(report: Report, losses: Losses, *, allocated: bool) -> list[str]:
             )
     for task, (before, after) in losses.diverged().items():
         found.append(
-            f"the loss of task {task!r} has diverged: it began at {before:.3g} and ended at "
-            f"{after:.3g}. Lower the learning rate, prune to less, or give the schedule more steps"
+            f"the loss of task {task!r} ended {after / before:.1f} times as large as it began "
+            f"({before:.3g}, then {after:.3g}): it diverged, or the model lost what it knew. Lower "
+            f"the learning rate, prune to less, or give the schedule more steps"
         )
     return found

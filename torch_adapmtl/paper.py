@@ -99,6 +99,7 @@ class PaperBudget(Controller):
 
     reached: Tensor
     exact = False
+    allocates = True
 
     def __init__(
         self,

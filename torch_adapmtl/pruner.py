@@ -17,9 +17,12 @@ from ._report import measure
 from ._state import load, save
 from .groups import Components
 from .report import ComponentRow, LayerRow, Report
-from .weighting import LossWeighting
+from .weighting import LossWeighting, StabilityWeighting
 
 __all__ = ["AdapMTL"]
+
+# Intervals between two looks at the losses where the thresholds are not updated.
+_RARELY = 5
 
 
 class AdapMTL(nn.Module):
@@ -155,7 +158,9 @@ class AdapMTL(nn.Module):
         if self.budget.due(self._step + 1):
             self._check_layers()
         self._step += 1
-        if self.budget.step(self._step):
+        updated = self.budget.step(self._step)
+        # Updates wait for the device anyway; where there are none, losses are read more rarely.
+        if updated or self._step % (_RARELY * self.budget.interval) == 0:
             self.weighting.check_finite()
             self._losses.read(self.weighting.latest())
 
@@ -319,8 +324,8 @@ class AdapMTL(nn.Module):
 
         Warns:
             UserWarning: If the run went wrong: all components are equally sparse though they were
-                free to differ, one task has nearly all the weight, the loss of a task has diverged,
-                or (in paper mode) the target was missed.
+                free to differ, one task has nearly all the weight, a loss ended far above where it
+                began, or (in paper mode) the target was missed.
         """
         self._check_active("finalize")
         if self.budget.exact and not self.budget.frozen:
@@ -343,7 +348,13 @@ class AdapMTL(nn.Module):
     def _warn(self) -> None:
         """Warn of what went wrong in the run."""
         report = self.report()
-        found = signs(report, self._losses, allocated=self.budget.allocates)
+        adaptive = isinstance(self.weighting, StabilityWeighting)  # others are the user's choice
+        found = signs(
+            report,
+            self._losses,
+            allocated=self.budget.allocates,
+            task_weights=report.task_weights if adaptive else {},
+        )
         if not self.budget.exact and report.sparsity < self.target_sparsity:
             found.append(
                 f"the run ended at a sparsity of {report.sparsity:.2%}, not "
@@ -385,7 +396,7 @@ class AdapMTL(nn.Module):
         """
         loaded = load(state, self._settings(), self._layers)
         self._step, self.budget.frozen = loaded["step"], loaded["frozen"]
-        self._losses = Losses(**loaded["losses"])
+        self._losses = Losses(**loaded.get("losses", {}))  # which 0.1.0's first states lack
 
     def _settings(self) -> dict[str, Any]:
         return {"total_steps": self.total_steps, "target_sparsity": self.target_sparsity}

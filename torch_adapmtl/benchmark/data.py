@@ -66,6 +66,7 @@ class Samples:
 
     def shuffled(self, batch: int, seed: int) -> Iterator[Batch]:
         """Batches without end, each epoch in a new order; a function of the seed."""
+        _check_batch(batch, len(self))
         generator = torch.Generator().manual_seed(seed)
         while True:
             order = torch.randperm(len(self), generator=generator)
@@ -99,14 +100,14 @@ class Streamed:
 
     def example(self, count: int) -> Tensor:
         """The inputs of the first samples."""
-        return torch.stack([self.dataset[i][0] for i in range(count)]).to(self.device)
+        with torch.random.fork_rng(devices=[]):  # augmentations draw
+            return torch.stack([self.dataset[i][0] for i in range(count)]).to(self.device)
 
     def shuffled(self, batch: int, seed: int) -> Iterator[Batch]:
         """Batches without end, each epoch in a new order; a function of the seed."""
         generator = torch.Generator().manual_seed(seed)
+        _check_batch(batch, len(self.dataset))  # type: ignore[arg-type]
         loader = self._loader(batch, shuffle=True, drop_last=True, generator=generator)
-        if len(loader) == 0:
-            raise ValueError(f"batch must be at most the number of samples, got {batch}")
         while True:
             yield from self._moved(loader, generator)
 
@@ -140,8 +141,13 @@ def _seeded(loader: DataLoader[Any], generator: torch.Generator) -> Iterator[Any
     draw: Callable[[], int] = lambda: int(torch.randint(2**62, (), generator=generator))  # noqa: E731
     while True:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(draw())
+            torch.default_generator.manual_seed(draw())  # not those of GPUs
             batch = next(batches, None)
         if batch is None:
             return
         yield batch
+
+
+def _check_batch(batch: int, count: int) -> None:
+    if batch > count:
+        raise ValueError(f"batch must be at most the number of samples, {count}, got {batch}")

@@ -35,7 +35,7 @@ def tradeoff_figure(rows: Sequence[Row], methods: Sequence[str]) -> Figure:
             if not deltas:
                 continue
             axis.errorbar(
-                [_place(row.sparsity) for row in own],
+                [_place(row.reached.mean) for row in own],
                 [delta.mean for delta in deltas],
                 [0.0 if delta.count == 1 else delta.error for delta in deltas],
                 label=method,

@@ -90,6 +90,11 @@ class Row:
     reached: Estimate
     seconds: Estimate
 
+    @property
+    def missed(self) -> bool:
+        """Whether the runs ended at another sparsity than was asked for, by half a percent."""
+        return abs(self.reached.mean - self.sparsity) > 0.005
+
 
 def summarize(runs: Iterable[Run]) -> list[Row]:
     """Group the runs by problem, method and sparsity, in the order in which they first come.
@@ -169,7 +174,13 @@ def _row(
 
 def _relative(run: Run, dense: Run) -> RelativePerformance:
     lower = [(task, metric) for task, metric in run["lower_is_better"]]
-    return relative_performance(run["metrics"], dense["metrics"], lower_is_better=lower)
+    try:
+        return relative_performance(run["metrics"], dense["metrics"], lower_is_better=lower)
+    except ValueError as error:
+        raise ValueError(
+            f"the run of {run['method']!r} on {run['problem']!r} at {run['sparsity']} with seed "
+            f"{run['seed']} cannot be compared with the dense one: {error}"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -179,10 +190,12 @@ class Margin:
     Attributes:
         rival: The best of the others, by its mean over the same seeds.
         ahead: The difference of the two Delta_T seed by seed, in points; negative if behind.
+        left_out: Those of the others that lack a run of one of the method's seeds.
     """
 
     rival: str
     ahead: Estimate
+    left_out: tuple[str, ...]
 
 
 def margin(
@@ -193,14 +206,14 @@ def margin(
     Args:
         rows: What `summarize` returned.
         method: The method.
-        others: The names of the others; those without a run of every seed of the method are left
-            out.
+        others: The names of the others.
         problem: On which problem.
         sparsity: At which sparsity.
 
     Returns:
         The margin, or None if there are no runs to compare.
     """
+    others = tuple(others)
     here = {row.method: row for row in rows if row.problem == problem and row.sparsity == sparsity}
     own = here.get(method)
     rivals = [
@@ -215,4 +228,4 @@ def margin(
         for rival in rivals
     }
     best = min(ahead, key=lambda name: ahead[name].mean)
-    return Margin(best, ahead[best])
+    return Margin(best, ahead[best], tuple(name for name in others if name not in ahead))

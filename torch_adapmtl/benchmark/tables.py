@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from torch_adapmtl.benchmark.methods import BASELINES, DENSE
 from torch_adapmtl.benchmark.summary import Estimate, Row, margin
@@ -23,46 +24,86 @@ __all__ = [
 
 OURS = "AdapMTL"
 
+Column = TypeVar("Column", str, float)
+
 
 def delta_table(rows: Iterable[Row], problem: str) -> str:
     """Delta_T of every method at every sparsity; the best of each column in bold."""
     rows = [row for row in rows if row.problem == problem and row.delta is not None]
-    sparsities = sorted({row.sparsity for row in rows})
-    best = {s: max(_mean(row) for row in rows if row.sparsity == s) for s in sparsities}
-    body = []
-    for method in _methods(rows):
-        cells = [method]
-        for s in sparsities:
-            own = next((r for r in rows if (r.method, r.sparsity) == (method, s)), None)
-            cells.append(_delta(own, bold=own is not None and _mean(own) == best[s]))
-        body.append(cells)
-    return _table(["Delta_T, %", *(_percent(s) for s in sparsities)], body)
+    cells = {(row.method, row.sparsity): row for row in rows}
+    return _deltas("Delta_T, %", cells, sorted({row.sparsity for row in rows}), _percent)
 
 
 def overview_table(rows: Iterable[Row], sparsity: float) -> str:
     """Delta_T of every method on every problem, at one sparsity; the best of each in bold."""
     rows = [row for row in rows if row.delta is not None and row.sparsity == sparsity]
+    cells = {(row.method, row.problem): row for row in rows}
     problems = list(dict.fromkeys(row.problem for row in rows))
-    best = {name: max(_mean(row) for row in rows if row.problem == name) for name in problems}
-    body = []
-    for method in _methods(rows):
-        own = {row.problem: row for row in rows if row.method == method}
-        cells = [_delta(own.get(p), p in own and _mean(own[p]) == best[p]) for p in problems]
-        body.append([method, *cells])
-    return _table([f"Delta_T, % at {_percent(sparsity)}", *problems], body)
+    return _deltas(f"Delta_T, % at {_percent(sparsity)}", cells, problems, str)
 
 
-def margin_table(rows: Sequence[Row], method: str = OURS) -> str:
-    """How far a method is above the best baseline (named), by problem and sparsity."""
-    sparsities = sorted({row.sparsity for row in rows if row.delta is not None})
-    body = []
+def _deltas(
+    corner: str,
+    cells: Mapping[tuple[str, Column], Row],
+    columns: Sequence[Column],
+    label: Callable[[Column], str],
+) -> str:
+    """Methods down, `columns` across; what missed its sparsity says so and cannot be the best."""
+    most = max((len(row.seeds) for row in cells.values()), default=0)
+    best = {
+        column: max(
+            (_mean(row) for (_, c), row in cells.items() if c == column and not row.missed),
+            default=math.nan,
+        )
+        for column in columns
+    }
+
+    def text(method: str, column: Column) -> str:
+        row = cells.get((method, column))
+        if row is None:
+            return ""
+        notes = [f"at {100 * row.reached.mean:.0f} %"] if row.missed else []
+        notes += [f"n = {len(row.seeds)}"] if len(row.seeds) < most else []
+        found = _delta(row, bold=not row.missed and _mean(row) == best[column])
+        return f"{found} ({', '.join(notes)})" if notes else found
+
+    methods = _methods(cells.values())
+    body = [[method, *(text(method, column) for column in columns)] for method in methods]
+    return _table([corner, *map(label, columns)], body)
+
+
+def margin_table(rows: Sequence[Row], aims: Mapping[float, float], method: str = OURS) -> str:
+    """How far a method is above the best baseline (named), by problem and sparsity.
+
+    Args:
+        rows: What `summarize` returned.
+        aims: By sparsity the points to be ahead by; a margin that is at least that is in bold.
+        method: The method.
+    """
+    body, without = [], set()
     for problem in dict.fromkeys(row.problem for row in rows):
         cells = [problem]
-        for s in sparsities:
+        for s, aim in aims.items():
             found = margin(rows, method, BASELINES, problem=problem, sparsity=s)
-            cells.append(f"{found.ahead.format('+.2f')} ({found.rival})" if found else "")
+            if found is None:
+                cells.append("")
+                continue
+            without |= {(name, s) for name in found.left_out}
+            text = found.ahead.format("+.2f")
+            cells.append(f"{f'**{text}**' if found.ahead.mean >= aim else text} ({found.rival})")
         body.append(cells)
-    return _table([f"{method} - best baseline", *(_percent(s) for s in sparsities)], body)
+    table = _table(
+        [f"{method} - best baseline", *(f"{_percent(s)} (aim: {aims[s]:g})" for s in aims)], body
+    )
+    left_out = {name: sorted(s for other, s in without if other == name) for name, _ in without}
+    if not left_out:
+        return table
+    notes = [
+        f"{name} at {', '.join(map(_percent, left_out[name]))}"
+        for name in BASELINES
+        if name in left_out
+    ]
+    return f"{table}\n\nNot all seeds or problems have been run yet of: {'; '.join(notes)}."
 
 
 def paper_table(rows: Iterable[Row], problem: str, sparsity: float) -> str:
@@ -120,13 +161,16 @@ def order_table(rows: Iterable[Row], components: Sequence[str]) -> str:
 
 def provenance(runs: Sequence[Mapping[str, Any]]) -> str:
     """How many runs there are, how long they took, and where and with what they were made."""
-    hours = sum(run["seconds"] for run in runs) / 3600
+    hours = sum(run.get("seconds", 0.0) for run in runs) / 3600
     seeds = sorted({run["seed"] for run in runs})
     parts = [f"{len(runs)} runs, {hours:.1f} hours of training in all; seeds {seeds}"]
-    for key in ("device", "threads"):
-        parts.append(f"{key} {', '.join(sorted({str(run[key]) for run in runs}))}")
-    for name in runs[0]["versions"] if runs else ():
-        parts.append(f"{name} {', '.join(sorted({run['versions'][name] for run in runs}))}")
+    if failed := [run for run in runs if "failed" in run]:
+        parts[0] += f", {len(failed)} of which failed"
+    for key in ("machine", "threads"):
+        parts.append(f"{key}: {', '.join(sorted({str(r[key]) for r in runs if key in r}))}")
+    versions = [run["versions"] for run in runs if "versions" in run]
+    for name in versions[0] if versions else ():
+        parts.append(f"{name} {', '.join(sorted({found[name] for found in versions}))}")
     return "; ".join(parts) + "."
 
 
@@ -152,6 +196,11 @@ def fill(page: str, blocks: Mapping[str, Callable[[], str]]) -> str:
     """
 
     def replace(found: re.Match[str]) -> str:
+        if found[2] not in blocks:
+            raise KeyError(
+                f"the page has a block {found[2]!r}, which nothing makes: is there a file of lines "
+                f"for it? There are {list(blocks)}"
+            )
         return f"{found[1]}\n\n{blocks[found[2]]()}\n\n<!-- end -->"
 
     return re.sub(r"(?ms)^(<!-- ([^\n]+) -->)$.*?^<!-- end -->$", replace, page)
