@@ -140,7 +140,7 @@ def test_one_task_that_dominates(bounds: tuple[float, float] | None, expected: i
 @pytest.mark.parametrize("since", [0, 3 * STEPS // 4])  # the zeros are settled at 70 %
 def test_a_loss_that_diverges(since: int, options: dict[str, Any]) -> None:
     def scale(task: str, step: int) -> float:
-        return 50 ** max((step - since) / (STEPS - since), 0) if task == "b" else 1.0
+        return 200 ** max((step - since) / (STEPS - since), 0) if task == "b" else 1.0
 
     said = finished(trained(scale, **options))
     assert len(said) == 1
