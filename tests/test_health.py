@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Mapping
@@ -9,13 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from toys import TwoTasks, losses, prepare
 
-from torch_adapmtl import AdapMTL, _state, apply_adapmtl
-from torch_adapmtl._health import Losses, signs
+from torch_adapmtl import AdapMTL, apply_adapmtl
+from torch_adapmtl._health import LossTrace, signs
 from torch_adapmtl.report import ComponentRow, Report
-from torch_adapmtl.weighting import StabilityWeighting
+from torch_adapmtl.weighting import EqualWeighting, StabilityWeighting
 
 STEPS = 60
 
@@ -167,29 +170,40 @@ def test_divergence_is_seen_across_a_resumed_run() -> None:
     pruner = prepare(again, total_steps=STEPS)
     again.load_state_dict(model.state_dict())
     run(again, pruner, scale, range(STEPS // 2, STEPS))
-    began = (half._losses.first, pruner._losses.first)
-    assert began[0]["b"][0] == began[1]["b"][0]
+    assert torch.equal(half.trace.first, pruner.trace.first)
     assert any("the loss of task 'b' ended" in text for text in finished(pruner))
 
 
-def test_states_without_losses_load() -> None:
-    header, masks = _state.unpack(prepare(TwoTasks(), total_steps=STEPS).get_extra_state())
-    assert not masks
-    del header["losses"]
-    header["step"] = 7
-    pruner = prepare(TwoTasks(), total_steps=STEPS)
-    pruner.set_extra_state(_state.pack(header, {}))
-    assert pruner._step == 7
-    assert pruner._losses == Losses()
-
-
-def test_missing_and_nonfinite_losses_are_no_readings() -> None:
-    seen = Losses()
-    seen.read({"a": 1.0})
-    seen.read({"a": float("nan"), "b": 2.0})
-    seen.read({"a": float("inf"), "b": 2.0})
-    assert seen.recent == {"a": 1.0, "b": 2.0}
-    assert seen.first == {"a": (1.0, 1), "b": (4.0, 2)}
+@given(
+    st.lists(
+        st.lists(
+            st.one_of(st.none(), st.floats(0.1, 9), st.just(math.nan)), min_size=2, max_size=2
+        ),
+        max_size=12,
+    )
+)
+def test_the_trace_is_that_of_a_plain_one(steps: list[list[float | None]]) -> None:
+    """First readings and an exponential average, of what is there and finite."""
+    weighting, trace = EqualWeighting(["a", "b"]), LossTrace(["a", "b"])
+    first: dict[str, list[float]] = {"a": [], "b": []}
+    recent: dict[str, float] = {}
+    for step in steps:
+        here = {task: value for task, value in zip("ab", step, strict=True) if value is not None}
+        if not here:
+            continue
+        weighting({task: torch.tensor(value) for task, value in here.items()})
+        assert weighting.latest is not None
+        trace.read(*weighting.latest)
+        for task, value in here.items():
+            if math.isnan(value):
+                continue
+            first[task] = (first[task] + [value])[:5]
+            recent[task] = 0.8 * recent.get(task, value) + 0.2 * value
+    for index, task in enumerate("ab"):
+        assert trace.first[:, index].tolist() == pytest.approx(
+            [sum(first[task]), len(first[task])], rel=1e-5
+        )
+        assert trace.recent[0, index].item() == pytest.approx(recent.get(task, 0.0), rel=1e-5)
 
 
 @pytest.mark.parametrize("others", [0.9, 0.85])
@@ -204,8 +218,8 @@ def test_signs_of_a_report(others: float) -> None:
         dense=[],
         task_weights={},
     )
-    assert len(signs(report, Losses(), allocated=True, task_weights={})) == (others == 0.9)
-    assert signs(report, Losses(), allocated=False, task_weights={}) == []
-    dominated = signs(report, Losses(), allocated=False, task_weights={"a": 1.7, "b": 0.3})
+    assert len(signs(report, LossTrace([]), allocated=True, task_weights={})) == (others == 0.9)
+    assert signs(report, LossTrace([]), allocated=False, task_weights={}) == []
+    dominated = signs(report, LossTrace([]), allocated=False, task_weights={"a": 1.7, "b": 0.3})
     assert len(dominated) == 1
     assert "task 'a' has taken 85%" in dominated[0]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from math import isfinite
+from collections.abc import Mapping, Sequence
 
+import torch
+from torch import Tensor
+
+from ._precision import KeepsPrecision
 from .report import Report
 
-__all__ = ["Losses", "signs"]
+__all__ = ["LossTrace", "signs"]
 
 # Share of the summed task weights above which one task has taken the training over.
 _DOMINANT = 0.8
@@ -22,42 +24,53 @@ _FIRST = 5
 _DECAY = 0.8
 
 
-@dataclass
-class Losses:
+class LossTrace(KeepsPrecision):
     """What the task losses were at the start of a run, and what they are now.
 
+    Readings are taken on the device; only `diverged` waits for it.
+
+    Args:
+        tasks: The task names, in order.
+
     Attributes:
-        first: For each task the sum of its first readings and their number.
-        recent: For each task an exponential average of its readings.
+        first: Sum of each task's first readings, and their number, float32 (2, T).
+        recent: Exponential average of each task's readings, and their number, float32 (2, T).
     """
 
-    first: dict[str, tuple[float, int]] = field(default_factory=dict)
-    recent: dict[str, float] = field(default_factory=dict)
+    first: Tensor
+    recent: Tensor
 
-    def read(self, losses: Mapping[str, float]) -> None:
-        """Take in the losses of one step; those that are not finite say nothing."""
-        for task, loss in losses.items():
-            if not isfinite(loss):
-                continue
-            total, count = self.first.get(task, (0.0, 0))
-            if count < _FIRST:
-                self.first[task] = (total + loss, count + 1)
-            before = self.recent.get(task, loss)
-            self.recent[task] = _DECAY * before + (1 - _DECAY) * loss
+    def __init__(self, tasks: Sequence[str]) -> None:
+        super().__init__()
+        self.tasks = tuple(tasks)
+        self.register_buffer("first", torch.zeros(2, len(self.tasks)))
+        self.register_buffer("recent", torch.zeros(2, len(self.tasks)))
+
+    @torch.no_grad()
+    def read(self, losses: Tensor, accepted: Tensor) -> None:
+        """Take in the losses of one step, (T,), those that are accepted, bool (T,)."""
+        losses, accepted = losses.to(self.first.device), accepted.to(self.first.device)
+        early = accepted & (self.first[1] < _FIRST)
+        self.first += torch.stack([losses.masked_fill(~early, 0.0), early.float()])
+        average, count = self.recent
+        moved = torch.where(count > 0, average.lerp(losses, 1 - _DECAY), losses)
+        self.recent[0] = torch.where(accepted, moved, average)
+        self.recent[1] += accepted
 
     def diverged(self) -> dict[str, tuple[float, float]]:
         """The tasks whose loss is far above where it began: from what to what."""
-        starts = {task: total / count for task, (total, count) in self.first.items()}
+        total, count = self.first
+        starts, ends = (total / count).tolist(), self.recent[0].tolist()
         return {
-            task: (starts[task], recent)
-            for task, recent in self.recent.items()
-            if starts[task] > 0 and recent > _DIVERGED * starts[task]
+            task: (start, end)
+            for task, start, end in zip(self.tasks, starts, ends, strict=True)
+            if start > 0 and end > _DIVERGED * start
         }
 
 
 def signs(
     report: Report,
-    losses: Losses,
+    trace: LossTrace,
     *,
     allocated: bool,
     task_weights: Mapping[str, float],
@@ -66,7 +79,7 @@ def signs(
 
     Args:
         report: The report at its end.
-        losses: The losses on the way.
+        trace: The losses on the way.
         allocated: Whether the components were free to differ in their sparsity, and meant to.
         task_weights: The weights of the tasks, if nobody chose them.
     """
@@ -89,7 +102,7 @@ def signs(
                 f"is learned already, does that. Set narrower bounds in StabilityWeighting, or "
                 f"weighting='equal'"
             )
-    for task, (before, after) in losses.diverged().items():
+    for task, (before, after) in trace.diverged().items():
         found.append(
             f"the loss of task {task!r} ended {after / before:.1f} times as large as it began "
             f"({before:.3g}, then {after:.3g}): it diverged, or the model lost what it knew. Lower "

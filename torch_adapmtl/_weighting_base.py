@@ -70,7 +70,7 @@ class LossWeighting(KeepsPrecision, ABC):
         self.register_buffer(
             "nonfinite", torch.zeros(len(self.tasks), dtype=torch.int64), persistent=False
         )
-        self._latest: tuple[tuple[str, ...], Tensor] | None = None
+        self._latest: tuple[Tensor, Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -108,12 +108,12 @@ class LossWeighting(KeepsPrecision, ABC):
             self._raise_nonfinite((~accepted).tolist())
         if self.training and torch.is_grad_enabled():
             self.nonfinite += ~accepted
-            self._latest = (tuple(present), values)
             for index, task in enumerate(self.tasks):
                 if task not in present:
                     accepted[index].fill_(False)  # a fill copies nothing from the host
             # float64 losses beyond float32's range are finite, and must stay so
-            self.observe(values.clamp(-_HUGE, _HUGE).float(), accepted)
+            self._latest = (values.clamp(-_HUGE, _HUGE).float(), accepted)
+            self.observe(*self._latest)
         return (self._weights_for(present) * stacked).sum()
 
     def check_finite(self) -> None:
@@ -129,21 +129,13 @@ class LossWeighting(KeepsPrecision, ABC):
             self.nonfinite.zero_()
         self._raise_nonfinite(counts)
 
-    def latest(self) -> dict[str, float]:
-        """Returns the losses of the last training step by task (this waits for the device).
+    @property
+    def latest(self) -> tuple[Tensor, Tensor] | None:
+        """The losses of the last training step, as `observe` took them, without waiting for them.
 
-        Example:
-            >>> from torch_adapmtl.weighting import EqualWeighting
-            >>> weighting = EqualWeighting(["seg", "depth"])
-            >>> _ = weighting({"depth": torch.tensor(0.5)})
-            >>> weighting.latest()
-            {'depth': 0.5}
+        Float32 losses (T,) and which of them count, bool (T,); None before the first step.
         """
-        if self._latest is None:
-            return {}
-        present, values = self._latest
-        found = dict(zip(self.tasks, values.tolist(), strict=True))
-        return {task: found[task] for task in present}
+        return self._latest
 
     def as_dict(self) -> dict[str, float]:
         """Returns the current weights by task as floats (this waits for the device).

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from ._controller import Controller
-from ._health import Losses, signs
+from ._health import LossTrace, signs
 from ._layers import Layer
 from ._report import measure
 from ._state import load, save
@@ -20,9 +19,6 @@ from .report import ComponentRow, LayerRow, Report
 from .weighting import LossWeighting, StabilityWeighting
 
 __all__ = ["AdapMTL"]
-
-# Intervals between two looks at the losses where the thresholds are not updated.
-_RARELY = 5
 
 
 class AdapMTL(nn.Module):
@@ -98,7 +94,7 @@ class AdapMTL(nn.Module):
         self._step = 0
         self._finalized = False
         self._attached: Any = None
-        self._losses = Losses()
+        self.trace = LossTrace(self.tasks).to(weighting.device)
         self.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]
 
     def forward(self, *args: Any) -> Any:
@@ -158,11 +154,10 @@ class AdapMTL(nn.Module):
         if self.budget.due(self._step + 1):
             self._check_layers()
         self._step += 1
-        updated = self.budget.step(self._step)
-        # Updates wait for the device anyway; where there are none, losses are read more rarely.
-        if updated or self._step % (_RARELY * self.budget.interval) == 0:
+        if self.budget.step(self._step):
             self.weighting.check_finite()
-            self._losses.read(self.weighting.latest())
+        if self._step % self.budget.interval == 0 and self.weighting.latest is not None:
+            self.trace.read(*self.weighting.latest)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Let the optimiser call `step` after each of its steps, until `total_steps` is reached.
@@ -351,7 +346,7 @@ class AdapMTL(nn.Module):
         adaptive = isinstance(self.weighting, StabilityWeighting)  # others are the user's choice
         found = signs(
             report,
-            self._losses,
+            self.trace,
             allocated=self.budget.allocates,
             task_weights=report.task_weights if adaptive else {},
         )
@@ -383,9 +378,7 @@ class AdapMTL(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Where the run stands, and the masks, as a tensor of bytes on the CPU."""
-        progress = {
-            "step": self._step, "frozen": self.budget.frozen, "losses": asdict(self._losses)
-        }  # fmt: skip
+        progress = {"step": self._step, "frozen": self.budget.frozen}
         return save(self._settings(), progress, self._layers)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -396,7 +389,6 @@ class AdapMTL(nn.Module):
         """
         loaded = load(state, self._settings(), self._layers)
         self._step, self.budget.frozen = loaded["step"], loaded["frozen"]
-        self._losses = Losses(**loaded.get("losses", {}))  # which 0.1.0's first states lack
 
     def _settings(self) -> dict[str, Any]:
         return {"total_steps": self.total_steps, "target_sparsity": self.target_sparsity}

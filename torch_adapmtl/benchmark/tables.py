@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeAlias
 
 from torch_adapmtl.benchmark.methods import BASELINES, DENSE
 from torch_adapmtl.benchmark.summary import Estimate, Row, margin
@@ -24,7 +24,7 @@ __all__ = [
 
 OURS = "AdapMTL"
 
-Column = TypeVar("Column", str, float)
+Column: TypeAlias = str | float
 
 
 def delta_table(rows: Iterable[Row], problem: str) -> str:
@@ -44,9 +44,9 @@ def overview_table(rows: Iterable[Row], sparsity: float) -> str:
 
 def _deltas(
     corner: str,
-    cells: Mapping[tuple[str, Column], Row],
+    cells: Mapping[Any, Row],
     columns: Sequence[Column],
-    label: Callable[[Column], str],
+    label: Callable[[Any], str],
 ) -> str:
     """Methods down, `columns` across; what missed its sparsity says so and cannot be the best."""
     most = max((len(row.seeds) for row in cells.values()), default=0)
