@@ -32,6 +32,7 @@ from torch_adapmtl.benchmark import (
     tradeoff_figure,
 )
 
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "results.md"
 # How far AdapMTL should be ahead of the best baseline, in points, by sparsity.
 AIMS = {0.8: 0.0, 0.9: 2.0, 0.95: 0.0, 0.97: 5.0}
 DRAWN = ("AdapMTL", "Taylor", "global magnitude", "DiSparse dynamic", "uniform magnitude")
@@ -74,6 +75,11 @@ def blocks(lines: dict[str, list[dict[str, Any]]]) -> dict[str, Callable[[], str
     return made
 
 
+def committed(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The lines of every file, by its name."""
+    return {path.stem: read(path) for path in sorted(folder.glob("*.jsonl"))}
+
+
 def draw(rows: Sequence[Row], folder: Path) -> None:
     """Write the page's figures."""
     figures = {"tradeoff.png": tradeoff_figure(rows, DRAWN)}
@@ -89,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--page", type=Path, default=Path("docs/results.md"))
+    parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--lines", type=Path, help="print the tables of this file instead")
     parser.add_argument("--figures", action="store_true", help="draw the page's figures too")
     parser.add_argument("--quick", action="store_true", help="print tables of few committed lines")
@@ -99,12 +105,16 @@ def main() -> None:
         args.lines = folder / "sensitivities.jsonl"
     if args.lines:
         rows = summarize(read(args.lines))
+        if not rows:
+            parser.error(
+                f"--lines {args.lines}: no runs there that can be compared with dense ones"
+            )
         print(sections(rows, lambda name: delta_table(rows, name), level="##"))
         print(
             f"\n{margin_table(rows, AIMS)}" if any(row.method in BASELINES for row in rows) else ""
         )
         return
-    lines = {path.stem: read(path) for path in sorted(folder.glob("*.jsonl"))}
+    lines = committed(folder)
     args.page.write_text(fill(args.page.read_text(), blocks(lines)))
     if args.figures:
         draw(summarize(lines["comparison"]), folder)

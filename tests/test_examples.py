@@ -121,6 +121,29 @@ def test_rooms_metrics_leave_out_invalid_pixels() -> None:
     assert found == pytest.approx({"mean angle (°)": 30.0, "median angle (°)": 0.0}, abs=0.1)
 
 
+def test_the_results_page_says_what_the_lines_say() -> None:
+    report = load("report")
+    page = report.PAGE.read_text(encoding="utf-8")
+    made = report.blocks(report.committed(report.PAGE.with_suffix("")))
+    assert report.fill(page, made) == page, "run python examples/report.py"
+
+
+def test_quick_runs_stay_out_of_the_committed_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmark = load("benchmark")
+
+    def out(*options: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", *options])
+        return str(benchmark.wanted(benchmark.arguments())["out"])
+
+    assert out("--study", "settings") == "docs/results/settings.jsonl"
+    assert out("--study", "settings", "--methods", "dense") == "docs/results/settings.jsonl"
+    for options in (["--quick"], [], ["--preset", "paper"], ["--study", "settings", "--quick"]):
+        assert out(*options) == "runs.jsonl"
+    assert out("--study", "comparison", "--steps", "3") == "runs.jsonl"
+    assert out("--study", "comparison", "--problems", "digits") == "runs.jsonl"
+    assert out("--quick", "--out", "mine.jsonl") == "mine.jsonl"
+
+
 def test_benchmark_writes_a_line_a_run_and_runs_none_twice(tmp_path: Path) -> None:
     from torch_adapmtl.benchmark import read
 

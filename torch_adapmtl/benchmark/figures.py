@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["allocation_figure", "tradeoff_figure"]
 
 _OURS = "AdapMTL"
+_TICKS = (-100, -50, -20, -10, -5, -2, 0, 2, 5)
 
 
 def tradeoff_figure(rows: Sequence[Row], methods: Sequence[str]) -> Figure:
@@ -47,10 +48,14 @@ def tradeoff_figure(rows: Sequence[Row], methods: Sequence[str]) -> Figure:
             )
         axis.axhline(0.0, color="0.7", linewidth=0.8, zorder=0)
         axis.set_yscale("symlog", linthresh=5)
+        low, high = axis.get_ylim()
+        axis.set_yticks([tick for tick in _TICKS if low <= tick <= high], minor=False)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.minorticks_off()
         axis.set_xticks([_place(s) for s in sparsities], [f"{100 * s:g}" for s in sparsities])
         axis.set_xlabel("zeros, %")
         axis.set_title(problem)
-    axes[0].set_ylabel("Delta_T, %")
+        axis.set_ylabel("Delta_T, %")
     _legend(figure, axes)
     return figure
 
@@ -85,7 +90,7 @@ def allocation_figure(rows: Sequence[Row], sparsity: float, methods: Sequence[st
         axis.axhline(100 * (1 - sparsity), color="0.7", linewidth=0.8, zorder=0)
         axis.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
         axis.set_title(problem)
-    axes[0].set_ylabel(f"weights kept, %, at {100 * sparsity:g} %")
+        axis.set_ylabel("weights kept, %")
     _legend(figure, axes)
     return figure
 
@@ -104,10 +109,14 @@ def _place(sparsity: float) -> float:
 def _panels(count: int, height: float) -> tuple[Figure, list[Any]]:
     from matplotlib import pyplot
 
+    columns = min(count, 2)
+    rows = -(-count // columns)
     figure, axes = pyplot.subplots(
-        1, count, figsize=(3.2 * count, height), layout="constrained", squeeze=False
+        rows, columns, figsize=(4.2 * columns, height * rows), layout="constrained", squeeze=False
     )
-    return figure, list(axes[0])
+    for axis in axes.flat[count:]:
+        axis.remove()
+    return figure, list(axes.flat[:count])
 
 
 def _legend(figure: Figure, axes: Sequence[Any]) -> None:
