@@ -47,6 +47,8 @@ def _literal(pruner: AdapMTL) -> int:
     return sum(int((tensor.parameter == 0).sum()) for tensor in pruned(pruner))
 
 
+# What is tried here diverges now and then, and says so.
+@pytest.mark.filterwarnings("ignore:the loss of task", "ignore:all components are equally")
 @settings(max_examples=150)
 @given(
     shapes=st.lists(SHAPES, min_size=1, max_size=5),
