@@ -62,10 +62,8 @@ def _deltas(
         row = cells.get((method, column))
         if row is None:
             return ""
-        notes = [f"at {100 * row.reached.mean:.0f} %"] if row.missed else []
-        notes += [f"n = {len(row.seeds)}"] if len(row.seeds) < most else []
         found = _delta(row, bold=not row.missed and _mean(row) == best[column])
-        return f"{found} ({', '.join(notes)})" if notes else found
+        return f"{found} (n = {len(row.seeds)})" if len(row.seeds) < most else found
 
     methods = _methods(cells.values())
     body = [[method, *(text(method, column) for column in columns)] for method in methods]
@@ -235,7 +233,8 @@ def _delta(row: Row | None, bold: bool = False) -> str:
     if row is None or row.delta is None:
         return ""
     text = row.delta.format("+.2f")
-    return f"**{text}**" if bold else text
+    text = f"**{text}**" if bold else text
+    return f"{text} (at {100 * row.reached.mean:.0f} %)" if row.missed else text
 
 
 def _percent(fraction: float) -> str:
