@@ -118,7 +118,7 @@ def test_one_key_a_component() -> None:
         f"adapmtl.budget.offset.{name}" for name in ("shared", "a", "b")
     ]
     assert {key.split(".")[1] for key in added} == {"_extra_state", "budget", "trace", "weighting"}
-    assert len([key for key in added if ".budget." in key]) == 5  # and the level and the saliency
+    assert len([key for key in added if ".budget." in key]) == 4  # and the level
 
 
 @pytest.mark.parametrize(
