@@ -35,7 +35,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS)
     parser.add_argument("--sparsities", nargs="+", type=float)
     parser.add_argument(
-        "--seeds", nargs="+", type=int, default=[3, 4, 5], help="0 to 2 chose the defaults"
+        "--seeds", nargs="+", type=int, default=[3, 4, 5], help="0 and 1 chose the defaults"
     )
     parser.add_argument("--out", help="file of lines to add to")
     parser.add_argument("--steps", type=int, help="in place of each problem's own")

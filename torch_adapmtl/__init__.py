@@ -1,4 +1,4 @@
-"""Sparse multi-task models: learned soft thresholds, an exact budget, adaptive task weights."""
+"""Sparse multi-task models: adaptive soft thresholds, an exact budget, adaptive task weights."""
 
 from ._apply import apply_adapmtl
 from .adaptive import GradientAllocation

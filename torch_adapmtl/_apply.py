@@ -58,14 +58,14 @@ def apply_adapmtl(
 ) -> AdapMTL:
     """Prepare a multi-task model for training to a given sparsity with AdapMTL (arXiv 2408.03913).
 
-    Finds which weights all tasks share and which belong to some, puts a learned soft threshold on
-    each, and returns the handle that weights the losses and moves the sparsity. The model is
-    changed in place and used as before; its parameters keep their identity, so an optimiser made
-    before the call goes on working. It does not train thresholds, though: where the gradient moves
-    them (`allocation="gradient"`, `mode="paper"`), make the optimiser from `param_groups`.
+    Finds which weights all tasks share and which belong to some, puts a soft threshold of its
+    own on each, and returns the handle that weights the losses and moves the sparsity. The model
+    is changed in place and used as before; its parameters keep their identity, so an optimiser
+    made before the call goes on working. It does not train thresholds, though: where the gradient
+    moves them (`allocation="gradient"`, `mode="paper"`), make the optimiser from `param_groups`.
 
     By default all thresholds follow one level that is solved so that the overall sparsity keeps to
-    its schedule and ends at the target exactly, times an offset learned for each layer; see the
+    its schedule and ends at the target exactly, times an offset for each layer; see the
     concepts page. `mode="paper"` is the authors' mechanism instead.
 
     Args:

@@ -1,4 +1,4 @@
-"""The adaptive controller: one level for the budget, a learned offset for every layer."""
+"""The adaptive controller: one level for the budget, an offset for every layer."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class AdaptiveBudget(Controller):
         total_steps: Number of steps.
         schedule: How the sparsity gets there.
         granularity: One offset per `"layer"` or per `"component"`.
-        allocation: How the offsets are learned; None for one common threshold.
+        allocation: What moves the offsets; None for one common threshold.
         straight_through: Whether pruned weights keep learning.
         reach: Where the shrinkage ends, see `soft_threshold`.
         min_density: Least density of a component, as a fraction; one for all, or by name.

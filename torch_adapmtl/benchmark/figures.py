@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from torch_adapmtl.benchmark.methods import OURS
 from torch_adapmtl.benchmark.summary import Row
 
 if TYPE_CHECKING:
@@ -12,7 +14,6 @@ if TYPE_CHECKING:
 
 __all__ = ["allocation_figure", "tradeoff_figure"]
 
-_OURS = "AdapMTL"
 _TICKS = (-100, -50, -20, -10, -5, -2, 0, 2, 5)
 
 
@@ -40,8 +41,8 @@ def tradeoff_figure(rows: Sequence[Row], methods: Sequence[str]) -> Figure:
                 [delta.mean for delta in deltas],
                 [0.0 if delta.count == 1 else delta.error for delta in deltas],
                 label=method,
-                color="black" if method == _OURS else f"C{number}",
-                linewidth=2.2 if method == _OURS else 1.2,
+                color="black" if method == OURS else f"C{number}",
+                linewidth=2.2 if method == OURS else 1.2,
                 marker="o",
                 markersize=4,
                 capsize=2,
@@ -85,7 +86,7 @@ def allocation_figure(rows: Sequence[Row], sparsity: float, methods: Sequence[st
                     [100 * (1 - own[method].components[name].mean) for name in names],
                     width,
                     label=method,
-                    color="black" if method == _OURS else f"C{number}",
+                    color="black" if method == OURS else f"C{number}",
                 )
         axis.axhline(100 * (1 - sparsity), color="0.7", linewidth=0.8, zorder=0)
         axis.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
@@ -101,9 +102,7 @@ def _problems(rows: Sequence[Row]) -> list[str]:
 
 def _place(sparsity: float) -> float:
     """Where a sparsity stands on the axis: by the log of the weights that remain."""
-    from math import log
-
-    return -log(1 - sparsity)
+    return -math.log(1 - sparsity)
 
 
 def _panels(count: int, height: float) -> tuple[Figure, list[Any]]:

@@ -20,6 +20,9 @@ Options = dict[str, Any]
 #: The method that prunes nothing; what the others are compared with.
 DENSE = "dense"
 
+#: The method that is compared with the others.
+OURS = "AdapMTL"
+
 _ONCE = SparsitySchedule(start=0.5, end=0.5)
 
 #: Methods of others, with equal task weights, as in their papers.
@@ -37,7 +40,7 @@ BASELINES: Mapping[str, Callable[[Problem], Options]] = {
 
 #: AdapMTL with the library's defaults, and with one part of it changed.
 VARIANTS: Mapping[str, Callable[[Problem], Options]] = {
-    "AdapMTL": lambda _: {"weighting": "stability"},
+    OURS: lambda _: {"weighting": "stability"},
     "AdapMTL, paper mode": lambda problem: {
         "mode": PaperMode(start=problem.paper_start),
         "weighting": "stability",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from torch_adapmtl.benchmark.methods import BASELINES, DENSE, SETTINGS, VARIANTS
+from torch_adapmtl.benchmark.methods import BASELINES, DENSE, OURS, SETTINGS, VARIANTS
 from torch_adapmtl.benchmark.paper_scale import ENCODERS
 from torch_adapmtl.benchmark.problem import Problem
 from torch_adapmtl.benchmark.problems import COMPARISON, PROBLEMS, find_problem
@@ -34,7 +34,7 @@ _SETTINGS = (
 _SPARSITIES = (0.9, 0.97, 0.8, 0.95)  # those that matter most first
 _PAIRS = tuple(name for name in PROBLEMS if name.startswith("rooms: "))
 _PARTS = (
-    "AdapMTL",
+    OURS,
     "AdapMTL, common threshold",
     "AdapMTL, equal weights",
     "AdapMTL, common threshold, equal weights",
@@ -44,13 +44,19 @@ _PARTS = (
 STUDIES: Mapping[str, Mapping[str, Any]] = {
     "comparison": {
         "problems": COMPARISON,
-        "methods": (DENSE, *BASELINES, *VARIANTS),
+        "methods": (DENSE, *BASELINES, OURS),
         "sparsities": _SPARSITIES,
+        "out": "docs/results/comparison.jsonl",
+    },
+    "variants": {
+        "problems": COMPARISON,
+        "methods": (DENSE, *VARIANTS),
+        "sparsities": (0.9, 0.97),
         "out": "docs/results/comparison.jsonl",
     },
     "settings": {
         "problems": ("rooms3", "words"),
-        "methods": (DENSE, "AdapMTL", *SETTINGS),
+        "methods": (DENSE, OURS, *SETTINGS),
         "sparsities": (0.95,),
         "out": "docs/results/settings.jsonl",
     },

@@ -74,7 +74,6 @@ class Row:
         components: Sparsity of each component, as a fraction.
         components_by_seed: The same for each of `seeds`.
         reached: Sparsity that the run ended at, as a fraction.
-        seconds: Time of a run.
     """
 
     problem: str
@@ -88,7 +87,6 @@ class Row:
     components: Mapping[str, Estimate]
     components_by_seed: Mapping[int, Mapping[str, float]]
     reached: Estimate
-    seconds: Estimate
 
     @property
     def missed(self) -> bool:
@@ -168,7 +166,6 @@ def _row(
         },
         {seed: run["components"] for seed, run in zip(seeds, runs, strict=True)},
         Estimate.of([run["reached"] for run in runs]),
-        Estimate.of([run["seconds"] for run in runs]),
     )
 
 

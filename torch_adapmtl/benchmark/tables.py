@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from torch_adapmtl.benchmark.methods import BASELINES, DENSE
+from torch_adapmtl.benchmark.methods import BASELINES, DENSE, METHODS, OURS
 from torch_adapmtl.benchmark.summary import Estimate, Row, margin
 
 __all__ = [
@@ -21,8 +21,6 @@ __all__ = [
     "paper_table",
     "provenance",
 ]
-
-OURS = "AdapMTL"
 
 Column: TypeAlias = str | float
 
@@ -213,8 +211,6 @@ def _at(rows: Iterable[Row], problem: str, sparsity: float) -> list[Row]:
 
 def _methods(rows: Iterable[Row]) -> list[str]:
     """The methods: dense, the baselines, ours and its variants, as the harness lists them."""
-    from torch_adapmtl.benchmark.methods import METHODS
-
     found = dict.fromkeys(row.method for row in rows)
     known = [method for method in METHODS if method in found]
     return known + [method for method in found if method not in known]
