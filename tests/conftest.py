@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,6 +39,29 @@ class _TorchRandom:
 
 _TORCH_RANDOM: Any = _TorchRandom()  # Hypothesis keeps only a weak reference
 register_random(_TORCH_RANDOM)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--record", type=Path, help="folder for what the zoo and the matrix found, as JSON lines"
+    )
+    parser.addoption(
+        "--zoo", choices=("sample", "whole"), default="sample", help="how many of its models"
+    )
+
+
+@pytest.fixture
+def record(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Writes a line into a file of the folder that `--record` names, if it does."""
+    folder: Path | None = request.config.getoption("--record")
+
+    def write(table: str, **line: Any) -> None:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(folder / f"{table}.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    return write
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
