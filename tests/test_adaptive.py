@@ -145,7 +145,7 @@ def test_the_window_finds_what_sorting_all_finds(
         groups = {"a": ["layers.0", "layers.2"], "b": ["layers.1"], "c": ["layers.3"]}
         pruner = apply_adapmtl(
             model, target_sparsity=target, total_steps=5, groups=groups, allocation="common",
-            **bounds,
+            keep_zeros=False, **bounds,
         )  # fmt: skip
         pruner.freeze()
         assert zeros(pruner) == round(target * weights(pruner))

@@ -78,6 +78,7 @@ def test_zeros_are_exact_whatever_happens(
         total_steps=total,
         groups=groups,
         weighting="equal",
+        keep_zeros=False,
         **options,
     )
     optimizer = make(model.parameters())

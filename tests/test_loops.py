@@ -111,6 +111,33 @@ def test_skipped_steps_leave_no_trace(allocation: Any) -> None:
     assert found[1].isfinite().all()
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_a_scaler_skips_is_none(fused: bool) -> None:
+    """The same run as one without the batches whose gradients overflow."""
+    found = []
+    overflowing = {0, 3, 4, 11, 17}
+    for skipping in (False, True):
+        torch.manual_seed(0)
+        model = TwoTasks()
+        pruner = prepare(model, schedule=EARLY, weighting="equal")
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, fused=fused)
+        pruner.attach(optimizer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4, growth_interval=10**6)
+        for index in range(20 + len(overflowing)):
+            if index in overflowing and not skipping:
+                continue
+            loss = pruner.loss(losses(model, index))
+            if index in overflowing:
+                loss = loss * torch.inf
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update(2.0**4)
+            optimizer.zero_grad()
+        assert pruner._step == 20
+        found.append(_final(pruner, model))
+    assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
+
+
 def test_a_scale_changes_nothing() -> None:
     found = []
     for scale in (1.0, 2.0**12):

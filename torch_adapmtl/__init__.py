@@ -4,6 +4,7 @@ from ._apply import apply_adapmtl
 from .adaptive import GradientAllocation
 from .budget import SparsitySchedule
 from .groups import Components, PrunableTensor, find_components
+from .keeping import keep_zeros, release_zeros
 from .lamp import LAMPAllocation
 from .paper import PaperMode
 from .pruner import AdapMTL
@@ -42,6 +43,8 @@ __all__ = [
     "StabilityWeighting",
     "apply_adapmtl",
     "find_components",
+    "keep_zeros",
+    "release_zeros",
     "soft_threshold",
     "soft_threshold_unstructured",
 ]

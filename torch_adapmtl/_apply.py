@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from numbers import Integral, Real
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from ._checks import check_fraction, check_steps
 from ._controller import Controller, Mode
 from ._layers import Layer
 from .adaptive import AdaptiveBudget, Allocation, GradientAllocation
@@ -19,6 +18,7 @@ from .groups import FROZEN, UNUSED, find_components, unwrap
 from .lamp import LAMPAllocation
 from .paper import PaperMode
 from .pruner import AdapMTL
+from .pruning import find_threshold
 from .sensitivity import SensitivityAllocation
 from .thresholds import SoftThreshold, check_reach
 from .weighting import LossWeighting, make_weighting
@@ -51,6 +51,7 @@ def apply_adapmtl(
     schedule: SparsitySchedule | None = None,
     min_density: float | Mapping[str, float] | None = None,
     max_density: float | Mapping[str, float] | None = None,
+    keep_zeros: bool = True,
     weighting: str
     | Mapping[str, float]
     | Callable[[dict[str, Tensor]], Mapping[str, Tensor | float]]
@@ -102,6 +103,9 @@ def apply_adapmtl(
             mapping by component. Every layer also keeps a floor: a tenth of the overall density,
             and more if it is small.
         max_density: Largest share of nonzero weights of a component, likewise.
+        keep_zeros: Whether zeros that the weights have now stay zero. They count as zeros, and the
+            schedule starts from them: a model that is 60 % sparse goes on from 60 %. A tensor that
+            is zero throughout has yet to be trained, and is free.
         weighting: Of the task losses: `"stability"` (the paper's text: a stable loss weighs more),
             `"deviation"` (the authors' code: a deviating one does), `"equal"`, a mapping of fixed
             weights, a callable, or a `LossWeighting`.
@@ -133,8 +137,8 @@ def apply_adapmtl(
         >>> pruner.components.names
         ('shared', 'a', 'b')
     """
-    target_sparsity = _check_fraction("target_sparsity", target_sparsity)
-    total_steps = _check_steps(total_steps)
+    target_sparsity = check_fraction("target_sparsity", target_sparsity)
+    total_steps = check_steps(total_steps)
     make_budget = _budget(
         mode, gradient,
         granularity=granularity, allocation=allocation, reach=reach, schedule=schedule,
@@ -148,7 +152,11 @@ def apply_adapmtl(
         )
     if hasattr(inner, "adapmtl"):
         raise ValueError("the model has an attribute 'adapmtl', where the handle goes: rename it")
-    _check_unthresholded(inner)
+    if (name := find_threshold(inner)) is not None:
+        raise ValueError(
+            f"{name!r} has a soft threshold already, or a mask of keep_zeros: remove it first, "
+            f"with torch.nn.utils.prune.remove or release_zeros"
+        )
 
     components = find_components(
         inner,
@@ -160,7 +168,7 @@ def apply_adapmtl(
     )
     unset = SoftThreshold()
     layers = [
-        Layer(t.name, t.component, t.owners, unset)
+        Layer(t.name, t.component, t.owners, unset, keep_zeros)
         for t in components.tensors
         if t.component not in (UNUSED, FROZEN)
     ]
@@ -265,21 +273,6 @@ def _allocation(value: object) -> Allocation | None:
     return kinds[str(value)]()
 
 
-def _check_fraction(name: str, value: object) -> float:
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    fraction = float(value) if number else math.nan  # type: ignore[arg-type]
-    if not 0.0 <= fraction < 1.0:
-        hint = "; 90 % is 0.9" if fraction >= 1.0 else ""
-        raise ValueError(f"{name} must be a fraction in [0, 1), got {value!r}{hint}")
-    return fraction
-
-
-def _check_steps(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"total_steps must be an integer >= 1, got {value!r}")
-    return int(value)
-
-
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
@@ -291,16 +284,6 @@ def _check_schedule(value: object) -> None:
             f"schedule must be a SparsitySchedule, such as SparsitySchedule(shape='linear'), got "
             f"{value!r}"
         )
-
-
-def _check_unthresholded(model: nn.Module) -> None:
-    for path, module in model.named_modules():
-        if isinstance(module, SoftThreshold):
-            name = path.replace("parametrizations.", "").rpartition(".")[0]
-            raise ValueError(
-                f"{name!r} has a soft threshold already: remove it first, with "
-                f"torch.nn.utils.prune.remove for instance"
-            )
 
 
 def _check_unused(mode: Mode, **options: object) -> None:

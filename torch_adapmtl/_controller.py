@@ -33,6 +33,7 @@ class Controller(KeepsPrecision):
         allocates: Whether components are free to differ in their sparsity, and meant to.
         asleep: Whether `wake` is to be called before the next gradients come.
         threshold_decay: Weight decay of the thresholds that the optimiser trains.
+        initial: The sparsity that the schedule starts from, as a fraction.
     """
 
     exact = True
@@ -40,14 +41,18 @@ class Controller(KeepsPrecision):
     allocates = False
     asleep = False
     threshold_decay = 0.0
+    initial = 0.0
 
     def __init__(self, layers: Sequence[Layer], target: float, total_steps: int) -> None:
         super().__init__()
         self.layers = list(layers)
+        self._sizes = [layer.weight.numel() for layer in layers]
+        self._aim(target, total_steps)
+
+    def _aim(self, target: float, total_steps: int) -> None:
         self.target, self.total_steps = target, total_steps
         self.last_update = total_steps
         self.interval = max(1, min(10, total_steps // 50))
-        self._sizes = [layer.weight.numel() for layer in layers]
         self.zeros = round(target * sum(self._sizes))
 
     @abstractmethod
@@ -57,6 +62,17 @@ class Controller(KeepsPrecision):
     @abstractmethod
     def freeze(self) -> None:
         """Prune to the target now, exactly, and hold the zeros by masks."""
+
+    def retarget(self, target: float, total_steps: int, sparsity: float) -> None:
+        """Start anew, from the present `sparsity` to another target.
+
+        Raises:
+            RuntimeError: Unless the subclass can.
+        """
+        raise RuntimeError(
+            "retarget() needs mode='adaptive', whose thresholds follow a schedule: call finalize() "
+            "and apply_adapmtl again (its zeros stay zero), or prepare the model with that mode"
+        )
 
     def due(self, step: int) -> bool:
         """Whether the weights are looked at after `step` steps."""

@@ -24,6 +24,7 @@ class DensityBounds:
 
     Args:
         layers: The layers, in the model's order.
+        masked: For each of them how many weights are zero for good.
         target: Zeros among all weights at the end, as a fraction.
         min_density: Least density of a component, as a fraction; one for all, or by name.
         max_density: The same for the largest.
@@ -38,6 +39,7 @@ class DensityBounds:
     def __init__(
         self,
         layers: Sequence[Layer],
+        masked: Sequence[int],
         target: float,
         min_density: float | Mapping[str, float] | None,
         max_density: float | Mapping[str, float] | None,
@@ -46,7 +48,6 @@ class DensityBounds:
         least = _by_component("min_density", min_density, 0.0, by_name)
         most = _by_component("max_density", max_density, 1.0, by_name)
         sizes = [layer.weight.numel() for layer in layers]
-        masked = [layer.masked for layer in layers]
         self.zeros = round(target * sum(sizes))
         self._index = {name: c for c, name in enumerate(by_name)}
         self._component = [self._index[layer.component] for layer in layers]
@@ -73,10 +74,10 @@ class DensityBounds:
         if not sum(self._min_zeros) <= self.zeros <= sum(self._max_zeros):
             raise ValueError(
                 f"target_sparsity={target} asks for {self.zeros} zeros, but the bounds "
-                f"(min_density, max_density, masks already there) allow "
-                f"{sum(self._min_zeros)} to {sum(self._max_zeros)}:\n"
+                f"(min_density, max_density, and the {sum(masked)} weights that are zero already "
+                f"and stay so) allow {sum(self._min_zeros)} to {sum(self._max_zeros)}:\n"
                 + "\n".join(rows)
-                + "\nChange the target or the bounds."
+                + "\nChange the target or the bounds, or pass keep_zeros=False."
             )
 
     def at(self, zeros: float, device: torch.device) -> Bounds:

@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 from .pruning import attach_threshold, attached_threshold, detach_threshold, held_parameter
 from .thresholds import SoftThreshold
 
-__all__ = ["Layer", "PerComponent", "members", "shaped_like"]
+__all__ = ["Layer", "PerComponent", "count_gone", "members", "shaped_like"]
 
 
 @dataclass(eq=False)
@@ -24,26 +24,44 @@ class Layer:
         component: The component it belongs to.
         owners: Every `(module, tensor name)` that holds it; several if the weight is tied.
         threshold: The parametrization, one for all owners.
+        keep_zeros: Whether weights that are zero before it is attached stay zero.
         earlier_mask: The mask that `torch.nn.utils.prune` had put on it before, or None.
+        given_mask: Which weights were not zero for good when it was attached; None for all.
     """
 
     name: str
     component: str
     owners: tuple[tuple[nn.Module, str], ...]
     threshold: SoftThreshold
+    keep_zeros: bool = False
     earlier_mask: Tensor | None = None
+    given_mask: Tensor | None = None
 
     @property
     def weight(self) -> nn.Parameter:
         """The parameter, looked up anew because loading a state dict may replace it."""
         return held_parameter(*self.owners[0])
 
+    def alive(self) -> Tensor | None:
+        """Which weights are not zero for good, bool in the weight's shape; None if all are alive.
+
+        Gone are those that a mask has taken and, before the threshold is attached, the zeros to
+        keep. A tensor that is zero throughout is waiting to be trained, and all alive.
+        """
+        if self.attached:
+            return self.threshold.mask
+        module, name = self.owners[0]
+        earlier = module._buffers.get(name + "_mask")
+        alive = None if earlier is None else earlier != 0
+        nonzero = self.weight.detach() != 0
+        if self.keep_zeros and bool(nonzero.any()) and not bool(nonzero.all()):
+            alive = nonzero if alive is None else alive & nonzero
+        return alive
+
     @property
     def masked(self) -> int:
-        """How many weights a mask of `torch.nn.utils.prune` has taken, before it is attached."""
-        module, name = self.owners[0]
-        mask = module._buffers.get(name + "_mask")
-        return 0 if mask is None else int((mask == 0).sum())
+        """How many weights are zero for good."""
+        return count_gone(self.alive())
 
     @property
     def attached(self) -> bool:
@@ -61,9 +79,11 @@ class Layer:
 
     def attach(self) -> None:
         """Put the threshold on the tensor wherever it is held."""
+        given = self.alive()
         for module, name in self.owners:
             attach_threshold(module, name, self.threshold)
             self.earlier_mask = self.threshold.mask
+        self.threshold.mask = self.given_mask = given
 
     def remove(self, *, bake: bool = True) -> None:
         """Leave the plain parameter, with the sparse weight written into it unless told not to.
@@ -79,7 +99,7 @@ class Layer:
                 with torch.no_grad():
                     parameter.copy_(sparse)
             if self.earlier_mask is not None:
-                prune.custom_from_mask(module, name, self.earlier_mask)
+                prune.custom_from_mask(module, name, self.earlier_mask.to(parameter.device))
 
 
 class PerComponent(nn.Module):
@@ -109,6 +129,11 @@ def members(layers: Sequence[Layer]) -> dict[str, list[int]]:
     for index, layer in enumerate(layers):
         found.setdefault(layer.component, []).append(index)
     return found
+
+
+def count_gone(alive: Tensor | None) -> int:
+    """How many weights a mask has taken."""
+    return 0 if alive is None else int((~alive).sum())
 
 
 def shaped_like(weight: Tensor, mask: Tensor) -> Tensor:

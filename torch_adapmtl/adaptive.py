@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ._allocator import Allocator
 from ._controller import Controller
 from ._density import DensityBounds
-from ._layers import Layer, PerComponent, members
+from ._layers import Layer, PerComponent, count_gone, members
 from ._sampling import Sample, magnitude
-from .budget import Scores, SparsitySchedule, from_bits, pruned, select, solve, to_bits
+from .budget import Bounds, Scores, SparsitySchedule, from_bits, pruned, select, solve, to_bits
 from .lamp import LAMP, LAMPAllocation
 from .sensitivity import Sensitivity, SensitivityAllocation
 from .thresholds import SoftThreshold
@@ -103,11 +103,13 @@ class AdaptiveBudget(Controller):
         min_density: float | Mapping[str, float] | None = None,
         max_density: float | Mapping[str, float] | None = None,
     ) -> None:
-        super().__init__(layers, target, total_steps)
         self.schedule, self.allocation = schedule, allocation
-        self.last_update = schedule.last_update(total_steps)
+        self._densities = min_density, max_density
+        super().__init__(layers, target, total_steps)
         self.allocates = allocation is not None and min_density is None and max_density is None
-        self._density = DensityBounds(layers, target, min_density, max_density)
+        self._bound([layer.masked for layer in layers], target)
+        share = sum(self._masked) / sum(self._sizes)
+        self.initial = max(min(schedule.initial, target), share)
         self._members = members(layers)
 
         device = layers[0].weight.device
@@ -139,6 +141,10 @@ class AdaptiveBudget(Controller):
             self.allocator = Sensitivity(layers, allocation, pool)
         elif isinstance(allocation, LAMPAllocation):
             self.allocator = LAMP(layers, allocation, pool)
+
+    def _aim(self, target: float, total_steps: int) -> None:
+        super()._aim(target, total_steps)
+        self.last_update = self.schedule.last_update(total_steps)
 
     # --- offsets --------------------------------------------------------------------------------
 
@@ -178,13 +184,14 @@ class AdaptiveBudget(Controller):
         """Move the offsets, then solve for the level that meets the schedule."""
         sample = Sample.draw(self.layers, self.level.device)
         offsets = self.offsets()
-        zeros = self.schedule(step, self.total_steps, self.target) * sum(self._sizes)
+        share = self.schedule(step, self.total_steps, self.target, self.initial)
+        zeros = share * sum(self._sizes)
         if self.allocator is not None:
             moves = self.allocator.moves(sample, self.thresholds(), offsets, zeros)
             offsets = offsets + self._mobility(step) * moves
         self._set_offsets(offsets)
         self.level.copy_(from_bits(self._solve(self._scores(sample), zeros)))
-        self.refresh()
+        self._hand_out()
 
     def _mobility(self, step: int) -> float:
         """How far offsets may still move: all the way, then ever less from the schedule's end on.
@@ -195,22 +202,58 @@ class AdaptiveBudget(Controller):
         end = self.schedule.end * self.total_steps
         return min(1.0, (self.last_update - step) / max(self.last_update - end, 1.0))
 
-    def refresh(self) -> None:
-        """Hand every layer its threshold, after an update or a loaded state."""
+    def _hand_out(self) -> None:
+        """Hand every layer its threshold, after an update."""
         learned = isinstance(self.allocation, GradientAllocation)
         alphas = self.level if learned else self.thresholds()
         for layer, alpha in zip(self.layers, alphas.tolist(), strict=True):
             value = 0.0 if self.frozen else min(alpha, torch.finfo(layer.weight.dtype).max)
             layer.threshold.set_threshold(value)
 
+    def refresh(self) -> None:
+        """Derive from the state what is not in it, after a state was loaded."""
+        if not self.frozen:  # masks of a model that was sparse before count in the bounds
+            self._bound([layer.masked for layer in self.layers], self.target)
+        self._hand_out()
+
+    def _bound(self, masked: list[int], target: float) -> None:
+        self._density = DensityBounds(self.layers, masked, target, *self._densities)
+        self._masked = masked
+
+    def _bounds(self, zeros: float) -> Bounds:
+        """The bounds while `zeros` weights are to be zero."""
+        density = self._density
+        if zeros > density.zeros:  # on the way down to the target, whose floors come with it
+            share = zeros / sum(self._sizes)
+            density = DensityBounds(self.layers, self._masked, share, *self._densities)
+        return density.at(zeros, self.level.device)
+
+    def retarget(self, target: float, total_steps: int, sparsity: float) -> None:
+        """Start anew, from the present `sparsity` to another target.
+
+        Zeros that masks hold stay if the target is higher. If it is lower, those may return that
+        were not there when the thresholds were put on.
+
+        Raises:
+            ValueError: If the bounds leave no room for the target; nothing is changed then.
+        """
+        rising = target >= sparsity
+        alive = [layer.threshold.mask if rising else layer.given_mask for layer in self.layers]
+        self._bound([count_gone(mask) for mask in alive], target)
+        for layer, mask in zip(self.layers, alive, strict=True):
+            layer.threshold.mask = None if mask is None else mask.to(layer.weight.device)
+        self._aim(target, total_steps)
+        self.initial, self.frozen = sparsity, False
+        self.update(0)
+        self.wake(0)
+
     def _scores(self, sample: Sample) -> Scores:
         scores = sample.values * self.offsets().neg().exp()[sample.layer]
         return Scores(scores, sample.lengths, self._sizes)
 
     def _solve(self, scores: Scores, zeros: float) -> Tensor:
-        device = self.level.device
-        budget = torch.tensor(zeros, dtype=torch.float64, device=device)
-        return solve(scores, self._density.at(zeros, device), budget)
+        budget = torch.tensor(zeros, dtype=torch.float64, device=self.level.device)
+        return solve(scores, self._bounds(zeros), budget)
 
     # --- the end --------------------------------------------------------------------------------
 
@@ -227,12 +270,12 @@ class AdaptiveBudget(Controller):
         self.hold([~pruned(self._score(i), *at) for i, at in enumerate(chosen)])
         if self.allocator is not None:
             self.allocator.stop()
-        self.refresh()
+        self._hand_out()
 
     def _select(self) -> tuple[list[int], list[int]]:
         """Decide on the weights to prune: read the scores near the level only, if that will do."""
         zeros = self.zeros
-        bounds = self._density.at(zeros, self.level.device)
+        bounds = self._bounds(zeros)
         scores = self._scores(Sample.draw(self.layers, self.level.device))
         window = scores.window(self._solve(scores, zeros))
         level, numbers = select(self._near(window), bounds, zeros)

@@ -37,7 +37,7 @@ _MAX_BITS = 0x7F7FFFFF + 1
 
 @dataclass(frozen=True)
 class SparsitySchedule:
-    """How the overall sparsity rises from `initial` to the target in the course of training.
+    """How the overall sparsity goes from `initial` to the target in the course of training.
 
     With p the share of the way from `start` to `end`, the sparsity is
     `target + (initial - target) * (1 - p)**3` for the cubic shape (Zhu and Gupta, arXiv
@@ -53,7 +53,8 @@ class SparsitySchedule:
         settled: When the choice of zeros becomes final, as a fraction of `total_steps`;
             `0 <= start <= end <= settled <= 1`, or `max(end, 0.7)` if None. Baselines, whose
             pruned weights stay pruned, do without it.
-        initial: Sparsity before `start`, as a fraction of the prunable weights.
+        initial: Sparsity before `start`, as a fraction of the prunable weights; a model that is
+            sparser already starts from there.
         shape: `"cubic"`, `"linear"` or `"cosine"`.
 
     Raises:
@@ -95,19 +96,30 @@ class SparsitySchedule:
         settled = max(self.end, _SETTLED) if self.settled is None else self.settled
         return max(1, math.ceil(settled * total_steps))
 
-    def __call__(self, step: int, total_steps: int, target: float) -> float:
-        """Return the overall sparsity, a fraction, due after `step` of `total_steps` steps."""
+    def __call__(
+        self, step: int, total_steps: int, target: float, initial: float | None = None
+    ) -> float:
+        """Return the overall sparsity, a fraction, due after `step` of `total_steps` steps.
+
+        Args:
+            step: How many steps have been taken.
+            total_steps: How many there are.
+            target: The sparsity at the end.
+            initial: The sparsity before `start`, in place of the schedule's own; the schedule
+                falls if it is above the target.
+        """
+        initial = min(self.initial, target) if initial is None else initial
         start, end = self.start * total_steps, self.end * total_steps
         if step >= end or step >= total_steps:
             return target
         if step <= start:
-            return min(self.initial, target)
+            return initial
         rest = 1.0 - (step - start) / (end - start)
         if self.shape == "cosine":
             rest = (1.0 - math.cos(math.pi * rest)) / 2.0
         elif self.shape == "cubic":
             rest = rest**3
-        return target + (min(self.initial, target) - target) * rest
+        return target + (initial - target) * rest
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from ._checks import check_fraction, check_steps
 from ._controller import Controller
 from ._health import LossTrace, signs
 from ._layers import Layer
@@ -94,6 +95,7 @@ class AdapMTL(nn.Module):
         self._step = 0
         self._finalized = False
         self._attached: Any = None
+        self._skipped: Tensor | int = 0
         self.trace = LossTrace(self.tasks).to(weighting.device)
         self.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]
 
@@ -153,6 +155,12 @@ class AdapMTL(nn.Module):
             )
         if self.budget.due(self._step + 1):
             self._check_layers()
+            # Known on the host only here, where an update waits for the device in any case.
+            if (skipped := int(self._skipped)) > 0:
+                self._step += 1 - skipped
+                self._skipped = 0
+                self.budget.wake(self._step)
+                return  # as many steps short of the update
         self._step += 1
         if self.budget.step(self._step):
             self.weighting.check_finite()
@@ -160,7 +168,9 @@ class AdapMTL(nn.Module):
             self.trace.read(*self.weighting.latest)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let the optimiser call `step` after each of its steps, until `total_steps` is reached.
+        """Let the optimiser call `step` after each of its steps, until `finalize`.
+
+        Steps beyond `total_steps` are not counted, nor those that a gradient scaler skips.
 
         Args:
             optimizer: The optimiser that trains the model; with several, the one that steps last.
@@ -186,11 +196,13 @@ class AdapMTL(nn.Module):
         if self._attached is not None:
             raise RuntimeError("attach() was called already; one optimizer moves the schedule")
 
-        def after_step(*_: Any) -> None:
-            if self._step < self.total_steps:  # a loaded state may be at the end
+        def after_step(stepped: torch.optim.Optimizer, *_: Any) -> None:
+            if self._step < self.total_steps:
+                # Fused optimizers leave out by themselves the steps that a gradient scaler skips.
+                skipped: Tensor | None = getattr(stepped, "found_inf", None)
+                if skipped is not None:
+                    self._skipped = self._skipped + skipped.detach()
                 self._advance()
-            if self._step == self.total_steps:
-                self._detach_optimizer()
 
         self._attached = optimizer.register_step_post_hook(after_step)
 
@@ -226,6 +238,47 @@ class AdapMTL(nn.Module):
                 group["lr"] = threshold_lr
             groups.append(group)
         return groups
+
+    def retarget(self, target_sparsity: float, *, total_steps: int) -> None:
+        """Go on to another target, higher or lower, in `total_steps` further steps.
+
+        The schedule starts anew, in the same shape, from the sparsity that the model has. Zeros
+        that have settled stay zero if the target is higher; if it is lower, they may return,
+        except those that the model had when it was prepared.
+
+        A state that is saved afterwards is loaded into a model prepared with the new target and
+        number of steps.
+
+        Args:
+            target_sparsity: Zeros among all prunable weights at the end, as a fraction in [0, 1).
+            total_steps: How often `step` will be called from now on.
+
+        Raises:
+            ValueError: If an argument is out of range, or bounds leave no room for the target.
+            RuntimeError: In paper mode and with baselines, which follow no schedule that could be
+                changed, or after `finalize`. The run goes on as before then, as after the others.
+
+        Example:
+            >>> import torch
+            >>> from torch_adapmtl import apply_adapmtl
+            >>> model = torch.nn.Linear(4, 4)
+            >>> pruner = apply_adapmtl(
+            ...     model, target_sparsity=0.5, total_steps=1, groups={"main": ["*"]}
+            ... )
+            >>> pruner.step()
+            >>> pruner.retarget(0.75, total_steps=1)
+            >>> pruner.sparsity()
+            0.5
+            >>> pruner.step()
+            >>> pruner.sparsity()
+            0.75
+        """
+        self._check_active("retarget")
+        target_sparsity = check_fraction("target_sparsity", target_sparsity)
+        total_steps = check_steps(total_steps)
+        self._check_layers()
+        self.budget.retarget(target_sparsity, total_steps, self.sparsity())
+        self.target_sparsity, self.total_steps, self._step = target_sparsity, total_steps, 0
 
     # --- looking at it --------------------------------------------------------------------------
 
@@ -300,7 +353,6 @@ class AdapMTL(nn.Module):
         if not self.budget.frozen:
             self.budget.freeze()
         self._step = self.total_steps
-        self._detach_optimizer()
 
     def finalize(self) -> nn.Module:
         """Leave a plain model: its own classes, keys and parameters, the zeros written in.
@@ -378,7 +430,8 @@ class AdapMTL(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Where the run stands, and the masks, as a tensor of bytes on the CPU."""
-        progress = {"step": self._step, "frozen": self.budget.frozen}
+        budget = self.budget
+        progress = {"step": self._step, "frozen": budget.frozen, "initial": budget.initial}
         return save(self._settings(), progress, self._layers)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -388,7 +441,8 @@ class AdapMTL(nn.Module):
             ValueError: If it comes from another version or a run with other settings.
         """
         loaded = load(state, self._settings(), self._layers)
-        self._step, self.budget.frozen = loaded["step"], loaded["frozen"]
+        self._step = loaded["step"]
+        self.budget.frozen, self.budget.initial = loaded["frozen"], loaded["initial"]
 
     def _settings(self) -> dict[str, Any]:
         return {"total_steps": self.total_steps, "target_sparsity": self.target_sparsity}

@@ -237,3 +237,11 @@ def attached_threshold(module: nn.Module, name: str) -> SoftThreshold | None:
         return None
     plist: Any = module.parametrizations[name]  # type: ignore[index]
     return next((p for p in plist if isinstance(p, SoftThreshold)), None)
+
+
+def find_threshold(model: nn.Module) -> str | None:
+    """Return the name of the first tensor with a soft threshold in a model, or None."""
+    for path, module in model.named_modules():
+        if isinstance(module, SoftThreshold):
+            return path.replace("parametrizations.", "").rpartition(".")[0]
+    return None

@@ -155,11 +155,13 @@ class DiSparseMasks(OneShot):
                 continue
             alive = mask.flatten()
             gone = ~alive
+            given = layer.given_mask  # what it leaves out was zero before, and stays so
+            free = gone if given is None else gone & given.to(gone.device).flatten()
             count = int(self.mode.fraction * share * int(alive.sum()))
-            count = min(count, int(gone.sum()))
+            count = min(count, int(free.sum()))
             size = layer.weight.detach().abs().float().flatten().masked_fill(gone, torch.inf)
             dropped = lowest([size], count)[0]
-            wanted = value.masked_fill(alive, -torch.inf)
+            wanted = value.masked_fill(~free, -torch.inf)
             grown = lowest([-wanted], count)[0]
             layer.threshold.mask = shaped_like(layer.weight, (alive & ~dropped) | grown)
             layer.weight.copy_(

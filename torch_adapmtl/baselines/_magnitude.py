@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from torch_adapmtl._controller import Mode
@@ -89,15 +90,30 @@ class MagnitudeMasks(Masked):
         scores = self.scores()
         if not self.uniform:
             return lowest(scores, zeros)
-        shares = _shares(zeros, self._sizes)
+        gone = [int((own == -torch.inf).sum()) for own in scores]
+        shares = _shares(zeros, self._sizes, gone)
         return [lowest([own], share)[0] for own, share in zip(scores, shares, strict=True)]
 
 
-def _shares(zeros: int, sizes: Sequence[int]) -> list[int]:
-    """Split `zeros` in proportion to `sizes`, in whole numbers that sum to it."""
-    total, before, shares = sum(sizes), 0, []
-    for size in sizes:
-        after = before + size
-        shares.append(zeros * after // total - zeros * before // total)
-        before = after
+def _shares(zeros: int, sizes: Sequence[int], least: Sequence[int]) -> list[int]:
+    """Split `zeros` in proportion to `sizes`, in whole numbers that sum to it, none below `least`.
+
+    The least are at most `zeros` together.
+    """
+    shares = list(least)
+    free = list(range(len(sizes)))
+    while free:
+        total, before = sum(sizes[i] for i in free), 0
+        rest = zeros - sum(shares[i] for i in range(len(sizes)) if i not in free)
+        own = {}
+        for i in free:
+            after = before + sizes[i]
+            own[i] = rest * after // total - rest * before // total
+            before = after
+        short = [i for i in free if own[i] < least[i]]
+        if not short:
+            for i in free:
+                shares[i] = own[i]
+            break
+        free = [i for i in free if i not in short]
     return shares
