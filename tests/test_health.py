@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from toys import TwoTasks, losses, prepare
+from toys import TwoTasks, losses, prepare, weights, zeros
 
 from torch_adapmtl import AdapMTL, apply_adapmtl
 from torch_adapmtl._health import LossTrace, signs
@@ -223,3 +223,39 @@ def test_signs_of_a_report(others: float) -> None:
     dominated = signs(report, LossTrace([]), allocated=False, task_weights={"a": 1.7, "b": 0.3})
     assert len(dominated) == 1
     assert "task 'a' has taken 85%" in dominated[0]
+
+
+# --- tasks that go missing ----------------------------------------------------------------------
+
+
+def test_a_task_unseen_for_longer_than_its_window_is_reported_once() -> None:
+    model = TwoTasks()
+    weighting = StabilityWeighting(["a", "b"], window=5, start=0)
+    pruner = prepare(model, total_steps=40, weighting=weighting)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    said: list[tuple[int, int]] = []
+    for step in range(1, 41):
+        found: dict[str, Any] = dict(losses(model, step))
+        if 4 <= step < 20 or step >= 30:
+            found["b"] = None
+        pruner.loss(found).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            pruner.step()
+        for warning in caught:
+            text = re.match(r"task 'b' has had no loss for (\d+) steps", str(warning.message))
+            assert text is not None
+            said.append((step, int(text[1])))
+    # The last losses were those of steps 3 and 29; after 28, the last is the next that is looked at.
+    assert said == [(9, 6), (40, 11)]
+    assert zeros(pruner) == round(0.8 * weights(pruner))
+
+
+def test_a_missing_task_is_no_news_where_nothing_is_remembered() -> None:
+    model = TwoTasks()
+    pruner = prepare(model, weighting="equal")
+    for step in range(20):
+        pruner.loss({"a": losses(model, step)["a"]}).backward()
+        pruner.step()  # a warning would be an error here

@@ -417,6 +417,7 @@ def test_state_lives_in_the_model() -> None:
         "weighting.history",
         "weighting.counts",
         "weighting.steps",
+        "weighting.seen",
     ]
     assert not list(model.parameters())
 

@@ -19,7 +19,7 @@ from .lamp import LAMPAllocation
 from .paper import PaperMode
 from .pruner import AdapMTL
 from .pruning import find_threshold
-from .sensitivity import SensitivityAllocation
+from .sensitivity import Sensitivity, SensitivityAllocation
 from .thresholds import SoftThreshold, check_reach
 from .weighting import LossWeighting, make_weighting
 
@@ -56,6 +56,7 @@ def apply_adapmtl(
     | Mapping[str, float]
     | Callable[[dict[str, Tensor]], Mapping[str, Tensor | float]]
     | LossWeighting = "stability",
+    synchronize: bool = True,
 ) -> AdapMTL:
     """Prepare a multi-task model for training to a given sparsity with AdapMTL (arXiv 2408.03913).
 
@@ -109,6 +110,9 @@ def apply_adapmtl(
         weighting: Of the task losses: `"stability"` (the paper's text: a stable loss weighs more),
             `"deviation"` (the authors' code: a deviating one does), `"equal"`, a mapping of fixed
             weights, a callable, or a `LossWeighting`.
+        synchronize: Whether processes that train together (`torch.distributed` is initialised)
+            average their losses for the weighting, and add up the saliencies that
+            `allocation="sensitivity"` asks for. False if each process trains a model of its own.
 
     Returns:
         The handle. It is also `model.adapmtl`, until `finalize`.
@@ -195,6 +199,9 @@ def apply_adapmtl(
         target_sparsity=target_sparsity,
         total_steps=total_steps,
     )
+    for module in handle.modules():
+        if isinstance(module, LossWeighting | Controller | Sensitivity):
+            module.synchronize = synchronize
     attached = []
     try:
         for layer in layers:

@@ -34,6 +34,7 @@ class Controller(KeepsPrecision):
         asleep: Whether `wake` is to be called before the next gradients come.
         threshold_decay: Weight decay of the thresholds that the optimiser trains.
         initial: The sparsity that the schedule starts from, as a fraction.
+        synchronize: Whether processes that train together prune alike.
     """
 
     exact = True
@@ -42,6 +43,7 @@ class Controller(KeepsPrecision):
     asleep = False
     threshold_decay = 0.0
     initial = 0.0
+    synchronize = True
 
     def __init__(self, layers: Sequence[Layer], target: float, total_steps: int) -> None:
         super().__init__()

@@ -47,8 +47,8 @@ class StabilityWeighting(LossWeighting):
 
     A step is one call in training mode with gradients enabled; under gradient accumulation every
     micro-batch is one. The loss passed in is part of the window its weight is computed from.
-    Under DistributedDataParallel the buffers are those of rank 0 (unless
-    ``broadcast_buffers=False``), so that all ranks weigh alike.
+    Where several processes train together, the losses of a step are their means over the processes
+    that have the task, so that all processes weigh alike.
 
     Args:
         tasks: The task names, each once.
@@ -64,6 +64,7 @@ class StabilityWeighting(LossWeighting):
         history: The windows, float32 of shape (T, window), newest last.
         counts: Losses remembered so far per task, int64 of shape (T,).
         steps: Steps so far, int64 of shape ().
+        seen: The step at which each task last had a loss, int64 of shape (T,); 0 for never.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -82,6 +83,7 @@ class StabilityWeighting(LossWeighting):
     history: Tensor
     counts: Tensor
     steps: Tensor
+    seen: Tensor
 
     def __init__(
         self,
@@ -116,6 +118,7 @@ class StabilityWeighting(LossWeighting):
         self.register_buffer("history", torch.zeros(count, window, dtype=torch.float32))
         self.register_buffer("counts", torch.zeros(count, dtype=torch.int64))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("seen", torch.zeros(count, dtype=torch.int64))
 
     def observe(self, losses: Tensor, accepted: Tensor) -> None:
         """Shifts the accepted losses into the windows and counts the step."""
@@ -123,6 +126,12 @@ class StabilityWeighting(LossWeighting):
         self.history.copy_(torch.where(accepted[:, None], shifted, self.history))
         self.counts += accepted
         self.steps += 1
+        self.seen.copy_(torch.where(accepted, self.steps, self.seen))
+
+    def unseen(self) -> dict[str, int]:
+        """Tasks that have had no loss for longer than the window: for how many steps."""
+        ages = dict(zip(self.tasks, (self.steps - self.seen).tolist(), strict=True))
+        return {task: age for task, age in ages.items() if age > self.window}
 
     def deviations(self) -> Tensor:
         """Deviation of each task's window, float32 of shape (T,); 0 with fewer than two losses."""

@@ -10,6 +10,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from torch_adapmtl._distributed import mean_over_processes, sum_over_processes
 from torch_adapmtl._precision import KeepsPrecision
 
 __all__ = [
@@ -51,6 +52,9 @@ class LossWeighting(KeepsPrecision, ABC):
         tasks: The task names, in order.
         nonfinite: Number of NaN or infinite losses per task since the last `check_finite`, int64
             of shape (T,); not part of the state dict.
+        synchronize: Whether processes that train together (torch.distributed is initialised)
+            remember the mean of their losses, so that their weights are the same; True. Then all
+            of them have to make each call.
 
     Example:
         >>> class Warmup(LossWeighting):  # the second task starts at 0
@@ -62,6 +66,7 @@ class LossWeighting(KeepsPrecision, ABC):
     """
 
     nonfinite: Tensor
+    synchronize = True
 
     def __init__(self, tasks: Sequence[str], *, strict: bool = False) -> None:
         super().__init__()
@@ -113,6 +118,8 @@ class LossWeighting(KeepsPrecision, ABC):
                     accepted[index].fill_(False)  # a fill copies nothing from the host
             # float64 losses beyond float32's range are finite, and must stay so
             self._latest = (values.clamp(-_HUGE, _HUGE).float(), accepted)
+            if self.synchronize:
+                self._latest = mean_over_processes(*self._latest)
             self.observe(*self._latest)
         return (self._weights_for(present) * stacked).sum()
 
@@ -124,10 +131,18 @@ class LossWeighting(KeepsPrecision, ABC):
         Raises:
             RuntimeError: Naming the tasks and how often it happened.
         """
-        counts = self.nonfinite.tolist()
+        found = self.nonfinite
+        counts = (sum_over_processes(found.clone()) if self.synchronize else found).tolist()
         if any(counts):
-            self.nonfinite.zero_()
+            found.zero_()
         self._raise_nonfinite(counts)
+
+    def unseen(self) -> dict[str, int]:
+        """Tasks that have had no loss for longer than the weighting remembers: for how many steps.
+
+        Reads the numbers from the device. The base class remembers nothing, and says nothing.
+        """
+        return {}
 
     @property
     def latest(self) -> tuple[Tensor, Tensor] | None:

@@ -96,6 +96,7 @@ class AdapMTL(nn.Module):
         self._finalized = False
         self._attached: Any = None
         self._skipped: Tensor | int = 0
+        self._reported: set[str] = set()
         self.trace = LossTrace(self.tasks).to(weighting.device)
         self.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]
 
@@ -164,6 +165,7 @@ class AdapMTL(nn.Module):
         self._step += 1
         if self.budget.step(self._step):
             self.weighting.check_finite()
+            self._warn_of_unseen()
         if self._step % self.budget.interval == 0 and self.weighting.latest is not None:
             self.trace.read(*self.weighting.latest)
 
@@ -391,6 +393,19 @@ class AdapMTL(nn.Module):
         del self._model._modules["adapmtl"]
         self._finalized = True
         return self._model
+
+    def _warn_of_unseen(self) -> None:
+        """Warn of tasks without a loss, once for each time that they go missing."""
+        unseen = self.weighting.unseen()
+        for task in unseen.keys() - self._reported:
+            warnings.warn(
+                f"task {task!r} has had no loss for {unseen[task]} steps, longer than the window "
+                f"that its weight is taken from: its weight is that of before, and its part of the "
+                f"model is pruned all the same. If this is not meant, look at the names in the "
+                f"losses and at the data",
+                stacklevel=4,
+            )
+        self._reported = set(unseen)
 
     def _warn(self) -> None:
         """Warn of what went wrong in the run."""

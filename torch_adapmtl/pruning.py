@@ -243,5 +243,5 @@ def find_threshold(model: nn.Module) -> str | None:
     """Return the name of the first tensor with a soft threshold in a model, or None."""
     for path, module in model.named_modules():
         if isinstance(module, SoftThreshold):
-            return path.replace("parametrizations.", "").rpartition(".")[0]
+            return str(path).replace("parametrizations.", "").rpartition(".")[0]
     return None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ._allocator import Allocator
+from ._distributed import sum_over_processes
 from ._hooks import GradientHooks
 from ._layers import Layer
 from ._sampling import Sample, positions, take
@@ -71,9 +72,13 @@ class Sensitivity(Allocator):
         layers: The layers, in the model's order.
         options: The settings.
         pool: For each layer the number of the pool of layers that share its offset.
+
+    Attributes:
+        synchronize: Whether processes that train together add up what they see.
     """
 
     saliency: Tensor
+    synchronize = True
 
     def __init__(
         self,
@@ -140,8 +145,8 @@ class Sensitivity(Allocator):
         new = torch.zeros_like(self.saliency)
         new[0].index_add_(0, layer, (values * gradient).square().masked_fill(~band, 0.0))
         new[1].index_add_(0, layer, band.to(new.dtype))
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(new)  # the gradients were those of this process alone
+        if self.synchronize:
+            sum_over_processes(new)  # the gradients were those of this process alone
         return torch.where(new.isfinite().all(), new, 0.0)  # a step that a gradient scaler skips
 
     def _pooled(self, values: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_adapmtl._controller import Mode
+from torch_adapmtl._distributed import agree
 from torch_adapmtl._hooks import GradientHooks
 from torch_adapmtl._layers import Layer, shaped_like
 from torch_adapmtl.baselines._masked import OneShot, lowest, task_gradients
@@ -163,6 +164,8 @@ class DiSparseMasks(OneShot):
             dropped = lowest([size], count)[0]
             wanted = value.masked_fill(~free, -torch.inf)
             grown = lowest([-wanted], count)[0]
+            if self.synchronize:
+                agree(grown)
             layer.threshold.mask = shaped_like(layer.weight, (alive & ~dropped) | grown)
             layer.weight.copy_(
                 layer.weight.masked_fill(shaped_like(layer.weight, grown | dropped), 0.0)

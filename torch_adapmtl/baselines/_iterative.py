@@ -102,7 +102,7 @@ class IterativeMasks(MagnitudeMasks):
         zeros = min(self.zeros, round((1 - density) * sum(self._sizes)))
         if phase == self.mode.rounds:
             zeros = self.zeros
-        self.mask(self.choose(max(zeros, self._least)))
+        self.mask(self.chosen(max(zeros, self._least)))
         if self.mode.rewind:
             for i, tensor in enumerate(self._tensors()):
                 initial = self._buffers[f"initial_{i}"]

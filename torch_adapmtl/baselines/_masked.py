@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_adapmtl._controller import Controller
+from torch_adapmtl._distributed import agree
 from torch_adapmtl._layers import Layer, shaped_like
 from torch_adapmtl.budget import SparsitySchedule
 from torch_adapmtl.thresholds import SoftThreshold
@@ -90,11 +91,16 @@ class Masked(Controller):
         """Mark the weights that are pruned when `zeros` are, by layer, bool and flat."""
         return lowest(self.scores(), zeros)
 
+    def chosen(self, zeros: int) -> list[Tensor]:
+        """The same, alike in all processes that train together: each has seen other batches."""
+        found = self.choose(zeros)
+        return [agree(flat) for flat in found] if self.synchronize else found
+
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Prune to where the schedule is after `step` steps."""
         wanted = round(self.schedule(step, self.total_steps, self.target) * sum(self._sizes))
-        self.mask(self.choose(max(wanted, self._least)))
+        self.mask(self.chosen(max(wanted, self._least)))
 
     def mask(self, gone: Sequence[Tensor]) -> None:
         """Put masks on the layers where a weight is gone."""
@@ -104,7 +110,7 @@ class Masked(Controller):
     @torch.no_grad()
     def freeze(self) -> None:
         """Prune to the target now, exactly, and hold the zeros by masks."""
-        self.hold([~flat for flat in self.choose(self.zeros)])
+        self.hold([~flat for flat in self.chosen(self.zeros)])
 
     def store(self, name: str) -> None:
         """Register a buffer of zeros for each layer's weight, float32: it moves with the model."""
@@ -170,4 +176,4 @@ class OneShot(Masked):
             self._seen += 1
             if self._seen == self.batches:
                 with torch.no_grad():
-                    self.mask(self.choose(self.zeros))
+                    self.mask(self.chosen(self.zeros))

@@ -1,0 +1,50 @@
+"""What processes that train one model together have to agree on.
+
+`DistributedDataParallel` and the like make the gradients alike, and so the weights. Losses, and
+gradients that are looked at before they are reduced, are each process's own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+__all__ = ["agree", "mean_over_processes", "sum_over_processes"]
+
+
+def _together() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """Sum a tensor over all processes, in place; nothing where there is one process."""
+    if _together():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def mean_over_processes(values: Tensor, accepted: Tensor) -> tuple[Tensor, Tensor]:
+    """Average over the processes where a value is accepted.
+
+    Args:
+        values: Float32 of shape (T,).
+        accepted: Which of them count, bool of shape (T,).
+
+    Returns:
+        The means, and which of them come from at least one process; both as given where there is
+        one process.
+    """
+    if not _together():
+        return values, accepted
+    share = accepted / dist.get_world_size()  # so that the sum of the largest numbers is finite
+    total = sum_over_processes(torch.stack([values.masked_fill(~accepted, 0.0) * share, share]))
+    accepted = total[1] > 0
+    return (total[0] / total[1]).masked_fill(~accepted, 0.0), accepted
+
+
+def agree(tensor: Tensor) -> Tensor:
+    """Give all processes the boolean tensor of the first, in place; as it is where there is one."""
+    if _together():
+        dist.broadcast(tensor.view(torch.uint8), 0)
+    return tensor
