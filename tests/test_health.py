@@ -248,7 +248,7 @@ def test_a_task_unseen_for_longer_than_its_window_is_reported_once() -> None:
             text = re.match(r"task 'b' has had no loss for (\d+) steps", str(warning.message))
             assert text is not None
             said.append((step, int(text[1])))
-    # The last losses were those of steps 3 and 29; after 28, the last is the next that is looked at.
+    # The last losses were those of steps 3 and 29; after 28, the last step is the next looked at.
     assert said == [(9, 6), (40, 11)]
     assert zeros(pruner) == round(0.8 * weights(pruner))
 

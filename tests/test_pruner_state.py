@@ -151,8 +151,8 @@ def test_a_state_of_another_version_is_refused() -> None:
     model = TwoTasks()
     prepare(model)
     state = model.state_dict()
-    header, _ = unpack(state["adapmtl._extra_state"])
-    state["adapmtl._extra_state"] = pack({**header, "version": 99}, {})
+    header, progress, _ = unpack(state["adapmtl._extra_state"])
+    state["adapmtl._extra_state"] = pack({**header, "version": 99}, progress, [], [])
     with pytest.raises(ValueError, match="has version 99, this version of torch-adapmtl reads"):
         model.load_state_dict(state)
 
@@ -227,6 +227,58 @@ def test_a_copy_of_the_end_and_of_the_plain_model(duplicate: Any) -> None:
     pruner.finalize()
     assert all(torch.equal(value, twin.state_dict()[key]) for key, value in tensors(model).items())
     assert list(duplicate(model).state_dict()) == list(model.state_dict())
+
+
+def test_a_state_keeps_its_size() -> None:
+    """States are copied into each other, by averages and by distributed checkpoints."""
+    model = TwoTasks()
+    pruner = prepare(model, total_steps=1200)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    shapes = {key: value.shape for key, value in tensors(model).items()}
+    for step in range(1200):
+        if step in (1, 100, 839):
+            train(model, pruner, optimizer, [step])
+            assert {key: value.shape for key, value in tensors(model).items()} == shapes
+        else:
+            pruner.step()
+    assert pruner.budget.frozen
+    assert {key: value.shape for key, value in tensors(model).items()} == shapes
+
+
+@pytest.mark.parametrize("stop", [0, 8, 20])
+@pytest.mark.parametrize("kind", ["AveragedModel", "with buffers", "timm"])
+def test_an_average_ends_exactly_as_sparse(kind: str, stop: int) -> None:
+    model = TwoTasks()
+    pruner = prepare(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train(model, pruner, optimizer, range(stop))
+    average: Any
+    if kind == "timm":
+        average = pytest.importorskip("timm.utils").ModelEmaV3(model, decay=0.9)
+    else:
+        half = torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
+        average = torch.optim.swa_utils.AveragedModel(
+            model, multi_avg_fn=half, use_buffers=kind == "with buffers"
+        )
+    update = average.update if kind == "timm" else average.update_parameters
+    for step in range(stop, 20):
+        train(model, pruner, optimizer, [step])
+        update(model)
+    for step in (20, 21):  # nothing but training is left
+        pruner.loss(losses(model, step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        update(model)
+    own = average.module.adapmtl
+    own.load_state_dict(pruner.state_dict())
+    before = average.module.body.weight.clone()
+    sparse = own.finalize()
+    pruner.finalize()
+    assert sum(int((p == 0).sum()) for p in sparse.parameters() if p.ndim == 2) == round(0.8 * 168)
+    for mine, theirs in zip(sparse.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine == 0, theirs == 0) or mine.ndim < 2
+    assert torch.equal(sparse.body.weight, before)
+    assert not torch.equal(sparse.body.weight, model.body.weight)
 
 
 def test_averaged_weights() -> None:

@@ -18,25 +18,31 @@ from ._layers import Layer, shaped_like
 __all__ = ["load", "pack", "pack_mask", "save", "unpack", "unpack_mask"]
 
 _VERSION = 1
+# Room for what changes in the course of a run, in bytes.
+_PROGRESS = 256
 
 
 def save(
     settings: Mapping[str, Any], progress: Mapping[str, Any], layers: Sequence[Layer]
 ) -> Tensor:
     """Write a run's settings, how far it has come, and its masks."""
-    masks = {layer.name: layer.threshold.mask for layer in layers}
-    header = {"version": _VERSION, **settings, **progress, "layers": _names(layers)}
-    return pack(header, {name: mask for name, mask in masks.items() if mask is not None})
+    header = {"version": _VERSION, **settings, "layers": _names(layers)}
+    return pack(
+        header,
+        progress,
+        [layer.threshold.mask for layer in layers],
+        [layer.weight.numel() for layer in layers],
+    )
 
 
 def load(state: Tensor, settings: Mapping[str, Any], layers: Sequence[Layer]) -> dict[str, Any]:
-    """Load what `save` wrote: put the masks on the layers, return the rest.
+    """Load what `save` wrote: put the masks on the layers, return how far the run had come.
 
     Raises:
         ValueError: If it comes from another version or a run with other settings or layers; no
             mask has been changed then.
     """
-    header, packed = unpack(state)
+    header, progress, packed = unpack(state)
     if header["version"] != _VERSION:
         raise ValueError(
             f"the state dict's adapmtl state has version {header['version']!r}, this "
@@ -56,33 +62,66 @@ def load(state: Tensor, settings: Mapping[str, Any], layers: Sequence[Layer]) ->
             f"prunable, exclude)"
         )
     masks = [
-        unpack_mask(packed[layer.name], layer.weight) if layer.name in packed else None
-        for layer in layers
+        None if bits is None else unpack_mask(bits, layer.weight)
+        for layer, bits in zip(layers, packed, strict=True)
     ]
     for layer, mask in zip(layers, masks, strict=True):
         layer.threshold.mask = mask
-    return header
+    return progress
 
 
 def _names(layers: Sequence[Layer]) -> dict[str, str]:
     return {layer.name: layer.component for layer in layers}
 
 
-def pack(header: Mapping[str, Any], masks: Mapping[str, Tensor]) -> Tensor:
-    """Write what JSON can hold, and boolean masks by name, into a uint8 tensor on the CPU."""
-    bits = {name: pack_mask(mask).cpu() for name, mask in masks.items()}
-    sizes = {name: len(packed) for name, packed in bits.items()}
-    text = json.dumps([header, sizes]).encode()
+def pack(
+    header: Mapping[str, Any],
+    progress: Mapping[str, Any],
+    masks: Sequence[Tensor | None],
+    sizes: Sequence[int],
+) -> Tensor:
+    """Write what JSON can hold, and boolean masks, into a uint8 tensor on the CPU.
+
+    Its length is the same throughout a run, masks or not, because states are copied into each
+    other: by averages of a model, by distributed checkpoints.
+
+    Args:
+        header: What does not change in the course of a run.
+        progress: What does; a few numbers.
+        masks: The masks; None where there is none.
+        sizes: How many entries each of them has, or would have.
+    """
+    text = json.dumps([header, list(sizes)]).encode()
+    changing = json.dumps(progress).encode().ljust(_PROGRESS)
+    if len(changing) > _PROGRESS:
+        raise ValueError(f"progress takes {len(changing)} bytes of {_PROGRESS}: {progress}")
+    bits = [
+        torch.zeros(_bytes(size), dtype=torch.uint8) if mask is None else pack_mask(mask).cpu()
+        for mask, size in zip(masks, sizes, strict=True)
+    ]
+    present = torch.tensor([mask is not None for mask in masks], dtype=torch.uint8)
     length = torch.tensor([len(text)]).view(torch.uint8)
-    return torch.cat([length, torch.tensor(list(text), dtype=torch.uint8), *bits.values()])
+    return torch.cat([length, _as_tensor(text), _as_tensor(changing), present, *bits])
 
 
-def unpack(state: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def unpack(state: Tensor) -> tuple[dict[str, Any], dict[str, Any], list[Tensor | None]]:
     """Read what `pack` wrote; the masks come as packed bytes."""
     state = state.cpu()
-    end = 8 + int(state[:8].clone().view(torch.int64))
-    header, sizes = json.loads(bytes(state[8:end].tolist()))
-    return header, dict(zip(sizes, state[end:].split(list(sizes.values())), strict=True))
+    start = 8 + int(state[:8].clone().view(torch.int64))
+    header, sizes = json.loads(bytes(state[8:start].tolist()))
+    progress = json.loads(bytes(state[start : start + _PROGRESS].tolist()))
+    lengths = [len(sizes), *map(_bytes, sizes)]
+    present, *bits = state[start + _PROGRESS :].split(lengths)
+    masks = [part if there else None for part, there in zip(bits, present.tolist(), strict=True)]
+    return header, progress, masks
+
+
+def _as_tensor(text: bytes) -> Tensor:
+    return torch.tensor(list(text), dtype=torch.uint8)
+
+
+def _bytes(size: int) -> int:
+    return -(-size // 8)
 
 
 def pack_mask(mask: Tensor) -> Tensor:
@@ -98,7 +137,7 @@ def unpack_mask(packed: Tensor, like: Tensor) -> Tensor:
     Raises:
         ValueError: If the number of bytes does not fit.
     """
-    if len(packed) != -(-like.numel() // 8):
+    if len(packed) != _bytes(like.numel()):
         raise ValueError(
             f"a packed mask of {len(packed)} bytes does not fit a weight of shape "
             f"{tuple(like.shape)}: the state dict comes from another model"
