@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +10,6 @@ from torch import Tensor, nn
 from toys import TwoTasks, batch, losses, prepare, tensors, train, weights, zeros
 
 from torch_adapmtl import AdapMTL, PaperMode, SparsitySchedule
-from torch_adapmtl.baselines import SNIP, DiSparse, Taylor
 
 EARLY = SparsitySchedule(start=0.0, end=0.5)
 
@@ -240,82 +237,3 @@ def test_two_optimizers_and_a_task_that_is_often_missing() -> None:
             optimizer.zero_grad()
     assert pruner.budget.allocator.saliency[1].min() > 0
     _final(pruner, model)
-
-
-# --- several processes --------------------------------------------------------------------------
-
-TOGETHER: dict[str, dict[str, Any]] = {
-    "lamp": {},
-    "sensitivity": {"allocation": "sensitivity"},
-    "gradient": {"allocation": "gradient"},
-    "paper": {"mode": PaperMode(start=-3.0, weight_decay=0.1), "target_sparsity": 0.3},
-    "taylor": {"mode": Taylor()},
-    "snip": {"mode": SNIP()},
-    "disparse": {"mode": DiSparse(dynamic=True)},
-    "given": {"allocation": "sensitivity", "wrap_first": True},
-}
-
-
-def _train_one_of_two(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
-    )
-    for name, options in TOGETHER.items():
-        torch.manual_seed(rank)  # DistributedDataParallel makes the weights equal
-        model = TwoTasks()
-        wrapped: nn.Module = model
-        wrap_first = options.get("wrap_first", False)
-        options = {key: value for key, value in options.items() if key != "wrap_first"}
-        if "mode" not in options:
-            options["schedule"] = EARLY
-        if wrap_first:
-            wrapped = nn.parallel.DistributedDataParallel(model)
-        pruner = prepare(wrapped, **options)
-        if not wrap_first:
-            unused = {"find_unused_parameters": True}  # a task that is missing reaches no head
-            wrapped = nn.parallel.DistributedDataParallel(model, **unused)
-        optimizer = torch.optim.Adam(pruner.param_groups(lr=1e-2))
-        steps, local = [], []
-        for step in range(20):
-            found: dict[str, Tensor | None] = dict(losses(wrapped, step, rank))
-            if (step + rank) % 3 == 0 and not wrap_first:
-                found["b"] = None  # the other process has it
-            local.append(losses(model, step, rank)["a"].item())
-            pruner.loss(found).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            pruner.step()
-            masks = [layer.threshold.mask for layer in pruner.budget.layers]
-            steps.append(
-                {
-                    "thresholds": pruner.budget.thresholds().clone(),
-                    "masks": torch.cat([mask.flatten() for mask in masks if mask is not None])
-                    if any(mask is not None for mask in masks)
-                    else torch.ones(0),
-                    "weights": pruner.weighting.weights().clone(),
-                }
-            )
-        found_zeros = zeros(pruner)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the paper's mode misses its target
-            assert pruner.finalize() is model
-        torch.save((steps, local, found_zeros, tensors(model)), f"{folder}/{name}{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
-def test_two_processes_agree(tmp_path: Path) -> None:
-    """At every step, though they see other batches and other tasks."""
-    torch.multiprocessing.spawn(_train_one_of_two, (str(tmp_path),), nprocs=2)
-    for name in TOGETHER:
-        first, second = (torch.load(tmp_path / f"{name}{rank}.pt") for rank in range(2))
-        for here, there in zip(first[0], second[0], strict=True):
-            for what, value in here.items():
-                assert torch.equal(value, there[what]), (name, what)
-        assert first[1] != second[1]  # they did see other batches
-        assert first[2] == second[2]
-        if name != "paper":
-            assert first[2] == round(0.8 * 168)
-        assert len({tuple(step["weights"].tolist()) for step in first[0]}) > 1
-        assert all(torch.equal(value, second[3][key]) for key, value in first[3].items())

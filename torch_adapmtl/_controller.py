@@ -35,6 +35,7 @@ class Controller(KeepsPrecision):
         threshold_decay: Weight decay of the thresholds that the optimiser trains.
         initial: The sparsity that the schedule starts from, as a fraction.
         synchronize: Whether processes that train together prune alike.
+        shardable: Whether it works on weights of which each process holds a part.
     """
 
     exact = True
@@ -44,6 +45,7 @@ class Controller(KeepsPrecision):
     threshold_decay = 0.0
     initial = 0.0
     synchronize = True
+    shardable = False
 
     def __init__(self, layers: Sequence[Layer], target: float, total_steps: int) -> None:
         super().__init__()
@@ -126,7 +128,7 @@ class Controller(KeepsPrecision):
     def write(self) -> None:
         """Write the sparse weights into the parameters."""
         for layer in self.layers:
-            layer.weight.copy_(layer.sparse())
+            layer.assign(layer.sparse())
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -135,9 +137,10 @@ class Controller(KeepsPrecision):
         A weight may tie with the threshold, or have been zero all along.
         """
         for layer in self.layers:
-            weight, mask = layer.weight, layer.threshold.mask
+            mask = layer.threshold.mask
             if mask is not None:
-                weight.masked_fill_((weight == 0) & mask, _smallest(weight.dtype))
+                weight = layer.values()
+                layer.assign(weight.masked_fill_((weight == 0) & mask, _smallest(weight.dtype)))
 
 
 class Mode(ABC):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch.nn.utils import prune
 from .pruning import attach_threshold, attached_threshold, detach_threshold, held_parameter
 from .thresholds import SoftThreshold
 
-__all__ = ["Layer", "PerComponent", "count_gone", "members", "shaped_like"]
+__all__ = ["Layer", "PerComponent", "count_gone", "members", "shaped_like", "whole"]
 
 
 @dataclass(eq=False)
@@ -71,10 +72,31 @@ class Layer:
     def _is_on(self, module: nn.Module, name: str) -> bool:
         return attached_threshold(module, name) is self.threshold
 
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds only its part of the weight (`fully_shard`)."""
+        return hasattr(self.weight, "full_tensor")
+
+    def values(self) -> Tensor:
+        """The weight without its history; gathered from all processes if it is sharded."""
+        return whole(self.weight.detach())
+
+    @torch.no_grad()
+    def assign(self, values: Tensor) -> None:
+        """Write values into the weight, of which each process keeps its part if it is sharded."""
+        weight: Any = self.weight
+        if self.sharded:
+            from torch.distributed.tensor import distribute_tensor
+
+            # All processes have the same values: nothing is sent.
+            mesh, placements = weight.device_mesh, weight.placements
+            values = distribute_tensor(values, mesh, placements, src_data_rank=None)
+        weight.copy_(values)
+
     @torch.no_grad()
     def sparse(self) -> Tensor:
         """The weight as the model sees it."""
-        weight: Tensor = self.threshold(self.weight)
+        weight: Tensor = self.threshold(self.values())
         return weight
 
     def attach(self) -> None:
@@ -131,6 +153,12 @@ def members(layers: Sequence[Layer]) -> dict[str, list[int]]:
     return found
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor as it is, or gathered from all processes if it is sharded."""
+    gather: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
 def count_gone(alive: Tensor | None) -> int:
     """How many weights a mask has taken."""
     return 0 if alive is None else int((~alive).sum())
@@ -139,4 +167,6 @@ def count_gone(alive: Tensor | None) -> int:
 def shaped_like(weight: Tensor, mask: Tensor) -> Tensor:
     """Bring a flat mask into the shape and the memory format of `weight`."""
     # Of another format, it would pass that on to the weight and so to the convolution.
+    if hasattr(weight, "full_tensor"):  # forward passes see it whole
+        return mask.view(weight.shape)
     return torch.empty_like(weight, dtype=torch.bool).copy_(mask.view(weight.shape))

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ._layers import Layer
+from ._layers import Layer, whole
 
 __all__ = ["Sample", "magnitude", "positions", "take"]
 
@@ -69,8 +69,8 @@ def _spread(size: int, wanted: int, device: torch.device) -> Tensor:
 
 def take(tensor: Tensor, where: Tensor | None) -> Tensor:
     """The entries at these positions, or all, float32 and flat."""
-    flat = tensor.detach().flatten() if where is None else tensor.detach().take(where)
-    return flat.float()
+    tensor = whole(tensor.detach())
+    return (tensor.flatten() if where is None else tensor.take(where)).float()
 
 
 def magnitude(layer: Layer, where: Tensor | None = None) -> Tensor:

@@ -105,6 +105,8 @@ class AdaptiveBudget(Controller):
     ) -> None:
         self.schedule, self.allocation = schedule, allocation
         self._densities = min_density, max_density
+        # Gradients are reduced before anything could look at them.
+        self.shardable = allocation is None or isinstance(allocation, LAMPAllocation)
         super().__init__(layers, target, total_steps)
         self.allocates = allocation is not None and min_density is None and max_density is None
         self._bound([layer.masked for layer in layers], target)

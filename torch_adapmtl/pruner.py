@@ -368,8 +368,8 @@ class AdapMTL(nn.Module):
             `DistributedDataParallel`, if it was given with one).
 
         Raises:
-            RuntimeError: If the target is not reached yet, or after a `finalize` before. Paper mode
-                has no exact target: it warns instead.
+            RuntimeError: If the target is not reached yet, if the model is sharded, or after a
+                `finalize` before. Paper mode has no exact target: it warns instead.
 
         Warns:
             UserWarning: If the run went wrong: all components are equally sparse though they were
@@ -377,6 +377,13 @@ class AdapMTL(nn.Module):
                 began, or (in paper mode) the target was missed.
         """
         self._check_active("finalize")
+        if any(layer.sharded for layer in self._layers):
+            raise RuntimeError(
+                "finalize() was called on a sharded model (fully_shard), which cannot take its "
+                "thresholds off in place: gather its state with torch.distributed.checkpoint."
+                "state_dict.get_model_state_dict (full_state_dict=True), load that into a model "
+                "prepared alike and not sharded, and finalize this one"
+            )
         if self.budget.exact and not self.budget.frozen:
             raise RuntimeError(
                 f"finalize() was called after {self._step} of total_steps={self.total_steps} "
@@ -439,6 +446,12 @@ class AdapMTL(nn.Module):
                     f"the soft threshold on {layer.name!r} was removed (by "
                     f"torch.nn.utils.prune.remove, for instance) while the model is being pruned: "
                     f"call finalize() instead of removing thresholds one by one"
+                )
+            if layer.sharded and not self.budget.shardable:
+                raise RuntimeError(
+                    f"{layer.name!r} is sharded (fully_shard), so that neither gradients nor "
+                    f"thresholds that gradients train are seen whole: use allocation='lamp' or "
+                    f"'common', or DistributedDataParallel"
                 )
 
     # --- state and copies -----------------------------------------------------------------------

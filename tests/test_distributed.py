@@ -1,0 +1,212 @@
+"""Several processes that train one model: data-parallel, and sharded."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toys import TwoTasks, losses, prepare, tensors, train, zeros
+
+from torch_adapmtl import AdapMTL, PaperMode, SparsitySchedule
+from torch_adapmtl.baselines import SNIP, DiSparse, Taylor
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="needs torch.distributed"
+)
+
+EARLY = SparsitySchedule(start=0.0, end=0.5)
+
+TOGETHER: dict[str, dict[str, Any]] = {
+    "lamp": {},
+    "sensitivity": {"allocation": "sensitivity"},
+    "gradient": {"allocation": "gradient"},
+    "paper": {"mode": PaperMode(start=-3.0, weight_decay=0.1), "target_sparsity": 0.3},
+    "taylor": {"mode": Taylor()},
+    "snip": {"mode": SNIP()},
+    "disparse": {"mode": DiSparse(dynamic=True)},
+    "given": {"allocation": "sensitivity", "wrap_first": True},
+}
+
+
+def _train_one_of_two(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
+    for name, options in TOGETHER.items():
+        torch.manual_seed(rank)  # DistributedDataParallel makes the weights equal
+        model = TwoTasks()
+        wrapped: nn.Module = model
+        wrap_first = options.get("wrap_first", False)
+        options = {key: value for key, value in options.items() if key != "wrap_first"}
+        if "mode" not in options:
+            options["schedule"] = EARLY
+        if wrap_first:
+            wrapped = nn.parallel.DistributedDataParallel(model)
+        pruner = prepare(wrapped, **options)
+        if not wrap_first:
+            unused = {"find_unused_parameters": True}  # a task that is missing reaches no head
+            wrapped = nn.parallel.DistributedDataParallel(model, **unused)
+        optimizer = torch.optim.Adam(pruner.param_groups(lr=1e-2))
+        steps, local = [], []
+        for step in range(20):
+            found: dict[str, Tensor | None] = dict(losses(wrapped, step, rank))
+            if (step + rank) % 3 == 0 and not wrap_first:
+                found["b"] = None  # the other process has it
+            local.append(losses(model, step, rank)["a"].item())
+            pruner.loss(found).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            pruner.step()
+            masks = [layer.threshold.mask for layer in pruner.budget.layers]
+            steps.append(
+                {
+                    "thresholds": pruner.budget.thresholds().clone(),
+                    "masks": torch.cat([mask.flatten() for mask in masks if mask is not None])
+                    if any(mask is not None for mask in masks)
+                    else torch.ones(0),
+                    "weights": pruner.weighting.weights().clone(),
+                }
+            )
+        found_zeros = zeros(pruner)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the paper's mode misses its target
+            assert pruner.finalize() is model
+        torch.save((steps, local, found_zeros, tensors(model)), f"{folder}/{name}{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_agree(tmp_path: Path) -> None:
+    """At every step, though they see other batches and other tasks."""
+    torch.multiprocessing.spawn(_train_one_of_two, (str(tmp_path),), nprocs=2)
+    for name in TOGETHER:
+        first, second = (torch.load(tmp_path / f"{name}{rank}.pt") for rank in range(2))
+        for here, there in zip(first[0], second[0], strict=True):
+            for what, value in here.items():
+                assert torch.equal(value, there[what]), (name, what)
+        assert first[1] != second[1]  # they did see other batches
+        assert first[2] == second[2]
+        if name != "paper":
+            assert first[2] == round(0.8 * 168)
+        assert len({tuple(step["weights"].tolist()) for step in first[0]}) > 1
+        assert all(torch.equal(value, second[3][key]) for key, value in first[3].items())
+
+
+# --- sharded ------------------------------------------------------------------------------------
+
+
+def _shard(**options: Any) -> tuple[nn.Module, AdapMTL, torch.optim.Optimizer]:
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model = TwoTasks()
+    pruner = prepare(model, schedule=EARLY, **options)
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+    fully_shard(model.body, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model, pruner, torch.optim.Adam(model.parameters(), lr=1e-2)
+
+
+def _train(
+    model: nn.Module, pruner: AdapMTL, optimizer: torch.optim.Optimizer, steps: range, rank: int
+) -> None:
+    for step in steps:
+        pruner.loss(losses(model, step, rank)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        pruner.step()
+
+
+def _one_shard(rank: int, folder: str) -> None:
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+        get_state_dict,
+        set_state_dict,
+    )
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
+    gathered = StateDictOptions(full_state_dict=True)
+
+    model, pruner, optimizer = _shard()
+    for start, stop in ((0, 9), (9, 16), (16, 20)):  # while the zeros move, and when they are held
+        _train(model, pruner, optimizer, range(start, stop), rank)
+        now = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+        checkpoint.save(now, checkpoint_id=f"{folder}/{stop}")
+    assert pruner.sparsity() == round(0.8 * 168) / 168
+    full = get_model_state_dict(model, options=gathered)
+    with pytest.raises(RuntimeError, match=r"sharded.*get_model_state_dict.*finalize this one"):
+        pruner.finalize()
+
+    for stop in (9, 16):
+        model, pruner, optimizer = _shard()
+        now = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+        checkpoint.load(now, checkpoint_id=f"{folder}/{stop}")
+        set_state_dict(
+            model, optimizer, model_state_dict=now["model"], optim_state_dict=now["optimizer"]
+        )
+        assert pruner._step == stop
+        _train(model, pruner, optimizer, range(stop, 20), rank)
+        again = get_model_state_dict(model, options=gathered)
+        assert all(torch.equal(value, full[key]) for key, value in again.items())
+
+    model, pruner, optimizer = _shard(allocation="sensitivity")
+    with pytest.raises(RuntimeError, match=r"is sharded \(fully_shard\).*use allocation='lamp'"):
+        _train(model, pruner, optimizer, range(20), rank)
+    torch.save(full, f"{folder}/full{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_a_sharded_model_is_pruned_like_a_whole_one(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_one_shard, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"full{rank}.pt") for rank in range(2))
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+    gathered = TwoTasks()
+    pruner = prepare(gathered, schedule=EARLY)
+    gathered.load_state_dict(first)
+    pruner.finalize()
+    assert zeros(pruner) == round(0.8 * 168)
+
+    torch.manual_seed(0)  # one process that sees the batches of both
+    model = TwoTasks()
+    pruner = prepare(model, schedule=EARLY)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for step in range(20):
+        both = [losses(model, step, rank) for rank in range(2)]
+        pruner.loss({task: (both[0][task] + both[1][task]) / 2 for task in both[0]}).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        pruner.step()
+    pruner.finalize()
+    for mine, theirs in zip(gathered.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine == 0, theirs == 0)
+        torch.testing.assert_close(mine, theirs)
+
+
+def _alone(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
+    torch.manual_seed(rank)
+    model = TwoTasks()
+    pruner = prepare(
+        model, schedule=EARLY, allocation="sensitivity", synchronize=False, total_steps=20 + rank
+    )
+    train(model, pruner, torch.optim.Adam(model.parameters(), lr=1e-2), range(20 + rank))
+    assert zeros(pruner) == round(0.8 * 168)
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_with_models_of_their_own(tmp_path: Path) -> None:
+    """With different numbers of steps, so that any exchange would never end."""
+    torch.multiprocessing.spawn(_alone, (str(tmp_path),), nprocs=2)
