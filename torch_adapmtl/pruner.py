@@ -206,9 +206,13 @@ class AdapMTL(nn.Module):
                     self._skipped = self._skipped + skipped.detach()
                 self._advance()
 
-        self._attached = optimizer.register_step_post_hook(after_step)
+        inner: Any = optimizer
+        while "_optimizer_step_post_hooks" not in vars(inner) and hasattr(inner, "optimizer"):
+            inner = inner.optimizer  # Accelerate's wrapper, for one, takes no hooks
+        self._attached = inner.register_step_post_hook(after_step)
 
-    def _detach_optimizer(self) -> None:
+    def detach(self) -> None:
+        """Undo `attach`; nothing happens if there is nothing to undo."""
         if self._attached is not None:
             self._attached.remove()
             self._attached = None
@@ -396,7 +400,7 @@ class AdapMTL(nn.Module):
         self.budget.settle()
         for layer in self._layers:
             layer.remove()
-        self._detach_optimizer()
+        self.detach()
         del self._model._modules["adapmtl"]
         self._finalized = True
         return self._model

@@ -155,6 +155,24 @@ class Report:
         found = [row.threshold for row in self.layers if row.component == component]
         return (min(found), max(found)) if found else None
 
+    def scalars(self) -> dict[str, float]:
+        """Returns what a logger draws over time, by name: sparsities (fractions), task weights.
+
+        `for name, value in pruner.report().scalars().items(): writer.add_scalar(name, value, step)`
+        is all that TensorBoard needs.
+
+        Example:
+            >>> from torch_adapmtl import ComponentRow, Report
+            >>> parts = (ComponentRow("shared", 2, 600, 480), ComponentRow("seg", 1, 400, 400))
+            >>> Report(parts, (), target_sparsity=0.9, step=7, total_steps=9).scalars()
+            {'sparsity/overall': 0.88, 'sparsity/shared': 0.8, 'sparsity/seg': 1.0}
+        """
+        return {
+            "sparsity/overall": self.sparsity,
+            **{f"sparsity/{row.name}": row.sparsity for row in self.components},
+            **{f"task_weight/{task}": weight for task, weight in self.task_weights.items()},
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Returns everything as plain dicts, lists, strings and numbers, as JSON can hold them."""
         return {

@@ -1,0 +1,227 @@
+"""Frameworks that hold the loop, and loggers: Lightning, Accelerate, TensorBoard."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from toys import TwoTasks, batch, losses, prepare, tensors, weights, zeros
+
+from torch_adapmtl import AdapMTL, SparsitySchedule
+
+EARLY = SparsitySchedule(start=0.0, end=0.5)
+
+
+@pytest.fixture
+def _their_warnings() -> Iterator[None]:
+    """Frameworks warn of what is none of our business: workers, folders, their own future."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def batches(number: int) -> TensorDataset:
+    """The batches of the toy, as a data set of samples in order."""
+    found = [batch(step) for step in range(number)]
+    return TensorDataset(
+        torch.cat([x for x, _ in found]),
+        torch.cat([y["a"] for _, y in found]),
+        torch.cat([y["b"] for _, y in found]),
+    )
+
+
+def plain(total: int, accumulate: int = 1, same: bool = False) -> nn.Module:
+    """The oracle: the loop of three lines over the same batches, or the first again and again."""
+    torch.manual_seed(0)
+    model = TwoTasks()
+    pruner = prepare(model, total_steps=total, schedule=EARLY)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for index in range(total * accumulate):
+        (pruner.loss(losses(model, 0 if same else index)) / accumulate).backward()
+        if (index + 1) % accumulate == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+            pruner.step()
+    pruner.finalize()
+    return model
+
+
+def assert_like(model: nn.Module, oracle: nn.Module) -> None:
+    expected = tensors(oracle)
+    assert list(tensors(model)) == list(expected)
+    for key, value in tensors(model).items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-7)
+    assert sum(int((p == 0).sum()) for p in model.parameters() if p.ndim == 2) == round(0.8 * 168)
+
+
+# --- Lightning ----------------------------------------------------------------------------------
+
+
+def lightning_module(model: nn.Module) -> Any:
+    pl = pytest.importorskip("lightning.pytorch")
+
+    class Module(pl.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def training_step(self, rows: list[Tensor], _: int) -> Tensor:
+            x, a, b = rows
+            out = self.model(x)
+            found = {"a": (out["a"] - a).square().mean(), "b": (out["b"] - b).square().mean()}
+            return self.model.adapmtl.loss(found)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.Adam(self.model.adapmtl.param_groups(lr=1e-2))
+
+    return Module()
+
+
+def fit(module: Any, folder: Path, steps: int, accumulate: int = 1, **options: Any) -> Any:
+    pl = pytest.importorskip("lightning.pytorch")
+    from torch_adapmtl.integrations.lightning import AdapMTLCallback
+
+    callback = AdapMTLCallback(
+        target_sparsity=0.8, schedule=EARLY, example_inputs=torch.ones(2, 6),
+        **options.pop("callback", {}),
+    )  # fmt: skip
+    trainer = pl.Trainer(
+        max_steps=steps, accelerator="cpu", accumulate_grad_batches=accumulate, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=folder, callbacks=[callback], **options.pop("trainer", {}),
+    )  # fmt: skip
+    loader = DataLoader(batches(options.pop("number", 20 * accumulate)), batch_size=8)
+    trainer.fit(module, loader, **options)
+    return trainer
+
+
+@pytest.mark.usefixtures("_their_warnings")
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_lightning_trains_like_the_plain_loop(accumulate: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = TwoTasks()
+    optimizer = fit(lightning_module(model), tmp_path, 20, accumulate).optimizers[0]
+    assert not optimizer._optimizer_step_post_hooks
+    assert model.adapmtl.finalize() is model
+    assert_like(model, plain(20, accumulate))
+
+
+@pytest.mark.usefixtures("_their_warnings")
+@pytest.mark.parametrize("stop", [7, 16])
+def test_lightning_resumes(stop: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    # One batch an epoch: in the middle of one, Lightning starts the data anew.
+    run: dict[str, Any] = {"callback": {"total_steps": 20}, "number": 1}
+    first = fit(lightning_module(TwoTasks()), tmp_path, stop, **run)
+    first.save_checkpoint(tmp_path / "stopped.ckpt")
+    model = TwoTasks()
+    fit(lightning_module(model), tmp_path, 20, ckpt_path=tmp_path / "stopped.ckpt", **run)
+    model.adapmtl.finalize()
+    assert_like(model, plain(20, same=True))
+
+
+@pytest.mark.usefixtures("_their_warnings")
+def test_lightning_logs(tmp_path: Path) -> None:
+    pytest.importorskip("lightning.pytorch")
+    from lightning.pytorch.loggers import CSVLogger
+
+    model = TwoTasks()
+    logger = CSVLogger(tmp_path, flush_logs_every_n_steps=1)
+    module = lightning_module(model)
+    from lightning.pytorch import Trainer
+
+    from torch_adapmtl.integrations.lightning import AdapMTLCallback
+
+    callback = AdapMTLCallback(target_sparsity=0.8, example_inputs=torch.ones(2, 6))
+    Trainer(
+        max_steps=20, accelerator="cpu", logger=logger, log_every_n_steps=5,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[callback],
+    ).fit(module, DataLoader(batches(20), batch_size=8))  # fmt: skip
+    lines = (Path(logger.log_dir) / "metrics.csv").read_text().split("\n")
+    names = lines[0].split(",")
+    assert {"sparsity/overall", "sparsity/shared", "sparsity/a", "task_weight/b"} <= set(names)
+    overall = [float(line.split(",")[names.index("sparsity/overall")]) for line in lines[1:-1]]
+    assert len(overall) == 4
+    assert overall[0] < overall[-1]
+    assert overall[-1] == pytest.approx(round(0.8 * 168) / 168)
+
+
+@pytest.mark.usefixtures("_their_warnings")
+def test_what_the_callback_refuses(tmp_path: Path) -> None:
+    module = lightning_module(TwoTasks())
+    with pytest.raises(AttributeError, match=r"model: Module has no module 'net'; name the attr"):
+        fit(module, tmp_path, 20, callback={"model": "net"})
+    with pytest.raises(RuntimeError, match=r"total_steps: .* estimate .* is inf; set max_steps"):
+        fit(module, tmp_path, -1, trainer={"max_epochs": -1})
+    assert not hasattr(module.model, "adapmtl")
+
+
+# --- Accelerate ---------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("_their_warnings")
+@pytest.mark.parametrize("attach", ["by hand", "optimizer", "prepared optimizer"])
+@pytest.mark.parametrize("stop", [None, 7, 16])
+def test_accelerate(attach: str, stop: int | None, tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+
+    def start() -> tuple[Any, ...]:
+        torch.manual_seed(0)
+        accelerator = accelerate.Accelerator(cpu=True)
+        model = TwoTasks()
+        pruner = prepare(model, schedule=EARLY)
+        optimizer: Any = torch.optim.Adam(model.parameters(), lr=1e-2)
+        if attach == "optimizer":
+            pruner.attach(optimizer)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        if attach == "prepared optimizer":
+            pruner.attach(optimizer)
+        return accelerator, model, pruner, optimizer
+
+    accelerator, model, pruner, optimizer = start()
+    for index in range(20):
+        if index == stop:
+            accelerator.save_state(tmp_path)
+            accelerator, model, pruner, optimizer = start()
+            accelerator.load_state(tmp_path)
+            assert pruner._step == stop
+        accelerator.backward(pruner.loss(losses(model, index)))
+        optimizer.step()
+        optimizer.zero_grad()
+        if attach == "by hand":
+            pruner.step()
+    assert_like(pruner.finalize(), plain(20))
+
+
+# --- TensorBoard --------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("_their_warnings")
+def test_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    pruner = prepare(TwoTasks())
+    assert isinstance(pruner, AdapMTL)
+    writer = SummaryWriter(str(tmp_path))
+    for step in range(20):
+        pruner.step()
+        for name, value in pruner.report().scalars().items():
+            writer.add_scalar(name, value, step)
+    writer.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {
+        *(f"sparsity/{name}" for name in ("overall", "shared", "a", "b")),
+        *(f"task_weight/{name}" for name in ("a", "b")),
+    }
+    last = events.Scalars("sparsity/overall")[-1].value
+    assert last == pytest.approx(zeros(pruner) / weights(pruner))

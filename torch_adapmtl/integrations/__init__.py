@@ -1,0 +1,1 @@
+"""For frameworks that hold the training loop; each module imports its own."""
