@@ -367,7 +367,7 @@ def test_which_tensors_keep_their_zeros() -> None:
     mask = model.heads["a"].weight_mask.clone()
     keep_zeros(model)
     held = {name.split(".parametrizations")[0] for name in model.state_dict() if "alpha" in name}
-    assert held == {"body", "twin", "heads.b", "words"}
+    assert held == {"body", "twin", "heads.a", "heads.b", "words"}
     release_zeros(model)
     assert model.twin.weight is model.body.weight
     assert torch.equal(model.heads["a"].weight_mask, mask)

@@ -8,9 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import prune
 
-from .pruning import attach_threshold, attached_threshold, detach_threshold, held_parameter
+from .pruning import (
+    attach_threshold,
+    attached_threshold,
+    detach_threshold,
+    held_parameter,
+    put_back,
+)
 from .thresholds import SoftThreshold
 
 __all__ = ["Layer", "PerComponent", "count_gone", "members", "shaped_like", "whole"]
@@ -26,7 +31,6 @@ class Layer:
         owners: Every `(module, tensor name)` that holds it; several if the weight is tied.
         threshold: The parametrization, one for all owners.
         keep_zeros: Whether weights that are zero before it is attached stay zero.
-        earlier_mask: The mask that `torch.nn.utils.prune` had put on it before, or None.
         given_mask: Which weights were not zero for good when it was attached; None for all.
     """
 
@@ -35,7 +39,6 @@ class Layer:
     owners: tuple[tuple[nn.Module, str], ...]
     threshold: SoftThreshold
     keep_zeros: bool = False
-    earlier_mask: Tensor | None = None
     given_mask: Tensor | None = None
 
     @property
@@ -104,7 +107,6 @@ class Layer:
         given = self.alive()
         for module, name in self.owners:
             attach_threshold(module, name, self.threshold)
-            self.earlier_mask = self.threshold.mask
         self.threshold.mask = self.given_mask = given
 
     def remove(self, *, bake: bool = True) -> None:
@@ -120,8 +122,7 @@ class Layer:
             if bake:
                 with torch.no_grad():
                     parameter.copy_(sparse)
-            if self.earlier_mask is not None:
-                prune.custom_from_mask(module, name, self.earlier_mask.to(parameter.device))
+            put_back(module, name, self.threshold)
 
 
 class PerComponent(nn.Module):

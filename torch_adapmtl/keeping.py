@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from torch.nn.utils import prune
 
 from ._layers import Layer
 from ._selectors import Inventory, unwrap
-from .pruning import attached_threshold, find_threshold
+from .pruning import attached_threshold, find_threshold, put_back
 from .thresholds import SoftThreshold
 
 __all__ = ["keep_zeros", "release_zeros"]
@@ -20,8 +22,7 @@ def keep_zeros(model: nn.Module) -> nn.Module:
     [`apply_adapmtl`][torch_adapmtl.apply_adapmtl] attaches thresholds: the model computes with
     zeros whatever momentum and weight decay make of the parameter under the mask, and no gradient
     reaches them. Parameters keep their identity, so that an optimiser made before goes on working.
-    Left alone are tensors that are zero throughout, which have yet to be trained, and those that
-    `torch.nn.utils.prune` masks already.
+    Tensors that are zero throughout are left alone: they have yet to be trained.
 
     To prune further, call `apply_adapmtl` instead, which keeps zeros too.
 
@@ -34,7 +35,8 @@ def keep_zeros(model: nn.Module) -> nn.Module:
 
     Raises:
         RuntimeError: If it is being pruned, or its zeros are kept already.
-        ValueError: If no tensor has zeros to keep.
+        ValueError: If no tensor has zeros to keep, or one that has is made from several (by
+            `weight_norm`, for instance).
 
     Example:
         >>> import torch
@@ -55,10 +57,11 @@ def keep_zeros(model: nn.Module) -> nn.Module:
             f"model: {name!r} has a soft threshold, or a mask of keep_zeros, already; remove it "
             f"first, with torch.nn.utils.prune.remove or release_zeros"
         )
+    _check_single(model)
     layers = []
     for found in Inventory(unwrap(model), {nn.Module: "*"}, ()).prunable.values():
         weight, owners = found.parameter, tuple(found.owners)
-        if weight.ndim < 2 or any(f"{name}_mask" in owner._buffers for owner, name in owners):
+        if weight.ndim < 2:
             continue
         # Kept in the state dict: the model has no handle that would do it.
         threshold = SoftThreshold().to(weight.device, weight.dtype)
@@ -85,14 +88,39 @@ def release_zeros(model: nn.Module) -> nn.Module:
         The model itself.
 
     Raises:
-        RuntimeError: If the model is being pruned: call `finalize` on its handle.
+        RuntimeError: If the model is being pruned (call `finalize` on its handle), or sharded.
     """
     _check_unhandled(model)
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "full_tensor"):
+            raise RuntimeError(
+                f"model: {name!r} is sharded (fully_shard), so that masks cannot be taken off in "
+                f"place: gather its state with torch.distributed.checkpoint.state_dict."
+                f"get_model_state_dict (full_state_dict=True), load it into a whole model on which "
+                f"keep_zeros was called, and release that"
+            )
     for module in list(model.modules()):
         for name in list(getattr(module, "parametrizations", ())):
-            if attached_threshold(module, name) is not None:
+            threshold = attached_threshold(module, name)
+            if threshold is not None:
                 prune.remove(module, name)
+                put_back(module, name, threshold)
     return model
+
+
+def _check_single(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        parametrized: Any = getattr(module, "parametrizations", {})
+        for name, chain in parametrized.items():
+            if not hasattr(chain, "original"):
+                zero = getattr(module, name) == 0
+                if zero.ndim >= 2 and bool(zero.any()) and not bool(zero.all()):
+                    raise ValueError(
+                        f"model: {path + '.' + name!r} has zeros, but {type(chain[0]).__name__} "
+                        f"makes it from several tensors, which would not keep them: call "
+                        f"torch.nn.utils.parametrize.remove_parametrizations(module, {name!r}) "
+                        f"first"
+                    )
 
 
 def _check_unhandled(model: nn.Module) -> None:

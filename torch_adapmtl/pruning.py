@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.prune import BasePruningMethod, PruningContainer
+from torch.nn.utils.prune import BasePruningMethod, PruningContainer, custom_from_mask
 
 from ._attach import attach, detach
 from .thresholds import SoftThreshold, check_threshold, soft_threshold
@@ -136,7 +136,7 @@ def attach_threshold(
     if isinstance(earlier, SoftThresholdPruning):
         _unmark(module, name)  # parametrize.remove_parametrizations has left it behind
     elif earlier is not None:
-        parametrization.mask = _take_mask(module, name)
+        parametrization.mask = parametrization.earlier_mask = _take_mask(module, name)
     method = SoftThresholdPruning()
     method._tensor_name = name
     method._module = weakref.ref(module)
@@ -192,6 +192,13 @@ def detach_threshold(module: nn.Module, name: str) -> nn.Parameter:
     """Undo `attach_threshold`: leave the parameter itself, with the values it holds."""
     _unmark(module, name)
     return detach(module, name)
+
+
+def put_back(module: nn.Module, name: str, threshold: SoftThreshold) -> None:
+    """Mask a plain tensor again as `torch.nn.utils.prune` had done before `threshold` came."""
+    if threshold.earlier_mask is not None:
+        device = held_parameter(module, name).device
+        custom_from_mask(module, name, threshold.earlier_mask.to(device))
 
 
 def _unmark(module: nn.Module, name: str) -> None:

@@ -38,6 +38,9 @@ class _SoftThreshold(torch.autograd.Function):
             return F.softshrink(weight, min(value, torch.finfo(weight.dtype).max))
         # A threshold in training may fall below zero.
         alpha = alpha.to(weight.dtype).clamp(min=0)
+        if torch.onnx.is_in_onnx_export():  # ONNX cannot tell the sign of a zero
+            soft = weight - weight.clamp(-alpha, alpha)
+            return soft if reach == math.inf else _until(reach, soft, alpha)
         # Not `sign(w) * relu(|w| - alpha)`: this form keeps NaN, infinity and the sign of a zero,
         # and makes one new tensor.
         soft = weight.clamp(-alpha, alpha).sub_(weight).copysign_(weight)
@@ -266,6 +269,8 @@ class SoftThreshold(nn.Module):
 
     alpha: Tensor
     mask: Tensor | None
+    # What torch.nn.utils.prune had masked before, to be put back.
+    earlier_mask: Tensor | None = None
 
     def __init__(
         self,

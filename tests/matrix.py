@@ -1,0 +1,743 @@
+"""The conformance matrix: what is done to a model at four stages of its run, and what comes of it.
+
+A row either changes something once (`act`) or trains in a loop of its own (`loop`); everything
+else is the same for all rows. A run that something was done to ends exactly at its target; if
+nothing but the form changed, it ends bit for bit as a run that nothing was done to.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+from toys import TwoTasks, batch, losses, pruned
+
+from torch_adapmtl import AdapMTL, SparsitySchedule, apply_adapmtl, keep_zeros, release_zeros
+from torch_adapmtl.pruning import find_threshold
+
+STAGES = ("before training", "mid-run", "at the end", "after finalize")
+STEPS, MIDDLE, MORE = 20, 9, 4
+TARGET = 0.8
+
+
+@dataclass
+class Run:
+    """A run at some stage.
+
+    Attributes:
+        net: The model that is pruned.
+        pruner: Its handle, or None after `finalize`.
+        optimizer: What trains it.
+        step: How many steps it has taken.
+        call: What is called in its place, wrapped or compiled.
+        names: The prunable tensors.
+    """
+
+    net: nn.Module
+    pruner: AdapMTL | None
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    call: Any = None
+    names: tuple[str, ...] = ()
+
+    def losses(self, step: int) -> dict[str, Tensor]:
+        return losses(self.net if self.call is None else self.call, step)
+
+    def loss(self, step: int) -> Tensor:
+        found = self.losses(step)
+        return sum(found.values()) if self.pruner is None else self.pruner.loss(found)  # type: ignore[return-value]
+
+    def advance(self) -> None:
+        """After a step of the optimiser."""
+        if self.pruner is not None and self.step < STEPS and self.pruner._attached is None:
+            self.pruner.step()
+        self.step += 1
+
+    def outputs(self) -> dict[str, Tensor]:
+        """In evaluation."""
+        net, like = self.net.eval(), next(self.net.parameters())
+        with torch.no_grad():
+            found = dict(net(batch(99)[0].to(like.device, like.dtype)))
+        net.train()
+        return found
+
+    def zeros(self) -> int:
+        """The zeros in the weights as the model has them now."""
+        paths = [name.rpartition(".") for name in self.names]
+        found = [getattr(self.net.get_submodule(path), last) for path, _, last in paths]
+        return sum(int((weight == 0).sum()) for weight in found)
+
+    @property
+    def weights(self) -> int:
+        paths = [name.rpartition(".") for name in self.names]
+        return sum(getattr(self.net.get_submodule(p), last).numel() for p, _, last in paths)
+
+
+def prepare(net: nn.Module, **options: Any) -> AdapMTL:
+    defaults: dict[str, Any] = {
+        "target_sparsity": TARGET, "total_steps": STEPS, "example_inputs": torch.ones(2, 6),
+        "schedule": SparsitySchedule(start=0.0, end=0.5),
+    }  # fmt: skip
+    return apply_adapmtl(net, **{**defaults, **options})
+
+
+def adam(run_or_net: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam(run_or_net.parameters(), lr=1e-2)
+
+
+def plain_loop(run: Run, steps: int) -> None:
+    for _ in range(steps):
+        run.loss(run.step).backward()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        run.advance()
+
+
+def start(stage: str, make: Callable[[], nn.Module] = TwoTasks, **options: Any) -> Run:
+    """A run at a stage; the same for the same arguments."""
+    torch.manual_seed(0)
+    net = make()
+    pruner = prepare(net, **options)
+    names = tuple(tensor.name for tensor in pruned(pruner))
+    run = Run(net, pruner, adam(net), names=names)
+    plain_loop(run, {"before training": 0, "mid-run": MIDDLE}.get(stage, STEPS))
+    if stage == "after finalize":
+        pruner.finalize()
+        run.pruner, run.optimizer = None, adam(net)
+    return run
+
+
+Loop = Callable[[Run, int], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing people do.
+
+    Attributes:
+        act: What is done to the run; it returns the run to go on with.
+        loop: How it is trained from there on.
+        same: Whether the run ends bit for bit as if nothing had been done.
+        make: The model.
+        options: What `apply_adapmtl` is given besides.
+        raises: Stages at which it cannot work: what is raised, and what it says.
+        needs: A package.
+    """
+
+    act: Callable[[Run], Run] = lambda run: run
+    loop: Loop = plain_loop
+    same: bool = False
+    make: Callable[[], nn.Module] = TwoTasks
+    options: Mapping[str, Any] = field(default_factory=dict)
+    raises: Mapping[str, tuple[type[Exception], str]] = field(default_factory=dict)
+    needs: str | None = None
+
+
+def finish(run: Run, loop: Loop) -> dict[str, Tensor]:
+    """Train to the end and a little beyond, finalize, and check what the library promises."""
+    if run.pruner is None:
+        wanted = run.zeros()
+        keep_zeros(run.net)
+        loop(run, MORE)
+        before = run.outputs()
+        release_zeros(run.net)
+    else:
+        wanted = round(TARGET * run.weights)
+        loop(run, max(0, STEPS - run.step) + MORE)
+        assert run.zeros() == wanted
+        before = run.outputs()  # last: spectral_norm moves whenever a weight is looked at
+        assert run.pruner.finalize() is run.net
+    after = run.outputs()
+    assert all(torch.equal(out, before[task]) for task, out in after.items())
+    assert run.zeros() == wanted
+    assert find_threshold(run.net) is None
+    assert not hasattr(run.net, "adapmtl")
+    return {k: v.clone() for k, v in run.net.state_dict().items()}
+
+
+def check(row: Row, stage: str) -> None:
+    """Run a cell; an assertion fails if it does not hold what it promises."""
+    run = start(stage, row.make, **row.options)
+    before = run.outputs() if row.same else {}
+    run = row.act(run)
+    for task, out in before.items():
+        assert torch.equal(run.outputs()[task], out)
+    found = finish(run, row.loop)
+    if row.same:
+        oracle = start(stage, row.make, **row.options)
+        for key, value in finish(oracle, plain_loop).items():
+            assert torch.equal(found[key], value), key
+
+
+# --- what is done -------------------------------------------------------------------------------
+
+
+def on_copy(copier: Callable[[Any], Any], *, forward: bool = False) -> Callable[[Run], Run]:
+    """Go on with a copy of model and optimiser."""
+
+    def act(run: Run) -> Run:
+        if forward:
+            run.loss(0)
+            run = replace(run, net=copier(run.net))  # and a copy of the copy
+            run.optimizer = _like(run.optimizer, run.net)
+        net = copier(run.net)
+        return Run(
+            net, getattr(net, "adapmtl", None), _like(run.optimizer, net), run.step, names=run.names
+        )
+
+    return act
+
+
+def _like(optimizer: torch.optim.Optimizer, net: nn.Module) -> torch.optim.Optimizer:
+    other = adam(net)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return other
+
+
+def _pickled(net: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(net))
+
+
+def _saved(net: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(net, buffer)
+    return torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
+
+
+def loaded(**options: Any) -> Callable[[Run], Run]:
+    """Go on with a freshly prepared model that loads the saved state."""
+
+    def act(run: Run) -> Run:
+        buffer = io.BytesIO()
+        torch.save((run.net.state_dict(), run.optimizer.state_dict()), buffer)
+        state, optimizer = torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+        torch.manual_seed(1)
+        net = TwoTasks()
+        pruner = None if run.pruner is None else prepare(net)
+        net.load_state_dict(state, strict=True, **options)
+        again = adam(net)
+        again.load_state_dict(optimizer)
+        return Run(net, pruner, again, run.step, names=run.names)
+
+    return act
+
+
+def to_and_back(run: Run) -> Run:
+    run.net.to(torch.float64)
+    run.net(batch(0)[0].double())
+    run.net.to(torch.float32)
+    return run
+
+
+def to_dtype(dtype: torch.dtype) -> Callable[[Run], Run]:
+    def act(run: Run) -> Run:
+        run.net.to(dtype)
+        run.optimizer = torch.optim.SGD(run.net.parameters(), lr=0.1)
+        run.call = lambda x: run.net(x.to(dtype))
+        return run
+
+    return act
+
+
+def to_cuda(run: Run) -> Run:
+    if not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+    run.net.cuda()
+    run.optimizer = adam(run.net)
+    run.call = lambda x: {task: out.cpu() for task, out in run.net(x.cuda()).items()}
+    return run
+
+
+def compiled(run: Run) -> Run:
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        assert len(graphs) <= 3, "compiled anew as the budget moves"
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    torch._dynamo.reset()
+    run.call = torch.compile(run.net, backend=backend, fullgraph=True)
+    return run
+
+
+def autocast_loop(run: Run, steps: int) -> None:
+    for _ in range(steps):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = run.loss(run.step)
+        loss.backward()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        run.advance()
+
+
+def scaler_loop(fused: bool) -> Loop:
+    """Float16 with a scaler, of whose steps every fourth overflows: attached, they do not count."""
+
+    def loop(run: Run, steps: int) -> None:
+        optimizer = torch.optim.Adam(run.net.parameters(), lr=1e-2, fused=fused)
+        if run.pruner is not None:
+            run.pruner.attach(optimizer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4, growth_interval=10**6)
+        taken = index = 0
+        while taken < steps:
+            with torch.autocast("cpu", dtype=torch.float16):
+                loss = run.loss(run.step)
+            overflows = index % 4 == 1
+            scaler.scale(loss * torch.inf if overflows else loss).backward()
+            scaler.step(optimizer)
+            scaler.update(2.0**4)
+            optimizer.zero_grad()
+            index += 1
+            if not overflows:
+                taken += 1
+                run.advance()
+                expected = min(run.step, STEPS)
+                assert run.pruner is None or run.pruner._step >= expected
+
+    return loop
+
+
+def accumulating_loop(run: Run, steps: int) -> None:
+    for _ in range(steps):
+        for part in range(4):
+            (run.loss(4 * run.step + part) / 4).backward()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        run.advance()
+
+
+def clipping_loop(run: Run, steps: int) -> None:
+    for _ in range(steps):
+        run.loss(run.step).backward()
+        nn.utils.clip_grad_norm_(run.net.parameters(), 0.1)
+        nn.utils.clip_grad_value_(run.net.parameters(), 0.01)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        run.advance()
+
+
+class Checkpointed(TwoTasks):
+    """The same, with activations computed again in the backward pass."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = torch.utils.checkpoint.checkpoint(lambda x: self.body(x).tanh(), x, use_reentrant=False)
+        return {task: head(h) for task, head in self.heads.items()}
+
+
+def two_optimizers_loop(run: Run, steps: int) -> None:
+    heads = [p for name, p in run.net.named_parameters() if name.startswith("heads")]
+    body = [p for name, p in run.net.named_parameters() if name.startswith("body")]
+    optimizers = [torch.optim.SGD(body, lr=0.1), torch.optim.Adam(heads, lr=1e-2)]
+    for _ in range(steps):
+        run.loss(run.step).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        run.advance()
+
+
+def lbfgs_loop(run: Run, steps: int) -> None:
+    optimizer = torch.optim.LBFGS(run.net.parameters(), lr=0.1, max_iter=3)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = run.loss(run.step)
+        loss.backward()
+        return loss
+
+    for _ in range(steps):
+        optimizer.step(closure)
+        run.advance()
+
+
+def optimizer_loop(**options: Any) -> Loop:
+    def loop(run: Run, steps: int) -> None:
+        run.optimizer = torch.optim.AdamW(run.net.parameters(), lr=1e-2, **options)
+        plain_loop(run, steps)
+
+    return loop
+
+
+def freezing_loop(run: Run, steps: int) -> None:
+    for step in range(steps):
+        run.net.get_submodule("body").requires_grad_(step % 4 >= 2)
+        plain_loop(run, 1)
+    run.net.requires_grad_(True)
+
+
+def functional(run: Run) -> Run:
+    x = batch(3)[0]
+    values = {**dict(run.net.named_parameters()), **dict(run.net.named_buffers())}
+    again = torch.func.functional_call(run.net, values, (x,))
+    assert all(torch.equal(out, again[task]) for task, out in run.net(x).items())
+
+    def objective(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(run.net, parameters, (x,))["a"].square().mean()
+
+    parameters = dict(run.net.named_parameters())
+    gradients = torch.func.grad(objective)(parameters)
+    objective(parameters).backward()
+    for name, parameter in parameters.items():
+        if parameter.grad is not None:
+            torch.testing.assert_close(gradients[name], parameter.grad)
+    run.net.zero_grad()
+    return run
+
+
+def mapped(run: Run) -> Run:
+    x = batch(3)[0]
+    each = torch.func.vmap(lambda row: run.net(row)["a"])(x)
+    torch.testing.assert_close(each, run.net(x)["a"])
+    twins = [copy.deepcopy(run.net) for _ in range(2)]
+    stacked = torch.func.stack_module_state(twins)
+
+    def call(parameters: Any, buffers: Any) -> Tensor:
+        return torch.func.functional_call(twins[0], (parameters, buffers), (x,))["a"]
+
+    for out in torch.func.vmap(call)(*stacked):
+        torch.testing.assert_close(out, run.net(x)["a"])
+    return run
+
+
+def averaged(make: Callable[[nn.Module], Any], update: str) -> Loop:
+    """Train, and check that the average ends as sparse."""
+
+    def loop(run: Run, steps: int) -> None:
+        average = make(run.net)
+        for _ in range(steps):
+            plain_loop(run, 1)
+            getattr(average, update)(run.net)
+        own = replace(run, net=average.module)
+        if run.pruner is not None:
+            handle = average.module.adapmtl
+            handle.load_state_dict(run.pruner.state_dict())
+            handle.finalize()
+        assert own.zeros() == run.zeros()
+
+    return loop
+
+
+def _timm_average(net: nn.Module) -> Any:
+    from timm.utils import ModelEmaV3
+
+    return ModelEmaV3(net, decay=0.5)
+
+
+def _torch_average(net: nn.Module) -> Any:
+    swa = torch.optim.swa_utils
+    return swa.AveragedModel(net, multi_avg_fn=swa.get_ema_multi_avg_fn(0.5))
+
+
+def exported(run: Run) -> Run:
+    x = batch(3)[0]
+    program = torch.export.export(run.net.eval(), (x,))
+    for task, out in program.module()(x).items():
+        torch.testing.assert_close(out, run.net(x)[task])
+    run.net.train()
+    return run
+
+
+def to_onnx(run: Run) -> Run:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    x = batch(3)[0]
+    expected = run.net.eval()(x)
+    with quiet():
+        program = torch.onnx.export(run.net, (x,), dynamo=True, verbose=False)
+    assert program is not None
+    buffer = io.BytesIO()
+    program.save(buffer)
+    session = onnxruntime.InferenceSession(buffer.getvalue())
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    for out, want in zip(found, expected.values(), strict=True):
+        torch.testing.assert_close(torch.from_numpy(out), want.detach(), rtol=1e-5, atol=1e-6)
+    run.net.train()
+    return run
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings of others."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def with_norm(run: Run) -> Run:
+    """A parametrization of the user's, on top."""
+    body = run.net.get_submodule("body")
+    parametrizations.spectral_norm(body)
+    return run
+
+
+def with_weight_norm(run: Run) -> Run:
+    parametrizations.weight_norm(run.net.get_submodule("body"))
+    return run
+
+
+def normed() -> nn.Module:
+    net = TwoTasks()
+    parametrizations.spectral_norm(net.body)
+    return net
+
+
+def weight_normed() -> nn.Module:
+    net = TwoTasks()
+    parametrizations.weight_norm(net.body)
+    return net
+
+
+def masked_before() -> nn.Module:
+    net = TwoTasks()
+    prune.random_unstructured(net.body, "weight", amount=0.5)
+    return net
+
+
+def masked_now(run: Run) -> Run:
+    prune.l1_unstructured(run.net.get_submodule("body"), "weight", amount=0.5)
+    return run
+
+
+class TwoHeads(nn.Module):
+    """An encoder of Hugging Face's with two heads, on the toy's inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        transformers = pytest.importorskip("transformers")
+        config = transformers.BertConfig(
+            hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+            vocab_size=10, max_position_embeddings=8, hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )  # fmt: skip
+        self.bert = transformers.BertModel(config, add_pooling_layer=False)
+        self.heads = nn.ModuleDict({"a": nn.Linear(8, 5), "b": nn.Linear(8, 3)})
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        embedded = nn.functional.pad(x, (0, 2)).unsqueeze(1)
+        h = self.bert(inputs_embeds=embedded).last_hidden_state[:, 0]
+        return {task: head(h) for task, head in self.heads.items()}
+
+
+# --- frameworks ---------------------------------------------------------------------------------
+
+
+def lightning_loop(run: Run, steps: int) -> None:
+    import lightning.pytorch as pl
+
+    from torch_adapmtl.integrations.lightning import AdapMTLCallback
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = run.net
+
+        def training_step(self, _: Any, index: int) -> Tensor:
+            return run.loss(run.step + index)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return run.optimizer
+
+    callbacks = [] if run.pruner is None else [AdapMTLCallback(target_sparsity=TARGET)]
+    with quiet():
+        pl.Trainer(
+            max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks,
+        ).fit(Module(), torch.utils.data.DataLoader(range(steps)))  # fmt: skip
+    run.step += steps
+
+
+def accelerate_loop(run: Run, steps: int) -> None:
+    import accelerate
+
+    with quiet():
+        accelerator = accelerate.Accelerator(cpu=True)
+    run.call, optimizer = accelerator.prepare(run.net, run.optimizer)
+    if run.pruner is not None:
+        run.pruner.attach(optimizer)
+    for _ in range(steps):
+        accelerator.backward(run.loss(run.step))
+        optimizer.step()
+        optimizer.zero_grad()
+        run.advance()
+
+
+def tensorboard_loop(run: Run, steps: int) -> None:
+    with quiet():
+        from torch.utils.tensorboard import SummaryWriter
+
+    with tempfile.TemporaryDirectory() as folder, SummaryWriter(folder) as writer:
+        for _ in range(steps):
+            plain_loop(run, 1)
+            if run.pruner is not None:
+                for name, value in run.pruner.report().scalars().items():
+                    writer.add_scalar(name, value, run.step)
+
+
+# --- several processes --------------------------------------------------------------------------
+
+
+def in_two_processes(kind: str, folder: Path) -> dict[str, list[Any]]:
+    """What becomes of the run at every stage, in each of two processes."""
+    torch.multiprocessing.spawn(_process, (kind, str(folder)), nprocs=2)
+    both = [torch.load(folder / f"{kind}{rank}.pt") for rank in range(2)]
+    return {stage: [one[stage] for one in both] for stage in STAGES}
+
+
+def _process(rank: int, kind: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/{kind}", rank=rank, world_size=2
+    )
+    found = {}
+    for stage in STAGES:
+        found[stage] = _distributed(start(stage), kind, rank, f"{folder}/{kind} {stage}")
+    torch.save(found, f"{folder}/{kind}{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def _distributed(run: Run, kind: str, rank: int, folder: str) -> dict[str, Tensor]:
+    def loop(steps: int) -> None:
+        for _ in range(steps):
+            own = 1000 * rank + run.step  # each its own batches
+            run.loss(own).backward()
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+            run.advance()
+
+    if run.pruner is None:
+        keep_zeros(run.net)
+    steps = max(0, STEPS - run.step) + MORE
+    if kind == "ddp":
+        run.call = nn.parallel.DistributedDataParallel(run.net)
+        loop(steps)
+        whole = run
+    else:
+        from torch.distributed.checkpoint.state_dict import (
+            StateDictOptions,
+            get_model_state_dict,
+        )
+
+        _shard(run)
+        if kind == "dcp":
+            loop(2)
+            steps -= 2
+            run = _through_checkpoint(run, folder)
+        loop(steps)
+        full = get_model_state_dict(run.net, options=StateDictOptions(full_state_dict=True))
+        whole = start("after finalize" if run.pruner is None else "before training")
+        if run.pruner is None:
+            keep_zeros(whole.net)
+        whole.net.load_state_dict(full)
+    if whole.pruner is None:
+        release_zeros(whole.net)
+    else:
+        whole.pruner.finalize()
+    assert whole.zeros() == round(TARGET * whole.weights)
+    return whole.net.state_dict()
+
+
+def _shard(run: Run) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+    fully_shard(run.net.get_submodule("body"), mesh=mesh)
+    fully_shard(run.net, mesh=mesh)
+    run.optimizer = adam(run.net)
+
+
+def _through_checkpoint(run: Run, folder: str) -> Run:
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    def state(of: Run) -> dict[str, Any]:
+        pair = get_state_dict(of.net, of.optimizer)
+        return dict(zip(("model", "optimizer"), pair, strict=True))
+
+    checkpoint.save(state(run), checkpoint_id=folder)
+    other = start("after finalize" if run.pruner is None else "before training")
+    if other.pruner is None:
+        keep_zeros(other.net)
+    _shard(other)
+    now = state(other)
+    checkpoint.load(now, checkpoint_id=folder)
+    set_state_dict(
+        other.net, other.optimizer, model_state_dict=now["model"],
+        optim_state_dict=now["optimizer"],
+    )  # fmt: skip
+    other.step = run.step
+    return other
+
+
+# --- the rows -----------------------------------------------------------------------------------
+
+ROWS: dict[str, Row] = {
+    "`copy.deepcopy`": Row(on_copy(copy.deepcopy), same=True),
+    "`copy.deepcopy` of a copy, after a forward pass": Row(
+        on_copy(copy.deepcopy, forward=True), same=False
+    ),
+    "`pickle`": Row(on_copy(_pickled), same=True),
+    "`torch.save` of the model": Row(on_copy(_saved, forward=True)),
+    "`state_dict` into a freshly prepared model, `weights_only=True`": Row(loaded(), same=True),
+    "`load_state_dict(assign=True)`": Row(loaded(assign=True), same=True),
+    "to another device": Row(to_cuda),
+    "`.double()` and back": Row(to_and_back, same=True),
+    "`.bfloat16()`": Row(to_dtype(torch.bfloat16)),
+    "`.half()`": Row(to_dtype(torch.float16)),
+    "`torch.compile(fullgraph=True)`": Row(compiled),
+    "autocast to bfloat16": Row(loop=autocast_loop),
+    "float16 with `GradScaler`, attached": Row(loop=scaler_loop(fused=False)),
+    "the same with a fused optimiser": Row(loop=scaler_loop(fused=True)),
+    "gradient accumulation": Row(loop=accumulating_loop),
+    "gradient clipping": Row(loop=clipping_loop),
+    "activation checkpointing": Row(make=Checkpointed),
+    "several optimisers": Row(loop=two_optimizers_loop),
+    "LBFGS with a closure": Row(loop=lbfgs_loop),
+    "fused optimiser": Row(loop=optimizer_loop(fused=True)),
+    "foreach optimiser": Row(loop=optimizer_loop(foreach=True)),
+    "parameters frozen and unfrozen": Row(loop=freezing_loop),
+    "`torch.func.functional_call` and `grad`": Row(functional, same=True),
+    "`torch.func.vmap`, over samples and models": Row(mapped, same=True),
+    "`swa_utils.AveragedModel`": Row(loop=averaged(_torch_average, "update_parameters"), same=True),
+    "timm's `ModelEmaV3`": Row(loop=averaged(_timm_average, "update"), same=True, needs="timm"),
+    "Lightning": Row(loop=lightning_loop, same=True, needs="lightning"),
+    "Accelerate": Row(loop=accelerate_loop, same=True, needs="accelerate"),
+    "TensorBoard scalars": Row(loop=tensorboard_loop, same=True, needs="tensorboard"),
+    "`torch.export`": Row(exported, same=True),
+    "ONNX, in ONNX Runtime": Row(to_onnx, same=True, needs="onnxruntime"),
+    "a parametrization put on top (`spectral_norm`)": Row(with_norm),
+    "a parametrization that was there (`spectral_norm`)": Row(make=normed),
+    "`weight_norm` put on top": Row(
+        with_weight_norm,
+        raises={
+            **dict.fromkeys(STAGES[:3], (TypeError, "missing 1 required positional argument")),
+            STAGES[3]: (ValueError, "_WeightNorm makes it from several .*remove_parametrizations"),
+        },
+    ),
+    "`weight_norm` that was there": Row(make=weight_normed),
+    "masks of `torch.nn.utils.prune` that were there": Row(make=masked_before),
+    "`torch.nn.utils.prune` put on top": Row(
+        masked_now,
+        raises=dict.fromkeys(
+            STAGES[:3], (RuntimeError, r"cannot apply L1Unstructured .* call finalize\(\)")
+        ),
+    ),
+    "Hugging Face encoder with two heads": Row(make=TwoHeads, needs="transformers"),
+}
+
+PROCESSES = {
+    "`DistributedDataParallel`, two processes": "ddp",
+    "`fully_shard` (FSDP2), two processes": "fsdp",
+    "`fully_shard` through a distributed checkpoint": "dcp",
+}
