@@ -1,0 +1,88 @@
+"""A process that is killed at any moment, again and again, ends as one that never was."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_examples import load
+
+from torch_adapmtl import PaperMode
+from torch_adapmtl.baselines import DiSparse, Taylor
+
+STEPS, EVERY = 50, 3  # an update at every step
+RUNS: dict[str, dict[str, Any]] = {
+    "lamp": {},
+    "sensitivity": {"allocation": "sensitivity"},
+    "gradient": {"allocation": "gradient", "granularity": "component"},
+    "paper": {"mode": PaperMode(start=-4.0, weight_decay=0.1), "target_sparsity": 0.5},
+    "Taylor": {"mode": Taylor()},
+    "DiSparse": {"mode": DiSparse(dynamic=True)},
+}
+# Kills of each run; the moments are drawn anew for each.
+KILLS = 4
+
+
+def _live(name: str, folder: str, death: tuple[int, str] | None) -> None:
+    """One life of the process, which ends at a moment of a step or with the run."""
+    torch.set_num_threads(1)
+    example = load("resume")
+    os.environ["TQDM_DISABLE"] = "1"
+
+    def watch(step: int, moment: str) -> None:
+        if death is not None and step >= death[0] and moment == death[1]:
+            if moment == "saving":  # half a file beside the whole one
+                (Path(folder) / "checkpoint.new").write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the paper's mode misses its target
+        model = example.train(Path(folder), STEPS, EVERY, watch, **RUNS[name])
+    torch.save(model.state_dict(), Path(folder) / "sparse.pt")
+
+
+def _run(name: str, folder: Path, deaths: list[tuple[int, str]]) -> tuple[Any, Any]:
+    """The last checkpoint and the final model of a run that dies so often."""
+    pytest.importorskip("sklearn")
+    folder.mkdir()
+    context = torch.multiprocessing.get_context("forkserver")
+    # Imported once, not in each life.
+    context.set_forkserver_preload(["sklearn.datasets", "torch_adapmtl.datasets"])
+    for death in [*deaths, None]:
+        process = context.Process(target=_live, args=(name, str(folder), death))
+        process.start()
+        process.join()
+        assert process.exitcode == (0 if death is None else -signal.SIGKILL)
+    return torch.load(folder / "checkpoint.pt"), torch.load(folder / "sparse.pt")
+
+
+def _assert_same(mine: Any, theirs: Any, where: str) -> None:
+    if isinstance(mine, torch.Tensor):
+        assert torch.equal(mine, theirs), where
+    elif isinstance(mine, dict):
+        assert list(mine) == list(theirs), where
+        for key, value in mine.items():
+            _assert_same(value, theirs[key], f"{where}.{key}")
+    elif isinstance(mine, list | tuple):
+        assert len(mine) == len(theirs), where
+        for index, value in enumerate(mine):
+            _assert_same(value, theirs[index], f"{where}.{index}")
+    else:
+        assert mine == theirs, where
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs kill -9")
+@pytest.mark.parametrize("name", RUNS)
+def test_killed_and_resumed_is_bit_for_bit_the_same(name: str, tmp_path: Path) -> None:
+    draw = random.Random(name)
+    moments = sorted(draw.sample(range(1, STEPS - EVERY), KILLS))
+    deaths = [(step, draw.choice(["before", "between", "saving"])) for step in moments]
+    killed = _run(name, tmp_path / "killed", deaths)
+    whole = _run(name, tmp_path / "whole", [])
+    _assert_same(killed, whole, f"{name} killed at {deaths}")
