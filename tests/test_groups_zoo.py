@@ -132,6 +132,14 @@ def test_timm_encoder_inside_wrappers_and_with_other_channels() -> None:
     assert list(found) == [SHARED, "seg", "depth", "normal"]
 
 
+@pytest.mark.parametrize("name", ["gmlp_ti16_224", "tnt_s_patch16_224", "visformer_tiny"])
+def test_the_size_a_timm_encoder_was_made_for_is_found(name: str) -> None:
+    timm = pytest.importorskip("timm")  # they keep it in a stem, a pixel embedding, themselves
+    encoder = timm.create_model(name, num_classes=0, img_size=64)
+    model = Heads(encoder, encoder.head_hidden_size, dense=False)
+    assert SHARED in find_components(model)
+
+
 def test_an_encoder_that_is_not_enough() -> None:
     timm = pytest.importorskip("timm")
 

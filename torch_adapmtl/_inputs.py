@@ -80,7 +80,9 @@ def _timm_shapes(module: nn.Module) -> Iterator[tuple[int, int, int]]:
     if size is None or len(size) != 3:
         return
     # timm keeps the published input size also when a model is made for another, or other channels.
-    own = [getattr(m, "img_size", None) for n, m in module.named_modules() if "patch_embed" in n]
+    # The model's own size comes first, then those of its parts: the embedding of patches has any
+    # name, and there may be several.
+    own = [getattr(m, "img_size", None) for m in module.modules()]
     sizes = [tuple(s) for s in own if isinstance(s, tuple | list) and len(s) == 2]
     sizes.append(tuple(size[1:]))
     first = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
