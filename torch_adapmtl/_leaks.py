@@ -10,7 +10,7 @@ import functools
 import gc
 import types
 import weakref
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +21,7 @@ __all__ = ["forget"]
 _FARTHEST = 5
 
 
-def forget(tensors: Iterable[weakref.ref[Tensor]]) -> None:
+def forget(tensors: Collection[weakref.ref[Tensor]]) -> None:
     """Empty the caches that keep any of these alive.
 
     Raises:
@@ -31,20 +31,20 @@ def forget(tensors: Iterable[weakref.ref[Tensor]]) -> None:
         return
     gc.collect()  # what only cycles keep
     for reference in tensors:
-        tensor = reference()
-        if tensor is not None:
+        if (tensor := reference()) is not None:
             _drop(tensor)
-            kind = type(tensor).__name__
-            del tensor
-            if reference() is not None:
-                raise RuntimeError(
-                    f"the model keeps a {kind} that it made while it was looked at outside of its "
-                    "modules, where it cannot be taken back. Run the model once before, so that it "
-                    "keeps a real tensor, or pass groups= for all weights"
-                )
+        del tensor
+    # Only now: one may be kept by another, as the base of a view that a cache holds.
+    for reference in tensors:
+        if (tensor := reference()) is not None:
+            raise RuntimeError(
+                f"the model keeps a {type(tensor).__name__} that it made while it was looked at "
+                "outside of its modules, where it cannot be taken back. Run the model once before, "
+                "so that it keeps a real tensor, or pass groups= for all weights"
+            )
 
 
-def _alive(tensors: Iterable[weakref.ref[Tensor]]) -> bool:
+def _alive(tensors: Collection[weakref.ref[Tensor]]) -> bool:
     return any(reference() is not None for reference in tensors)
 
 
