@@ -1,0 +1,106 @@
+"""Fill the tables of the compatibility page from the lines that the tests have recorded.
+
+    python docs/tables.py
+
+The page's blocks, between `<!-- NAME -->` and `<!-- end -->`, are replaced; its text is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from torch_adapmtl.benchmark import fill, read
+
+PAGE = Path(__file__).resolve().parent / "compatibility.md"
+NOT_PRUNED = ("unused", "frozen")
+Lines = Sequence[Mapping[str, Any]]
+
+
+def blocks(folder: Path | None = None) -> dict[str, Callable[[], str]]:
+    """What makes each block of the page, from the lines in `folder`."""
+    folder = folder or PAGE.with_suffix("")
+    return {"zoo": lambda: zoo(read(folder / "zoo.jsonl"))}
+
+
+def zoo(lines: Lines) -> str:
+    """A row for each family, a folded table of the models in each, and what it was made with."""
+    families: dict[str, list[Mapping[str, Any]]] = {}
+    for line in sorted(lines, key=lambda line: (line["family"], line["name"].lower())):
+        families.setdefault(line["family"], []).append(line)
+    header = ["family", "models", "covered, %", "seconds to apply, median (most)"]
+    body = [_summary(name, own) for name, own in families.items()]
+    parts = [_table(header, [*body, _summary("**all**", lines)])]
+    for name, own in families.items():
+        table = _models(own).replace("\n", "\n    ")
+        parts.append(f'??? note "{name}: {len(own)} models"\n\n    {table}')
+    return "\n\n".join([*parts, _versions(lines)])
+
+
+def _summary(name: str, lines: Lines) -> list[str]:
+    covered = [100 * line["covered"] for line in lines]
+    seconds = [line["seconds_apply"] for line in lines]
+    return [
+        name,
+        f"{len(lines)}",
+        f"{min(covered):.0f} to {max(covered):.0f}",
+        f"{median(seconds):.2f} ({max(seconds):.1f})",
+    ]
+
+
+def _models(lines: Lines) -> str:
+    header = ["model", "tasks", "shared", "of tasks", "not pruned", "covered, %", "seconds"]
+    body = []
+    for line in lines:
+        weights = {name: count for name, (_, count) in line["components"].items()}
+        rest = {name: n for name, n in weights.items() if name not in ("shared", *NOT_PRUNED)}
+        left = {name: weights[name] for name in NOT_PRUNED if name in weights}
+        body.append(
+            [
+                line["name"],
+                ", ".join(line["tasks"]),
+                _count(weights.get("shared", 0)),
+                _counts(rest),
+                _counts(left),
+                f"{100 * line['covered']:.1f}",
+                f"{line['seconds_apply']:.2f}",
+            ]
+        )
+    return _table(header, body)
+
+
+def _versions(lines: Lines) -> str:
+    found: dict[str, set[str]] = {}
+    for line in lines:
+        for package, version in line["versions"].items():
+            found.setdefault(package, set()).add(version)
+    names = sorted(found, key=lambda name: (name != "torch", name))
+    return f"With {', '.join(' '.join([name, *sorted(found[name])]) for name in names)}."
+
+
+def _counts(weights: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {_count(count)}" for name, count in weights.items())
+
+
+def _count(weights: int) -> str:
+    """Three digits of a number of weights."""
+    for size, unit in ((1e6, " M"), (1e3, " k")):
+        if weights >= size:
+            return f"{weights / size:.3g}{unit}"
+    return f"{weights}"
+
+
+def _table(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    rule = ["---", *("---:" for _ in header[1:])]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *body])
+
+
+def main() -> None:
+    """Fill the page."""
+    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), blocks()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
