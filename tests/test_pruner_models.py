@@ -86,6 +86,39 @@ def test_kinds_of_layers(
     assert list(model.state_dict()) == before
 
 
+class _Transposed(nn.Module):
+    """Multiplies a view that is not contiguous, which torch does in one of two ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(96, 96)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("body", "shape", "options"),
+    [
+        (_Transposed(), (2, 96, 4), {}),
+        (nn.LSTM(96, 96, batch_first=True), (2, 4, 96), {"prunable": {nn.LSTM: "weight_*"}}),
+    ],
+    ids=["transposed", "LSTM"],
+)
+@pytest.mark.parametrize("quiet", [torch.no_grad, torch.enable_grad])
+def test_the_sparse_weight_is_used_as_the_parameter_is(
+    body: nn.Module, shape: Any, options: dict[str, Any], quiet: Any
+) -> None:
+    model, x = _Split(body, 96).eval(), torch.randn(*shape)
+    pruner = prepare(model, example_inputs=x, **options)
+    pruner.freeze()
+    with quiet():
+        before = model(x)
+    pruner.finalize()
+    with quiet():
+        assert all(map(torch.equal, before, model(x)))
+
+
 def test_tied_weights_count_once() -> None:
     model = TwoTasks()
     model.heads["b"] = nn.Linear(12, 5)

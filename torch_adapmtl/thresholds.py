@@ -192,6 +192,11 @@ def soft_threshold(
     return _apply(weight, alpha, known, reach, straight_through)
 
 
+def _transforming() -> bool:
+    """Whether torch.compile or torch.func is at work, which keep track of gradients themselves."""
+    return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
+
+
 def _apply(
     weight: Tensor, alpha: Tensor, value: float | None, reach: float, straight_through: bool
 ) -> Tensor:
@@ -326,9 +331,16 @@ class SoftThreshold(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """Return the sparse weight, in the shape and dtype of `weight`."""
         value = self._value()
+        sparse = weight
         if value != 0.0 or self.alpha.requires_grad:
-            weight = _apply(weight, self.threshold(), value, self.reach, self.straight_through)
-        return weight if self.mask is None else _mask(weight, self.mask)
+            sparse = _apply(weight, self.threshold(), value, self.reach, self.straight_through)
+        if self.mask is not None:
+            sparse = _mask(sparse, self.mask)
+        if weight.requires_grad and not sparse.requires_grad and not _transforming():
+            # Under `no_grad`. By whether a factor requires grad, torch chooses how to multiply, and
+            # what it computes differs in the last bits: be like the parameter that is there later.
+            sparse.requires_grad_()
+        return sparse
 
     def _value(self) -> float | None:
         if torch.compiler.is_compiling() or self._known is None or self.alpha.is_inference():
