@@ -86,7 +86,7 @@ def zeros(weights: Weights) -> int:
 
 
 def outputs(model: nn.Module, entry: Entry) -> list[Tensor]:
-    with torch.set_grad_enabled(not entry.same_without_grad):
+    with torch.no_grad():
         found = list(tensors(run(model, entry.inputs())))
     assert found
     return found
@@ -191,7 +191,9 @@ def test_the_names_are_told_apart() -> None:
     assert {*names} >= SAMPLE
 
 
-def test_the_page_says_what_the_lines_say() -> None:
+def test_the_page_says_what_the_lines_say(request: pytest.FixtureRequest) -> None:
+    if request.config.getoption("record"):
+        pytest.skip("the page is filled from the lines afterwards")
     spec = importlib.util.spec_from_file_location("docs_tables", DOCS / "tables.py")
     assert spec is not None
     assert spec.loader is not None

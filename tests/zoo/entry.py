@@ -31,10 +31,6 @@ class Entry:
         given: Whether `apply_adapmtl` gets the inputs too; otherwise it makes its own.
         values: Whether the outputs depend on the weights as the graph says, which they do not
             where the model detaches something.
-        same_without_grad: Whether the outputs are the same before and after `finalize` also under
-            `no_grad`. There torch multiplies a view that is not contiguous in another order by a
-            weight that requires grad, as a parameter does, than by one that does not, as what is
-            computed from it does not.
         ignored: Patterns of the warnings of other packages.
     """
 
@@ -47,7 +43,6 @@ class Entry:
     options: Mapping[str, Any] | Callable[[], Mapping[str, Any]] = field(default_factory=dict)
     given: bool = True
     values: bool = True
-    same_without_grad: bool = True
     ignored: tuple[str, ...] = ()
 
     def arguments(self) -> dict[str, Any]:

@@ -185,12 +185,12 @@ def awkward_entry(name: str) -> Entry:
 ENTRIES = (
     entry(
         partial(Recurrent, nn.LSTM), sequences, body_and("tags", "topic"), "LSTM",
-        options={"prunable": {nn.LSTM: "weight_*"}}, same_without_grad=False,
+        options={"prunable": {nn.LSTM: "weight_*"}},
     ),
     entry(
         partial(Recurrent, nn.GRU, num_layers=2, bidirectional=True), sequences,
         body_and("tags", "topic"), "GRU of two layers and directions",
-        options={"prunable": {nn.GRU: "weight_*"}}, same_without_grad=False,
+        options={"prunable": {nn.GRU: "weight_*"}},
     ),
     # The step reads the lower cell only.
     entry(

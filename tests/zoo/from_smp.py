@@ -25,7 +25,6 @@ def with_label(
     encoder: str = SMALL,
     size: int = 64,
     expected: Mapping[str, tuple[str, ...]] | None = None,
-    same_without_grad: bool = True,
     **options: Any,
 ) -> Entry:
     """A mask, and a label that is read from the deepest of the encoder's maps."""
@@ -34,7 +33,6 @@ def with_label(
         f"{decoder}-{encoder}", FAMILY, partial(create, decoder, encoder, **options),
         partial(images, size), {"shared": ("encoder",), **ENDS, **(expected or {})},
         "segmentation_models_pytorch", {"task_outputs": ["mask", "label"]}, given=False,
-        same_without_grad=same_without_grad,
     )  # fmt: skip
 
 
@@ -91,7 +89,7 @@ ENTRIES = (
     with_label("DeepLabV3"),
     with_label("DeepLabV3Plus"),
     with_label("UPerNet", decoder_channels=32),
-    with_label("Segformer", same_without_grad=False),
+    with_label("Segformer"),
     # Its encoder is three stages deep, so that the label is read from the third as well: of
     # ResNet, the first convolution and two layers of blocks.
     with_label("PSPNet", "resnet18", expected={"unused": ("encoder.layer3", "encoder.layer4")}),

@@ -39,9 +39,7 @@ def over_maps(encoder: nn.Module) -> Heads:
     return Heads(encoder, encoder.feature_info.channels()[-1], dense=True)
 
 
-def pooled(
-    name: str, family: str, size: int = 32, same_without_grad: bool = True, **options: Any
-) -> Entry:
+def pooled(name: str, family: str, size: int = 32, **options: Any) -> Entry:
     """A timm encoder that gives a vector for each image, under linear heads."""
 
     def make() -> nn.Module:
@@ -49,7 +47,6 @@ def pooled(
 
     return Entry(
         f"{name}-pooled", family, make, partial(images, size), below_heads(), "timm", given=False,
-        same_without_grad=same_without_grad,
     )  # fmt: skip
 
 
@@ -81,7 +78,6 @@ def distilled(
     family: str,
     size: int,
     heads: tuple[str, str] = ("head", "head_dist"),
-    same_without_grad: bool = True,
     **options: Any,
 ) -> Entry:
     """A classifier with a second head that learns from a teacher.
@@ -99,7 +95,6 @@ def distilled(
         f"{name}-distilled", family, make, partial(images, size),
         {"shared": ("*",), "label": heads[:1], "teacher": heads[1:]},
         "timm", {"task_outputs": ["label", "teacher"]}, given=False,
-        same_without_grad=same_without_grad,
     )  # fmt: skip
 
 
@@ -220,7 +215,7 @@ TRANSFORMERS = (
     pooled("xcit_nano_12_p16_224", FORMER, 64, depth=2),
     pooled(
         "davit_tiny", FORMER, 64, depths=(1, 1, 1, 1), embed_dims=(24, 48, 72, 96),
-        num_heads=(1, 2, 3, 4), same_without_grad=False,
+        num_heads=(1, 2, 3, 4),
     ),
     features("hiera_tiny_224", FORMER, 224, embed_dim=24, stages=(1, 1, 1, 1)),
     pooled("flexivit_small", FORMER, 64, **VIT),
@@ -235,7 +230,7 @@ TRANSFORMERS = (
     built("focalnet", FORMER, "focalnet.FocalNet", embed_dim=24, depths=(1, 1, 1, 1),
           num_classes=0),
     distilled("deit_tiny_distilled_patch16_224", FORMER, 64, img_size=64, depth=2),
-    distilled("pit_ti_distilled_224", FORMER, 224, same_without_grad=False),
+    distilled("pit_ti_distilled_224", FORMER, 224),
     # The class attention at the end is only of use to the class token. But it is joined with the
     # others before the norm, so that the graph gives it to both tasks.
     Entry(
