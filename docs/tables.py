@@ -32,7 +32,7 @@ def zoo(lines: Lines) -> str:
         families.setdefault(line["family"], []).append(line)
     header = ["family", "models", "covered, %", "seconds to apply, median (most)"]
     body = [_summary(name, own) for name, own in families.items()]
-    parts = [_table(header, [*body, _summary("**all**", lines)])]
+    parts = [_table("lrrr", header, [*body, _summary("**all**", lines)])]
     for name, own in families.items():
         table = _models(own).replace("\n", "\n    ")
         parts.append(f'??? note "{name}: {len(own)} models"\n\n    {table}')
@@ -68,7 +68,7 @@ def _models(lines: Lines) -> str:
                 f"{line['seconds_apply']:.2f}",
             ]
         )
-    return _table(header, body)
+    return _table("llrllrr", header, body)
 
 
 def _versions(lines: Lines) -> str:
@@ -92,8 +92,9 @@ def _count(weights: int) -> str:
     return f"{weights}"
 
 
-def _table(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    rule = ["---", *("---:" for _ in header[1:])]
+def _table(sides: str, header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A table whose columns keep to the left or the right, a letter each."""
+    rule = [{"l": "---", "r": "---:"}[side] for side in sides]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *body])
 
 
