@@ -39,6 +39,7 @@ def apply_adapmtl(
     target_sparsity: float,
     total_steps: int,
     example_inputs: Any = None,
+    task_inputs: Mapping[str, Any] | None = None,
     groups: Mapping[str, Any] | None = None,
     task_outputs: Any = None,
     prunable: Mapping[type[nn.Module], str | Sequence[str]] | None = None,
@@ -79,6 +80,8 @@ def apply_adapmtl(
         example_inputs: What the model is called with to see its outputs: a tensor, a tuple of
             arguments or a dict of keyword arguments. Not needed for models over a timm or
             segmentation-models-pytorch encoder, nor when `groups` covers every weight.
+        task_inputs: For a model that is called once for each task, as in `model(x, task)`: from
+            task name to the example inputs of its call.
         groups: Components given by hand, in whole or in part: from component name to modules,
             parameters, names or globs. See [`find_components`][torch_adapmtl.find_components].
         task_outputs: How the model's output splits into tasks, where it is not a mapping or tuple.
@@ -165,6 +168,7 @@ def apply_adapmtl(
     components = find_components(
         inner,
         example_inputs,
+        task_inputs=task_inputs,
         task_outputs=task_outputs,
         groups=groups,
         prunable=prunable,

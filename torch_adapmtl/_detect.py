@@ -12,7 +12,7 @@ from torch_adapmtl._inputs import REMEDY, call_arguments, made_inputs
 from torch_adapmtl._outputs import TaskOutputs, split_output
 from torch_adapmtl._probe import OutputError, probe, reached
 
-__all__ = ["Detection", "detect"]
+__all__ = ["Detection", "detect", "detect_each"]
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,13 @@ def detect(
     example_inputs: Any,
     task_outputs: TaskOutputs | None,
     keys: Iterable[int],
+    argument: str = "example_inputs",
 ) -> Detection:
     """Runs `model` (unwrapped) and follows its graph from each task's output.
 
     `keys` are the ids of the parameters of interest: only for those that no task depends on is it
-    worth looking a second time, through `detach` and `no_grad`.
+    worth looking a second time, through `detach` and `no_grad`. `argument` is what errors call
+    `example_inputs`.
     """
 
     def read(output: Any) -> Detection:
@@ -55,8 +57,7 @@ def detect(
             raise
         except Exception as error:
             raise RuntimeError(
-                f"the model failed on example_inputs ({_brief(error)}); {REMEDY}, on the "
-                "model's device"
+                f"the model failed on {argument} ({_brief(error)}); {REMEDY}, on the model's device"
             ) from error
     else:
         kwargs = {}
@@ -94,6 +95,18 @@ def detect(
     except Exception:  # it can break a model; what it would have told apart stays unused
         return seen
     return Detection(seen.tasks, seen.masks, frozenset(lost & through.masks.keys()))
+
+
+def detect_each(model: nn.Module, task_inputs: Mapping[str, Any], keys: Iterable[int]) -> Detection:
+    """The same for a model that is called once for each task, with the inputs of that task."""
+    keys, masks, cut_off = list(keys), dict[int, int](), set[int]()
+    for bit, (task, inputs) in enumerate(task_inputs.items()):
+        whole: TaskOutputs = {task: lambda output: output}
+        own = detect(model, inputs, whole, keys, f"task_inputs[{task!r}]")
+        for key in own.masks:
+            masks[key] = masks.get(key, 0) | 1 << bit
+        cut_off |= own.cut_off
+    return Detection(tuple(task_inputs), masks, frozenset(cut_off - masks.keys()))
 
 
 def _check_grad(parts: Mapping[str, list[Tensor]]) -> None:

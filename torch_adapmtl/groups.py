@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from torch_adapmtl._detect import detect
+from torch_adapmtl._detect import detect, detect_each
 from torch_adapmtl._names import FROZEN, SHARED, UNUSED
 from torch_adapmtl._outputs import TaskOutputs, check_task_name, named_tasks
 from torch_adapmtl._selectors import Groups, Inventory, Prunable, Selectors, unwrap
@@ -106,6 +106,7 @@ def find_components(
     model: nn.Module,
     example_inputs: Any = None,
     *,
+    task_inputs: Mapping[str, Any] | None = None,
     task_outputs: TaskOutputs | None = None,
     groups: Groups | None = None,
     prunable: Prunable | None = None,
@@ -137,6 +138,9 @@ def find_components(
         example_inputs: What the training loop gives the model: a tensor, a tuple of positional
             arguments or a dict of keyword arguments. By default two images are made for the timm
             or SMP encoder in the model.
+        task_inputs: For a model that is called once for each task, as in `model(x, task)`: from
+            task name to the example inputs of its call, in place of `example_inputs` and
+            `task_outputs`. Whatever a call returns belongs to its task.
         task_outputs: Names for the entries of a tuple or list, or the keys that are tasks; or a
             mapping from task name to a callable, key or index that takes the task's tensors out of
             the output.
@@ -181,7 +185,7 @@ def find_components(
         right            1       24  37.5 %
     """
     model = unwrap(model)
-    declared = named_tasks(task_outputs)
+    declared = _declared(task_inputs, example_inputs, task_outputs)
     groups = _checked(groups)
     inventory = Inventory(model, prunable, exclude)
     assigned = inventory.assign(groups)
@@ -190,7 +194,10 @@ def find_components(
         tasks = declared or _tasks_of(groups)
     else:
         open_keys = inventory.prunable.keys() - assigned.keys()
-        detection = detect(model, example_inputs, task_outputs, open_keys)
+        if task_inputs is None:
+            detection = detect(model, example_inputs, task_outputs, open_keys)
+        else:
+            detection = detect_each(model, task_inputs, open_keys)
         tasks = detection.tasks
         for key in open_keys:
             mask = detection.masks.get(key, 0)
@@ -216,6 +223,26 @@ def find_components(
             "grad, or name what to prune with groups="
         )
     return found
+
+
+def _declared(
+    task_inputs: Mapping[str, Any] | None, example_inputs: Any, task_outputs: TaskOutputs | None
+) -> tuple[str, ...]:
+    if task_inputs is None:
+        return named_tasks(task_outputs)
+    for name, value in (("example_inputs", example_inputs), ("task_outputs", task_outputs)):
+        if value is not None:
+            raise ValueError(
+                f"task_inputs says how the model is called for each task, and {name} how it is "
+                f"called for all: pass one of the two"
+            )
+    given: object = task_inputs
+    if not isinstance(given, Mapping) or not given:
+        raise TypeError(
+            f"task_inputs must map each task to the example inputs of its call, found "
+            f"{task_inputs!r}"
+        )
+    return tuple(check_task_name(name, "task_inputs") for name in task_inputs)
 
 
 def _checked(groups: Groups | None) -> Groups:
