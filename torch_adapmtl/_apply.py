@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
+from ._checks import check_count, check_reach
 from ._controller import Controller, Mode
+from ._guard import guard
 from ._layers import Layer
 from .adaptive import AdaptiveBudget, Allocation, GradientAllocation
 from .budget import SparsitySchedule
@@ -20,7 +22,7 @@ from .lamp import LAMPAllocation
 from .paper import PaperMode
 from .pruner import AdapMTL
 from .sensitivity import SensitivityAllocation
-from .thresholds import SoftThreshold, check_reach
+from .thresholds import SoftThreshold
 from .weighting import LossWeighting, make_weighting
 
 __all__ = ["apply_adapmtl"]
@@ -31,8 +33,11 @@ _DEFAULTS: Mapping[str, Any] = {
     "allocation": LAMPAllocation(),
     "reach": 1.1,
 }
+_MOST_STEPS = 2**53  # from there on floats, in which the schedule counts, skip whole numbers
 
 
+# Where the caller is in inference mode, what is made here is for training all the same.
+@torch.inference_mode(False)
 def apply_adapmtl(
     model: nn.Module,
     *,
@@ -110,10 +115,11 @@ def apply_adapmtl(
         The handle. It is also `model.adapmtl`, until `finalize`.
 
     Raises:
-        ValueError: If an argument is out of range or contradicts another, or the tasks cannot be
-            told apart; the model is untouched then.
-        TypeError: If an argument is of the wrong kind; likewise.
-        RuntimeError: If the model has a handle already.
+        ValueError: If an argument is out of range or contradicts another, if the tasks cannot be
+            told apart, or if the model cannot be pruned as it is (see `find_components`); the model
+            is untouched then, as after the other errors.
+        TypeError: If an argument is of the wrong kind.
+        RuntimeError: If the model has a handle already, or fails on the example inputs.
 
     Example:
         >>> import torch
@@ -198,6 +204,7 @@ def apply_adapmtl(
         raise
     # Not `add_module`, which a model's own __setattr__ or an attribute hook might refuse.
     inner._modules["adapmtl"] = handle
+    guard(inner)
     if not exclude:
         _warn_of_others(others, sum(layer.weight.numel() for layer in layers))
     return handle
@@ -213,7 +220,7 @@ def _warn_of_others(others: Sequence[tuple[str, int]], prunable: int) -> None:
             f"{prunable} others. To prune more, name types, as in "
             f"prunable={{nn.LSTM: 'weight_*'}}; to leave them dense without this warning, pass "
             f"them as exclude=",
-            stacklevel=3,
+            stacklevel=4,  # out of the decorator too
         )
 
 
@@ -267,17 +274,22 @@ def _allocation(value: object) -> Allocation | None:
 
 def _check_fraction(name: str, value: object) -> float:
     number = isinstance(value, Real) and not isinstance(value, bool)
-    fraction = float(value) if number else math.nan  # type: ignore[arg-type]
-    if not 0.0 <= fraction < 1.0:
-        hint = "; 90 % is 0.9" if fraction >= 1.0 else ""
-        raise ValueError(f"{name} must be a fraction in [0, 1), got {value!r}{hint}")
-    return fraction
+    if not (number and 0.0 <= value < 1.0):  # type: ignore[operator]
+        raise ValueError(f"{name} must be a fraction in [0, 1), got {value!r}; 90 % is 0.9")
+    return float(value)  # type: ignore[arg-type]
 
 
 def _check_steps(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"total_steps must be an integer >= 1, got {value!r}")
-    return int(value)
+    try:
+        steps = check_count("total_steps", value)
+    except ValueError as error:
+        raise ValueError(f"{error}; it is the number of optimizer steps of the run") from None
+    if steps > _MOST_STEPS:
+        raise ValueError(
+            f"total_steps must be at most 2**53, got {value!r}; it is the number of optimizer "
+            f"steps of the run"
+        )
+    return steps
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -298,8 +310,8 @@ def _check_unthresholded(model: nn.Module) -> None:
         if isinstance(module, SoftThreshold):
             name = path.replace("parametrizations.", "").rpartition(".")[0]
             raise ValueError(
-                f"{name!r} has a soft threshold already: remove it first, with "
-                f"torch.nn.utils.prune.remove for instance"
+                f"{name!r} has a soft threshold already: call finalize() on the handle that put it "
+                f"there, or remove it with torch.nn.utils.prune.remove, first"
             )
 
 

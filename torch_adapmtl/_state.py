@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ._layers import Layer, shaped_like
 
-__all__ = ["load", "pack", "pack_mask", "save", "unpack", "unpack_mask"]
+__all__ = ["load", "pack", "pack_mask", "read", "save", "unpack", "unpack_mask"]
 
 _VERSION = 1
 
@@ -33,21 +33,43 @@ def load(state: Tensor, settings: Mapping[str, Any], layers: Sequence[Layer]) ->
     """Load what `save` wrote: put the masks on the layers, return the rest.
 
     Raises:
-        ValueError: If it comes from another version or a run with other settings or layers; no
-            mask has been changed then.
+        ValueError: If `read` refuses it; no mask has been changed then.
+    """
+    header, masks = read(state, settings, layers)
+    for layer, mask in zip(layers, masks, strict=True):
+        layer.threshold.mask = mask
+    return header
+
+
+def read(
+    state: object, settings: Mapping[str, Any], layers: Sequence[Layer]
+) -> tuple[dict[str, Any], list[Tensor | None]]:
+    """Read what `save` wrote, and check that it is for a run with these settings and layers.
+
+    Returns:
+        The progress, and the layers' masks.
+
+    Raises:
+        ValueError: If it is damaged, or comes from another version or a run with other settings or
+            layers.
     """
     header, packed = unpack(state)
-    if header["version"] != _VERSION:
+    if header.get("version") != _VERSION:
         raise ValueError(
-            f"the state dict's adapmtl state has version {header['version']!r}, this "
-            f"version of torch-adapmtl reads {_VERSION}"
+            f"the state dict's adapmtl state has version {header.get('version')!r}, this version "
+            f"of torch-adapmtl reads {_VERSION}: load it with the version that it was saved with"
         )
+    step, frozen = header.get("step"), header.get("frozen")
+    if type(step) is not int or step < 0 or type(frozen) is not bool:
+        raise _damaged(f"it says step={step!r}, frozen={frozen!r}")
     for name, value in settings.items():
-        if header[name] != value:
+        if header.get(name) != value:
             raise ValueError(
-                f"the state dict comes from a run with {name}={header[name]}, this model was "
+                f"the state dict comes from a run with {name}={header.get(name)}, this model was "
                 f"prepared with {name}={value}: prepare it alike"
             )
+    if not isinstance(header.get("layers"), dict):
+        raise _damaged("it names no layers")
     if header["layers"] != _names(layers):
         differing = dict(sorted(header["layers"].items() ^ _names(layers).items()))
         raise ValueError(
@@ -59,9 +81,7 @@ def load(state: Tensor, settings: Mapping[str, Any], layers: Sequence[Layer]) ->
         unpack_mask(packed[layer.name], layer.weight) if layer.name in packed else None
         for layer in layers
     ]
-    for layer, mask in zip(layers, masks, strict=True):
-        layer.threshold.mask = mask
-    return header
+    return header, masks
 
 
 def _names(layers: Sequence[Layer]) -> dict[str, str]:
@@ -77,12 +97,34 @@ def pack(header: Mapping[str, Any], masks: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([length, torch.tensor(list(text), dtype=torch.uint8), *bits.values()])
 
 
-def unpack(state: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read what `pack` wrote; the masks come as packed bytes."""
+def unpack(state: object) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read what `pack` wrote; the masks come as packed bytes.
+
+    Raises:
+        ValueError: If `pack` has not written it.
+    """
+    if not isinstance(state, Tensor):
+        raise _damaged(f"it is a {type(state).__name__}, not a tensor")
+    if state.dtype != torch.uint8 or state.ndim != 1 or state.is_meta:
+        raise _damaged(
+            f"it is a tensor of {state.dtype} and shape {tuple(state.shape)} on {state.device}, "
+            f"not one of bytes"
+        )
     state = state.cpu()
-    end = 8 + int(state[:8].clone().view(torch.int64))
-    header, sizes = json.loads(bytes(state[8:end].tolist()))
-    return header, dict(zip(sizes, state[end:].split(list(sizes.values())), strict=True))
+    try:
+        end = 8 + int(state[:8].clone().view(torch.int64))
+        header, sizes = json.loads(bytes(state[8:end].tolist()))
+        masks = dict(zip(sizes, state[end:].split(list(sizes.values())), strict=True))
+        return {**header}, masks
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise _damaged(f"its {len(state)} bytes cannot be read: {error}") from error
+
+
+def _damaged(found: str) -> ValueError:
+    return ValueError(
+        f"the state dict's adapmtl._extra_state is damaged, or not of torch-adapmtl ({found}); "
+        f"load another checkpoint"
+    )
 
 
 def pack_mask(mask: Tensor) -> Tensor:
