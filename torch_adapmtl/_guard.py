@@ -40,10 +40,13 @@ def _check(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: obj
         for name, value in state_dict.items()
         if name.startswith(prefix)
     }
-    _check_weights(handle, given)
-    if _OWN + "_extra_state" not in given:  # torch tells which keys are missing
+    if _OWN + "_extra_state" not in given:
+        _check_prepared(handle, given)
         return
     read(given[_OWN + "_extra_state"], handle._settings(), handle._layers)
+    for layer in handle._layers:
+        name = _kept(layer.name)
+        _check_shape(name, layer.weight, given, "of another model: make the model alike")
     wanted = handle.budget.state_dict(prefix=_OWN + "budget.", keep_vars=True)
     found = {name for name in given if name.startswith(_OWN + "budget.")}
     if wanted.keys() != found:
@@ -56,16 +59,19 @@ def _check(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: obj
         _check_shape(_OWN + name, own, given, "with other options: prepare the model alike")
 
 
-def _check_weights(handle: Any, given: Mapping[str, Any]) -> None:
+def _check_prepared(handle: Any, given: Mapping[str, Any]) -> None:
     for layer in handle._layers:
-        path, _, tensor = layer.name.rpartition(".")
-        kept = ".".join(filter(None, (path, "parametrizations", tensor, "original")))
-        if layer.name in given and kept not in given:
+        if layer.name in given and _kept(layer.name) not in given:
             raise ValueError(
                 f"the state dict is of the model without apply_adapmtl: it has {layer.name!r}, "
-                f"not {kept!r}. Load it before apply_adapmtl, or after finalize()"
+                f"not {_kept(layer.name)!r}. Load it before apply_adapmtl, or after finalize()"
             )
-        _check_shape(kept, layer.weight, given, "of another model: make the model alike")
+
+
+def _kept(name: str) -> str:
+    """The name of a layer's parameter while there is a threshold on it."""
+    path, _, tensor = name.rpartition(".")
+    return ".".join(filter(None, (path, "parametrizations", tensor, "original")))
 
 
 def _check_shape(name: str, own: Tensor, given: Mapping[str, Any], remedy: str) -> None:

@@ -82,8 +82,9 @@ class LossTrace(KeepsPrecision):
                 f"made anew; to look at the weighted sum only, call under torch.no_grad() or after "
                 f"model.eval()"
             )
-        self._with_grad |= learning
-        self._without |= losses.keys() - learning
+        if training:
+            self._with_grad |= learning
+            self._without |= losses.keys() - learning
         return bool(learning)
 
     def untrained(self) -> list[str]:
@@ -108,7 +109,7 @@ class Idleness:
     optimisers write past it; a few values tell then.
 
     Args:
-        layers: The layers, as they are at the start.
+        layers: The layers, as they are at the first step.
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
@@ -126,7 +127,7 @@ class Idleness:
         if not all(torch.equal(now, before.to(now.device)) for now, before in pairs):
             return True
         return (
-            f"step() was called {step} times, and no weight has changed since apply_adapmtl: call "
+            f"step() was called {step} times, and no weight has changed since the first: call "
             f"backward() and the optimizer's step() before each step(), with an optimizer of this "
             f"model's parameters, as param_groups() gives them"
         )

@@ -113,6 +113,8 @@ def unpack(state: object) -> tuple[dict[str, Any], dict[str, Tensor]]:
     state = state.cpu()
     try:
         end = 8 + int(state[:8].clone().view(torch.int64))
+        if not 8 < end <= len(state):
+            raise ValueError(f"{end} of them were to be its header")
         header, sizes = json.loads(bytes(state[8:end].tolist()))
         masks = dict(zip(sizes, state[end:].split(list(sizes.values())), strict=True))
         return {**header}, masks

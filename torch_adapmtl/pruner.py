@@ -98,7 +98,7 @@ class AdapMTL(nn.Module):
         self._finalized = False
         self._attached: Any = None
         self.trace = LossTrace(self.tasks).to(weighting.device)
-        self._idleness: Idleness | None = Idleness(layers)
+        self._idleness: Idleness | None = None
         self.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]
 
     def forward(self, *args: Any) -> Any:
@@ -165,6 +165,8 @@ class AdapMTL(nn.Module):
                 f"at its target and its zeros are held: train on without calling step(), or call "
                 f"finalize(). To prune more slowly, pass a larger total_steps to apply_adapmtl."
             )
+        if self._step == 0:
+            self._idleness = Idleness(self._layers)
         due = self.budget.due(self._step + 1)
         if due:
             self._check_layers()
