@@ -156,7 +156,6 @@ def option(id: str, error: Error, named: str, found: str, remedy: str, **options
 
 V, T, R = ValueError, TypeError, RuntimeError
 INPUTS = "a tensor, a tuple of positional arguments or a dict of keyword arguments"
-GROUPS = {"c": ["body"], "a": ["heads.a"], "b": ["heads.b"]}
 
 ARGUMENTS = [
     *(
@@ -272,7 +271,7 @@ ARGUMENTS = [
     option("prunable, misspelt", V, "prunable", "'wieght' matches no", "which has bias, weight",
            prunable={nn.Linear: "wieght"}),
     # Inputs and outputs.
-    option("no inputs", V, "example_inputs", "is None", f"pass example_inputs={''}",
+    option("no inputs", V, "example_inputs", "is None", "pass example_inputs=",
            example_inputs=None),
     option("inputs in a list", T, "example_inputs", "found list", "(inputs,)",
            example_inputs=[torch.ones(2, 6)]),
