@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from numbers import Integral, Real
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ __all__ = [
     "check_mask",
     "check_numbers",
     "check_place",
+    "check_rate",
     "check_reach",
     "check_threshold",
     "obstacle",
@@ -47,6 +49,15 @@ def check_count(name: str, value: object) -> int:
     return int(value)
 
 
+def check_rate(name: str, value: object) -> None:
+    """Raise an error if `value` is no learning rate; None and tensors are let through."""
+    if value is None or isinstance(value, Tensor):  # capturable optimisers take tensors
+        return
+    check_numbers(**{name: value})
+    if not 0.0 <= cast(float, value) < math.inf:
+        raise ValueError(f"{name} must be a finite number >= 0, got {value}")
+
+
 def check_reach(reach: float) -> None:
     """Raise an error if `reach` is no reach."""
     check_numbers(reach=reach)
@@ -59,7 +70,7 @@ def check_threshold(name: str, value: object) -> float:
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
         value = value.item()
     check_numbers(**{name: value})
-    number = float(value)  # type: ignore[arg-type]
+    number = float(cast(float, value))
     if not 0.0 <= number < math.inf:
         raise ValueError(f"{name} must be a finite number >= 0, got {number}")
     return number

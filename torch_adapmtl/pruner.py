@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, overload
@@ -10,7 +9,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_numbers
+from ._checks import check_rate
 from ._controller import Controller
 from ._guard import unguard
 from ._health import Idleness, LossTrace, signs
@@ -248,8 +247,8 @@ class AdapMTL(nn.Module):
         self._check_active("param_groups")
         if "params" in options:
             raise TypeError("params must be left out: param_groups puts the parameters in itself")
-        for name, rate in (("threshold_lr", threshold_lr), ("lr", options.get("lr"))):
-            _check_rate(name, rate)
+        check_rate("threshold_lr", threshold_lr)
+        check_rate("lr", options.get("lr"))
         learned = {id(p): p for p in self.parameters()}
         own = [p for p in self._model.parameters() if id(p) not in learned]
         groups: list[dict[str, Any]] = [{"params": own, **options}]
@@ -445,11 +444,3 @@ def _refresh(module: nn.Module, incompatible_keys: Any) -> None:
     assert isinstance(module, AdapMTL)
     module.budget.refresh()
     module.budget.wake(module._step)
-
-
-def _check_rate(name: str, rate: Any) -> None:
-    if rate is None or isinstance(rate, Tensor):  # torch takes tensors for capturable optimisers
-        return
-    check_numbers(**{name: rate})
-    if not 0.0 <= rate < math.inf:
-        raise ValueError(f"{name} must be a finite number >= 0, got {rate}")
