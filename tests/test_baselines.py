@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.nn.utils import prune
 from toys import TwoTasks, batch, losses, prepare, tensors, train, weights, zeros
 
-from torch_adapmtl import SparsitySchedule, apply_adapmtl
+from torch_adapmtl import SparsitySchedule
 from torch_adapmtl.baselines import SNIP, DiSparse, IterativeMagnitude, Magnitude, Taylor
 from torch_adapmtl.baselines._masked import lowest
 
@@ -273,25 +273,3 @@ def test_an_earlier_mask_counts_and_stays(mode: Any) -> None:
     with pytest.raises(ValueError, match=r"asks for 17 zeros, but masks .* hold 40"):
         prepare(model, mode=mode, target_sparsity=0.1)
     assert list(model.state_dict()) == keys
-
-
-@pytest.mark.parametrize(
-    ("make", "match"),
-    [
-        (lambda: Magnitude("layer"), "scope must be 'global' or 'uniform', got 'layer'"),
-        (lambda: Taylor(decay=1.0), r"decay must lie in \[0, 1\), got 1.0"),
-        (lambda: SNIP(batches=0), "batches must be an integer >= 1, got 0"),
-        (lambda: IterativeMagnitude(rounds=0), "rounds must be an integer >= 1, got 0"),
-        (lambda: DiSparse(fraction=1.0), r"fraction must lie in \(0, 1\), got 1.0"),
-        (lambda: DiSparse(interval=0), "interval must be an integer >= 1, got 0"),
-    ],
-)
-def test_settings_are_checked(make: Callable[[], object], match: str) -> None:
-    with pytest.raises(ValueError, match=match):
-        make()
-
-
-@pytest.mark.parametrize("option", [{"gradient": "mask"}, {"allocation": "common"}, {"reach": 2.0}])
-def test_what_has_no_effect_is_refused(option: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(option))} has no effect in mode=SNIP"):
-        apply_adapmtl(TwoTasks(), target_sparsity=0.5, total_steps=5, mode=SNIP(), **option)

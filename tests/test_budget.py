@@ -60,23 +60,6 @@ def test_schedule_never_falls_and_ends_at_the_target(
     assert all(0 <= value <= target + 1e-12 for value in values)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"start": 0.7, "end": 0.6}, r"0 <= start <= end <= 1.*start=0.7, end=0.6"),
-        ({"start": -0.1}, "start=-0.1"),
-        ({"end": 1.5}, "end=1.5"),
-        ({"end": math.nan}, "end=nan"),
-        ({"initial": 1.0}, r"initial must lie in \[0, 1\), got 1.0"),
-        ({"initial": -0.2}, "initial"),
-        ({"shape": "sigmoid"}, "'cubic', 'linear' or 'cosine', got 'sigmoid'"),
-    ],
-)
-def test_schedule_refuses(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        SparsitySchedule(**options)
-
-
 # --- the solver ---------------------------------------------------------------------------------
 
 

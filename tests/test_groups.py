@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from untouched import assert_untouched
 
 from torch_adapmtl.groups import FROZEN, SHARED, UNUSED, Components, find_components, unwrap
 
@@ -315,46 +316,6 @@ def test_the_second_look_may_fail() -> None:
 
 
 # --- No trace ------------------------------------------------------------------------------------
-
-
-def picture(value: Any, depth: int = 0) -> Any:
-    """What can be compared of a value: identity and contents of tensors, contents of the rest."""
-    if depth > 8:
-        return None  # it contains itself
-    if isinstance(value, Tensor):
-        bits = value.detach().clone().contiguous().view(-1).view(torch.uint8)
-        return "tensor", type(value), id(value), value.data_ptr(), value.shape, bits.tolist()
-    if isinstance(value, dict):
-        return "dict", id(value), [(k, picture(v, depth + 1)) for k, v in value.items()]
-    if isinstance(value, list | tuple | set | deque):
-        return type(value), id(value), [picture(v, depth + 1) for v in value]
-    if isinstance(value, nn.Module):
-        return "module", type(value), id(value)
-    if depth < 3 and hasattr(value, "__dict__") and not isinstance(value, type):
-        return "object", id(value), picture(vars(value), depth + 1)
-    return "other", id(value)
-
-
-def state(model: nn.Module) -> Any:
-    return (
-        [(name, picture(vars(module))) for name, module in model.named_modules()],
-        [
-            (name, picture(p), picture(p.grad), p.requires_grad, list(p._backward_hooks or ()))
-            for name, p in model.named_parameters()
-        ],
-        torch.get_rng_state().tolist(),
-        random.getstate(),
-        [s.tolist() for s in torch.cuda.get_rng_state_all()] if torch.cuda.is_initialized() else 0,
-    )
-
-
-def assert_untouched(model: nn.Module, run: Callable[[], object]) -> None:
-    before = state(model)
-    run()
-    after = state(model)
-    for old, new in zip(before[0] + before[1], after[0] + after[1], strict=True):
-        assert new == old
-    assert after == before
 
 
 @zoo
@@ -739,38 +700,6 @@ def test_selectors_find_aliases_wrapped_and_pruned_tensors() -> None:
     assert everything.names == ("main",)
 
 
-def group_errors() -> dict[str, tuple[Any, str]]:
-    return {
-        "unknown name": ({"a": ["bodies"]}, r"groups\['a'\]: 'bodies' matches no module"),
-        "unknown glob": ({"a": ["bodies.*"]}, r"'bodies\.\*' matches no module or parameter"),
-        "foreign module": ({"a": [linear()]}, r"groups\['a'\]: the Linear module is not a module"),
-        "foreign tensor": ({"a": [linear().weight]}, r"shape \(6, 6\) is not a parameter"),
-        "not prunable": ({"a": ["body.0.bias"]}, r"\['body.0.bias'\] matches no prunable tensor"),
-        "empty": ({"a": []}, r"groups\['a'\] = \[\] matches no prunable tensor"),
-        "twice": (
-            {"a": ["body"], "b": ["body.0"]},
-            r"'a' \(by 'body'\) and 'b' \(by 'body.0'\) both match 'body.0.weight'",
-        ),
-        "reserved": ({"unused": ["body"]}, "'unused' cannot be a task name"),
-        "with dot": ({"a.b": ["body"]}, r"'a\.b' cannot be a task name"),
-        "joined shared": ({"a+shared": ["body"]}, "'shared' cannot be a task name"),
-        "joined to nothing": ({"a+": ["body"]}, "'' cannot be a task name"),
-        "unknown task": ({"a+depth": ["body"]}, r"groups\['a\+depth'\]: 'depth' is not a task"),
-        "no task": ({"shared": ["*"]}, r'everything into "shared" and so names no task'),
-    }
-
-
-@pytest.mark.parametrize(("groups", "match"), group_errors().values(), ids=group_errors().keys())
-def test_group_errors(groups: Any, match: str) -> None:
-    model = Net()
-
-    def run() -> None:
-        with pytest.raises(ValueError, match=match):
-            find_components(model, X, groups=groups)
-
-    assert_untouched(model, run)
-
-
 def test_tied_weights_in_two_groups_are_named() -> None:
     with pytest.raises(ValueError, match=r"'heads.a.weight' \(tied to 'heads.b.weight'"):
         find_components(awkward.Tied(), X, groups={"a": ["heads.a"], "b": ["heads.b"]})
@@ -819,8 +748,6 @@ def test_exclude_leaves_tensors_out() -> None:
     assert detected(model, exclude=selectors) == {"body.0.weight": SHARED, "heads.b.weight": "b"}
     tied = awkward.Tied()
     assert "heads.a.weight" not in detected(tied, exclude=["embedding"])
-    with pytest.raises(ValueError, match="exclude: 'nothing' matches no module"):
-        find_components(model, X, exclude=["nothing"])
 
 
 def test_only_real_floating_weights() -> None:
@@ -829,53 +756,6 @@ def test_only_real_floating_weights() -> None:
     model.whole = nn.Linear(2, 2)
     model.whole.weight = nn.Parameter(torch.ones(2, 2, dtype=torch.int8), requires_grad=False)
     assert detected(model) == detected(Net())
-
-
-def test_nothing_to_prune() -> None:
-    with pytest.raises(ValueError, match=r"ReLU has nothing to prune.*prunable="):
-        find_components(nn.ReLU(), X)
-    with pytest.raises(ValueError, match=r"nothing to prune.*narrow exclude="):
-        find_components(Net(), X, exclude="*")
-    with pytest.raises(ValueError, match=r"4 are frozen and 0 unused.*groups="):
-        find_components(Net().requires_grad_(False), X)
-
-
-def test_lazy_and_meta_models_are_refused() -> None:
-    lazy = Net()
-    lazy.body[0] = nn.LazyLinear(awkward.WIDTH)
-    with pytest.raises(ValueError, match=r"body\.0\.weight is not initialised.*run one batch"):
-        find_components(lazy, X)
-    with pytest.raises(ValueError, match=r"body\.0\.weight is on the meta device"):
-        find_components(Net().to("meta"), X.to("meta"))
-
-
-def wrong_types() -> dict[str, tuple[dict[str, Any], str]]:
-    return {
-        "inputs": ({"example_inputs": [X]}, r"example_inputs must be .* found list.*\(inputs,\)"),
-        "task_outputs": ({"task_outputs": "left"}, "task_outputs must be .* found str"),
-        "groups": ({"groups": ["body"]}, "groups must map .* found list"),
-        "group": ({"groups": {0: ["body"]}}, "a component's name must be a string, found 0"),
-        "selectors": ({"groups": {"a": 3}}, r"groups\['a'\] must be .* found int"),
-        "selector": ({"groups": {"a": [3]}}, "a selector must be .* found int"),
-        "prunable": ({"prunable": nn.Linear}, "prunable must map .* found type"),
-        "kind": ({"prunable": {"Linear": "weight"}}, "keys must be module types, found 'Linear'"),
-    }
-
-
-@pytest.mark.parametrize(("options", "match"), wrong_types().values(), ids=wrong_types().keys())
-def test_wrong_types(options: dict[str, Any], match: str) -> None:
-    with pytest.raises(TypeError, match=match):
-        find_components(Net(), **{"example_inputs": X, **options})
-
-
-def test_a_misspelt_tensor_name_is_told() -> None:
-    with pytest.raises(ValueError, match=r"'wieght_\*' matches no tensor of LSTM.*weight_hh_l0"):
-        find_components(Recurrent(), X, prunable={nn.LSTM: "wieght_*"})
-
-
-def test_example_inputs_are_asked_for() -> None:
-    with pytest.raises(ValueError, match=r"no timm or segmentation.*pass example_inputs="):
-        find_components(Net())
 
 
 # --- The result ----------------------------------------------------------------------------------

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -105,6 +103,7 @@ def test_a_sample_comes_near(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(found[1], found[0], rtol=0.05, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:.*no weight has changed")
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
 def test_offsets_settle_at_the_strengths_share_of_the_way(strength: float) -> None:
     model = bag(1, 1.0)
@@ -159,18 +158,3 @@ def test_all_weights_zero_move_nothing() -> None:
     for _ in range(10):
         pruner.step()
     assert pruner.budget.offsets().tolist() == [0.0] * 3
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"strength": -0.1}, r"strength must lie in \[0, 1\], got -0.1"),
-        ({"strength": 1.1}, r"strength must lie in \[0, 1\], got 1.1"),
-        ({"rate": 0.0}, r"rate must lie in \(0, 1\], got 0.0"),
-        ({"rate": float("nan")}, r"rate must lie in \(0, 1\], got nan"),
-        ({"bound": float("inf")}, "bound must be > 0 and finite, got inf"),
-    ],
-)
-def test_what_the_settings_may_not_be(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        LAMPAllocation(**options)

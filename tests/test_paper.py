@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from toys import TwoTasks, batch, losses, prepare, tensors, train, weights, zeros
 
-from torch_adapmtl import AdapMTL, PaperMode, SparsitySchedule
+from torch_adapmtl import AdapMTL, PaperMode
 
 
 class Plain:
@@ -184,30 +183,3 @@ def test_target_zero_holds_the_start() -> None:
     after_one = pruner.budget.s["a"].item()
     train(model, pruner, optimizer, range(1, 5))
     assert pruner.budget.s["a"].item() == after_one
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"start": math.inf}, "start must be finite, got inf"), ({"weight_decay": -1.0}, "got -1.0")],
-)
-def test_mode_refuses(options: dict[str, float], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        PaperMode(**options)
-
-
-@pytest.mark.parametrize(
-    ("argument", "value"),
-    [
-        ("granularity", "component"),
-        ("allocation", "sensitivity"),
-        ("schedule", SparsitySchedule()),
-        ("min_density", 0.1),
-        ("max_density", 0.1),
-    ],
-)
-def test_what_has_no_effect_is_refused(argument: str, value: object) -> None:
-    model = TwoTasks()
-    keys = list(model.state_dict())
-    with pytest.raises(ValueError, match=f"{argument} has no effect in mode=PaperMode"):
-        _paper(model, **{argument: value})
-    assert list(model.state_dict()) == keys

@@ -1,4 +1,4 @@
-"""The handle: the loop, the end, errors, and models of many kinds."""
+"""The handle: the loop, the end, and models of many kinds; for errors see test_bad_input.py."""
 
 from __future__ import annotations
 
@@ -112,10 +112,6 @@ def test_attach_saves_the_third_line() -> None:
     pruner = prepare(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     pruner.attach(optimizer)
-    with pytest.raises(RuntimeError, match=r"attach\(\) was called already"):
-        pruner.attach(optimizer)
-    with pytest.raises(RuntimeError, match="leave out your own call"):
-        pruner.step()
     for step in range(25):  # five more than total_steps
         pruner.loss(losses(model, step)).backward()
         optimizer.step()
@@ -181,43 +177,9 @@ def test_sparsity_and_report_count_what_the_model_sees() -> None:
         assert row.shape == tuple(weight.shape)
     assert sum(report.task_weights.values()) == pytest.approx(2)
     assert "shared" in str(report)
-    with pytest.raises(ValueError, match="'overall', 'component' or 'layer', got 'head'"):
-        pruner.sparsity("head")  # type: ignore[call-overload]
 
 
 # --- errors -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"target_sparsity": 1.0}, ValueError, r"fraction in \[0, 1\), got 1.0; 90 % is 0.9"),
-        ({"target_sparsity": 90}, ValueError, "got 90; 90 % is 0.9"),
-        ({"target_sparsity": -0.1}, ValueError, "got -0.1"),
-        ({"target_sparsity": float("nan")}, ValueError, "got nan"),
-        ({"total_steps": 0}, ValueError, "total_steps must be an integer >= 1, got 0"),
-        ({"total_steps": 10.0}, ValueError, "total_steps must be an integer >= 1, got 10.0"),
-        ({"mode": "fast"}, ValueError, "mode must be one of 'adaptive', 'paper', got 'fast'"),
-        ({"granularity": "channel"}, ValueError, "granularity must be one of .*got 'channel'"),
-        ({"allocation": "uniform"}, ValueError, "allocation must be one of .*got 'uniform'"),
-        ({"gradient": "none"}, ValueError, "gradient must be one of .*got 'none'"),
-        ({"weighting": "gradnorm"}, ValueError, "weighting"),
-        ({"weighting": {"a": 1.0}}, ValueError, "weights"),
-        ({"min_density": 0.9}, ValueError, "target_sparsity=0.8 asks for"),
-        ({"schedule": "cubic"}, TypeError, "schedule must be a SparsitySchedule.*got 'cubic'"),
-        ({"groups": {"a": ["nothing"]}}, ValueError, "nothing"),
-        ({"exclude": ["*"]}, ValueError, "nothing to prune"),
-    ],
-)
-def test_a_refused_call_leaves_the_model_as_it_was(
-    options: Any, error: type[Exception], message: str
-) -> None:
-    model = TwoTasks()
-    before, keys = tensors(model), list(model.state_dict())
-    with pytest.raises(error, match=message):
-        prepare(model, **options)
-    _assert_untouched(model, keys, before)
-    prepare(model)
 
 
 def _assert_untouched(model: nn.Module, keys: list[str], before: dict[str, Tensor]) -> None:
@@ -257,57 +219,6 @@ def test_a_failure_while_attaching_is_undone(monkeypatch: pytest.MonkeyPatch) ->
     assert prune.is_pruned(model)
 
 
-def test_a_handle_is_not_put_on_another() -> None:
-    model = TwoTasks()
-    pruner = prepare(model)
-    with pytest.raises(RuntimeError, match=r"use its handle \(model.adapmtl\), or call finalize"):
-        prepare(model)
-    with pytest.raises(RuntimeError, match="use its handle"):
-        prepare(torch.compile(model, backend="eager"))
-    pruner.freeze()
-    pruner.finalize()
-    prepare(model)
-
-    taken = TwoTasks()
-    taken.adapmtl = 3
-    with pytest.raises(ValueError, match=r"has an attribute 'adapmtl'.*rename it"):
-        prepare(taken)
-    assert taken.adapmtl == 3
-
-
-def test_too_early_and_too_late() -> None:
-    model = TwoTasks()
-    keys = list(model.state_dict())
-    pruner = prepare(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    train(model, pruner, optimizer, range(10))
-    before = tensors(model)
-    with pytest.raises(RuntimeError, match=r"after 10 of total_steps=20 .* exactly 80.00% sparse"):
-        pruner.finalize()
-    assert all(torch.equal(value, before[key]) for key, value in tensors(model).items())
-    train(model, pruner, optimizer, range(10, 20))
-    with pytest.raises(RuntimeError, match="more than total_steps=20 times"):
-        pruner.step()
-    pruner.freeze()  # at the end it changes nothing
-    assert zeros(pruner) == round(0.8 * weights(pruner))
-    pruner.finalize()
-    after = tensors(model)
-    for call in (
-        pruner.step,
-        pruner.freeze,
-        pruner.finalize,
-        pruner.report,
-        pruner.sparsity,
-        lambda: pruner.loss({}),
-        lambda: pruner.attach(optimizer),
-        lambda: pruner.param_groups(lr=1),
-    ):
-        with pytest.raises(RuntimeError, match=r"\(\) was called after finalize\(\)"):
-            call()
-    assert list(model.state_dict()) == keys
-    assert all(torch.equal(value, after[key]) for key, value in tensors(model).items())
-
-
 def test_early_freeze_prunes_to_the_target() -> None:
     model = TwoTasks()
     pruner = prepare(model, total_steps=1000)
@@ -315,17 +226,8 @@ def test_early_freeze_prunes_to_the_target() -> None:
     train(model, pruner, optimizer, range(3))
     pruner.freeze()
     assert zeros(pruner) == round(0.8 * weights(pruner))
-    with pytest.raises(RuntimeError, match="train on without calling step"):
-        pruner.step()
+    frozen = tensors(model)
+    pruner.freeze()  # once more changes nothing
+    assert all(torch.equal(value, frozen[key]) for key, value in tensors(model).items())
     pruner.finalize()
     assert zeros(pruner) == round(0.8 * weights(pruner))
-
-
-def test_a_loss_that_is_not_finite_is_told_at_the_update() -> None:
-    model = TwoTasks()
-    pruner = prepare(model)
-    pruner.loss({"a": torch.tensor(1.0), "b": torch.tensor(float("nan"))})
-    with pytest.raises(RuntimeError, match="'b'"):
-        pruner.step()
-    pruner.loss({"a": torch.tensor(1.0), "b": None})
-    pruner.step()

@@ -11,7 +11,7 @@ from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import spectral_norm
 from toys import Bag, TwoTasks, batch, prepare, tensors, train, weights, zeros
 
-from torch_adapmtl import AdapMTL, apply_adapmtl, soft_threshold_unstructured
+from torch_adapmtl import AdapMTL, apply_adapmtl
 
 
 def _run(model: nn.Module, pruner: AdapMTL, loss: Any, target: float = 0.8) -> None:
@@ -159,15 +159,6 @@ def test_masks_of_torch_come_back() -> None:
     assert not model.body.weight[before["body.weight_mask"] == 0].any()
 
 
-def test_a_soft_threshold_that_was_there_before_is_refused() -> None:
-    model = TwoTasks()
-    soft_threshold_unstructured(model.body, "weight", 0.1)
-    keys = list(model.state_dict())
-    with pytest.raises((RuntimeError, ValueError), match="soft threshold"):
-        prepare(model)
-    assert list(model.state_dict()) == keys
-
-
 def test_channels_last_weights() -> None:
     model = Bag([(8, 6, 3, 3), (4, 8, 3, 3)], torch.float32)
     model.to(memory_format=torch.channels_last)
@@ -213,15 +204,6 @@ def test_a_freeze_in_inference_mode_leaves_a_model_that_trains() -> None:
     with torch.inference_mode():
         pruner.freeze()
     sum(out.sum() for out in model(torch.randn(3, 6)).values()).backward()
-
-
-def test_a_threshold_that_was_removed_is_noticed() -> None:
-    model = TwoTasks()
-    pruner = prepare(model)
-    prune.remove(model.body, "weight")
-    for call in (pruner.step, pruner.freeze):
-        with pytest.raises(RuntimeError, match=r"'body.weight' was removed"):
-            call()
 
 
 def test_removed_by_prune_after_the_end() -> None:

@@ -15,7 +15,6 @@ from torch.nn.utils import prune
 from toys import TwoTasks, batch, losses, prepare, tensors, train, weights, zeros
 
 from torch_adapmtl import AdapMTL, SparsitySchedule
-from torch_adapmtl._state import pack, unpack
 
 # 450 steps: an update every 9, the sparsity begins to rise at once.
 RUN: dict[str, Any] = {"total_steps": 450, "schedule": SparsitySchedule(start=0.0, end=0.1)}
@@ -119,50 +118,6 @@ def test_one_key_a_component() -> None:
     ]
     assert {key.split(".")[1] for key in added} == {"_extra_state", "budget", "trace", "weighting"}
     assert len([key for key in added if ".budget." in key]) == 4  # and the level
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"target_sparsity": 0.7}, ValueError, "target_sparsity=0.8, .*=0.7: prepare it alike"),
-        ({"total_steps": 30}, ValueError, "total_steps=20, .* total_steps=30"),
-        ({"exclude": ["heads.b"]}, ValueError, "'heads.b.weight': 'b'"),
-        ({"groups": {"b": ["heads.a"]}}, ValueError, "'heads.a.weight': 'b'"),
-        ({"granularity": "layer"}, RuntimeError, "size mismatch for adapmtl.budget.offset"),
-        (
-            {"mode": "paper", "granularity": None},
-            RuntimeError,
-            r"Missing key.*adapmtl.budget.s.shared",
-        ),
-    ],
-)
-def test_a_state_of_another_run_is_refused(
-    change: Any, error: type[Exception], message: str
-) -> None:
-    state = TwoTasks()
-    prepare(state, granularity="component")
-    model = TwoTasks()
-    prepare(model, **{"granularity": "component", **change})
-    with pytest.raises(error, match=f"(?s){message}"):
-        model.load_state_dict(state.state_dict())
-
-
-def test_a_state_of_another_version_is_refused() -> None:
-    model = TwoTasks()
-    prepare(model)
-    state = model.state_dict()
-    header, progress, _ = unpack(state["adapmtl._extra_state"])
-    state["adapmtl._extra_state"] = pack({**header, "version": 99}, progress, [], [])
-    with pytest.raises(ValueError, match="has version 99, this version of torch-adapmtl reads"):
-        model.load_state_dict(state)
-
-
-def test_a_plain_state_says_what_is_missing() -> None:
-    model = TwoTasks()
-    plain = copy.deepcopy(model.state_dict())
-    prepare(model)
-    with pytest.raises(RuntimeError, match=r"(?s)Missing key.*adapmtl.budget.level"):
-        model.load_state_dict(plain)
 
 
 # --- copies -------------------------------------------------------------------------------------

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
-from ._checks import check_fraction, check_steps
+from ._checks import check_fraction, check_reach, check_steps
 from ._controller import Controller, Mode
+from ._guard import guard
 from ._layers import Layer
 from .adaptive import AdaptiveBudget, Allocation, GradientAllocation
 from .budget import SparsitySchedule
@@ -20,7 +22,7 @@ from .paper import PaperMode
 from .pruner import AdapMTL
 from .pruning import find_threshold
 from .sensitivity import Sensitivity, SensitivityAllocation
-from .thresholds import SoftThreshold, check_reach
+from .thresholds import SoftThreshold
 from .weighting import LossWeighting, make_weighting
 
 __all__ = ["apply_adapmtl"]
@@ -33,6 +35,8 @@ _DEFAULTS: Mapping[str, Any] = {
 }
 
 
+# Where the caller is in inference mode, what is made here is for training all the same.
+@torch.inference_mode(False)
 def apply_adapmtl(
     model: nn.Module,
     *,
@@ -121,10 +125,11 @@ def apply_adapmtl(
         The handle. It is also `model.adapmtl`, until `finalize`.
 
     Raises:
-        ValueError: If an argument is out of range or contradicts another, or the tasks cannot be
-            told apart; the model is untouched then.
-        TypeError: If an argument is of the wrong kind; likewise.
-        RuntimeError: If the model has a handle already.
+        ValueError: If an argument is out of range or contradicts another, if the tasks cannot be
+            told apart, or if the model cannot be pruned as it is (see `find_components`); the model
+            is untouched then, as after the other errors.
+        TypeError: If an argument is of the wrong kind.
+        RuntimeError: If the model has a handle already, or fails on the example inputs.
 
     Example:
         >>> import torch
@@ -161,8 +166,8 @@ def apply_adapmtl(
         raise ValueError("the model has an attribute 'adapmtl', where the handle goes: rename it")
     if (name := find_threshold(inner)) is not None:
         raise ValueError(
-            f"{name!r} has a soft threshold already, or a mask of keep_zeros: remove it first, "
-            f"with torch.nn.utils.prune.remove or release_zeros"
+            f"{name!r} has a soft threshold already, or a mask of keep_zeros: call finalize() on "
+            f"the handle that put it there, release_zeros(model), or torch.nn.utils.prune.remove"
         )
 
     components = find_components(
@@ -217,6 +222,7 @@ def apply_adapmtl(
         raise
     # Not `add_module`, which a model's own __setattr__ or an attribute hook might refuse.
     inner._modules["adapmtl"] = handle
+    guard(inner)
     if not exclude:
         _warn_of_others(others, sum(layer.weight.numel() for layer in layers))
     return handle
@@ -232,7 +238,7 @@ def _warn_of_others(others: Sequence[tuple[str, int]], prunable: int) -> None:
             f"{prunable} others. To prune more, name types, as in "
             f"prunable={{nn.LSTM: 'weight_*'}}; to leave them dense without this warning, pass "
             f"them as exclude=",
-            stacklevel=3,
+            stacklevel=4,  # out of the decorator too
         )
 
 

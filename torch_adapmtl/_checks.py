@@ -1,25 +1,178 @@
-"""Checks of the numbers that users give."""
+"""Checks of what users pass; the errors name the argument, what was found and what to do."""
 
 from __future__ import annotations
 
 import math
 from numbers import Integral, Real
+from typing import cast
 
-__all__ = ["check_fraction", "check_steps"]
+import torch
+from torch import Tensor
+
+__all__ = [
+    "DTYPES",
+    "check_alpha",
+    "check_boolean",
+    "check_count",
+    "check_fraction",
+    "check_mask",
+    "check_numbers",
+    "check_place",
+    "check_rate",
+    "check_reach",
+    "check_steps",
+    "check_threshold",
+    "obstacle",
+    "trouble_of_inference",
+]
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What a prunable weight may be."""
+
+# From there on floats, in which the schedule counts, skip whole numbers.
+_MOST_STEPS = 2**53
+
+
+def check_numbers(where: str = "", /, **values: object) -> None:
+    """Raise a `TypeError` unless all values are real numbers, of Python or NumPy.
+
+    Args:
+        where: What the values are settings of, to stand before their names in the error.
+        **values: The settings by name.
+    """
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(
+                f"{where}{name} must be a number, got {value!r} ({type(value).__name__})"
+            )
+
+
+def check_count(name: str, value: object) -> int:
+    """Return `value` as an int if it is a whole number >= 1 of Python or NumPy."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+    return int(value)
 
 
 def check_fraction(name: str, value: object) -> float:
-    """Return `value` as a float if it is a fraction; `name` is for the error."""
+    """Return `value` as a float if it is a fraction in [0, 1)."""
     number = isinstance(value, Real) and not isinstance(value, bool)
-    fraction = float(value) if number else math.nan  # type: ignore[arg-type]
-    if not 0.0 <= fraction < 1.0:
-        hint = "; 90 % is 0.9" if fraction >= 1.0 else ""
-        raise ValueError(f"{name} must be a fraction in [0, 1), got {value!r}{hint}")
-    return fraction
+    if not (number and 0.0 <= value < 1.0):  # type: ignore[operator]
+        raise ValueError(f"{name} must be a fraction in [0, 1), got {value!r}; 90 % is 0.9")
+    return float(value)  # type: ignore[arg-type]
 
 
 def check_steps(value: object) -> int:
-    """Return `value` as a number of steps if it can be one."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"total_steps must be an integer >= 1, got {value!r}")
-    return int(value)
+    """Return `value` as an int if it can be the number of steps of a run."""
+    try:
+        steps = check_count("total_steps", value)
+    except ValueError as error:
+        raise ValueError(f"{error}; it is the number of optimizer steps of the run") from None
+    if steps > _MOST_STEPS:
+        raise ValueError(
+            f"total_steps must be at most 2**53, got {value!r}; it is the number of optimizer "
+            f"steps of the run"
+        )
+    return steps
+
+
+def check_rate(name: str, value: object) -> None:
+    """Raise an error if `value` is no learning rate; None and tensors are let through."""
+    if value is None or isinstance(value, Tensor):  # capturable optimisers take tensors
+        return
+    check_numbers(**{name: value})
+    if not 0.0 <= cast(float, value) < math.inf:
+        raise ValueError(f"{name} must be a finite number >= 0, got {value}")
+
+
+def check_reach(reach: float) -> None:
+    """Raise an error if `reach` is no reach."""
+    check_numbers(reach=reach)
+    if not reach > 1.0:
+        raise ValueError(f"reach must be above 1 (inf for the soft threshold), got {reach}")
+
+
+def check_threshold(name: str, value: object) -> float:
+    """Return `value` as a float if it can be a threshold; `name` is for the error."""
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        value = value.item()
+    check_numbers(**{name: value})
+    number = float(cast(float, value))
+    if not 0.0 <= number < math.inf:
+        raise ValueError(f"{name} must be a finite number >= 0, got {number}")
+    return number
+
+
+def check_alpha(alpha: Tensor, weight: Tensor) -> None:
+    """Raise an error unless a threshold fits the weight in dtype, shape and device."""
+    if not alpha.is_floating_point():
+        raise TypeError(
+            f"alpha must be floating point, got a tensor of {alpha.dtype}; cast it with "
+            f"alpha.to(weight.dtype)"
+        )
+    theirs = (1,) * (weight.ndim - alpha.ndim) + tuple(alpha.shape)
+    if alpha.ndim > weight.ndim or any(
+        a not in (1, w) for a, w in zip(theirs, weight.shape, strict=True)
+    ):
+        raise ValueError(
+            f"alpha must broadcast to the weight's shape {tuple(weight.shape)}, got a tensor of "
+            f"shape {tuple(alpha.shape)}"
+        )
+    check_place(alpha, weight)
+
+
+def check_place(alpha: Tensor, weight: Tensor) -> None:
+    """Raise an error if a threshold is on another device than the weight."""
+    # A single number on the CPU goes with any device, as everywhere in torch.
+    if alpha.device != weight.device and (alpha.ndim or alpha.device.type != "cpu"):
+        raise ValueError(
+            f"alpha, the threshold, is on {alpha.device} and the weight on {weight.device}: move "
+            f"it with .to({str(weight.device)!r}), or move the whole model, which takes its "
+            f"thresholds along"
+        )
+
+
+def check_boolean(name: str, value: object) -> None:
+    """Raise a `TypeError` unless `value` is a boolean tensor or None."""
+    if value is None or (isinstance(value, Tensor) and value.dtype is torch.bool):
+        return
+    found = f"one of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    raise TypeError(f"{name} must be a boolean tensor, got {found}; make it with weight != 0")
+
+
+def check_mask(mask: Tensor, weight: Tensor) -> None:
+    """Raise an error unless a mask fits the weight."""
+    if mask.dtype is not torch.bool or mask.shape != weight.shape or mask.device != weight.device:
+        raise ValueError(
+            f"mask must be a boolean tensor of the weight's shape {tuple(weight.shape)} on "
+            f"{weight.device}, got one of {mask.dtype}, shape {tuple(mask.shape)} on "
+            f"{mask.device}: make it with weight != 0, for instance, and move it with the module"
+        )
+
+
+def obstacle(weight: Tensor) -> str:
+    """What keeps a tensor from being pruned, and what to do about it; empty if nothing does."""
+    if weight.is_quantized:
+        return (
+            f"is quantised ({weight.dtype}); prune the model in floating point and quantise it "
+            f"after finalize()"
+        )
+    if weight.layout != torch.strided or weight.is_nested:
+        kind = "a nested tensor" if weight.is_nested else f"stored as {weight.layout}"
+        return f"is {kind}; only dense tensors can be pruned: make it one (.to_dense())"
+    if weight.dtype not in DTYPES:
+        return (
+            f"is of {weight.dtype}; only weights of float16, bfloat16, float32 and float64 can be "
+            f"pruned: cast it first, or leave it out"
+        )
+    return ""
+
+
+def trouble_of_inference(weight: Tensor) -> str:
+    """The same for a weight that was made in inference mode: no gradient can reach it."""
+    if not weight.is_inference() or torch.is_inference_mode_enabled():
+        return ""
+    return (
+        "is an inference tensor, which cannot be trained; make the model outside of "
+        "torch.inference_mode(), or take a copy.deepcopy of it outside"
+    )

@@ -65,8 +65,9 @@ class DensityBounds:
             lowest = max(size - _share(most[name], size), sum(masked[i] for i in indices))
             if lowest > highest:
                 raise ValueError(
-                    f"min_density and max_density leave component {name!r} no room: of its {size} "
-                    f"weights at least {lowest} and at most {highest} would have to be zero"
+                    f"min_density={least[name]} and max_density={most[name]} leave component "
+                    f"{name!r} no room: of its {size} weights at least {lowest} and at most "
+                    f"{highest} would have to be zero. Lower the one or raise the other."
                 )
             self._min_zeros.append(lowest)
             self._max_zeros.append(highest)
@@ -106,7 +107,8 @@ def _by_component(
     for name, density in given.items():
         if name not in components:
             raise ValueError(
-                f"{argument} names the component {name!r}; the components are {list(components)}"
+                f"{argument} names the component {name!r}; name one of the components "
+                f"{list(components)}"
             )
         if density is None:
             continue

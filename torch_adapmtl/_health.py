@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ._layers import Layer
 from ._precision import KeepsPrecision
+from ._sampling import take
 from .report import Report
 
-__all__ = ["LossTrace", "signs"]
+__all__ = ["Idleness", "LossTrace", "signs"]
 
 # Share of the summed task weights above which one task has taken the training over.
 _DOMINANT = 0.8
@@ -20,6 +22,10 @@ _EQUAL = 1e-3
 _DIVERGED = 3.0
 # Readings that make up the beginning.
 _FIRST = 5
+# Steps in which a gradient scaler has found its scale and a warm-up has left zero.
+_PATIENCE = 50
+# Weights looked at in a layer to see whether it is trained.
+_LOOKED_AT = 64
 # Share of the average kept from one reading to the next.
 _DECAY = 0.8
 
@@ -45,6 +51,8 @@ class LossTrace(KeepsPrecision):
         self.tasks = tuple(tasks)
         self.register_buffer("first", torch.zeros(2, len(self.tasks)))
         self.register_buffer("recent", torch.zeros(2, len(self.tasks)))
+        self._with_grad: set[str] = set()
+        self._without: set[str] = set()
 
     @torch.no_grad()
     def read(self, losses: Tensor, accepted: Tensor) -> None:
@@ -57,6 +65,32 @@ class LossTrace(KeepsPrecision):
         self.recent[0] = torch.where(accepted, moved, average)
         self.recent[1] += accepted
 
+    def watch(self, losses: Mapping[str, Tensor], training: bool) -> bool:
+        """Note which losses require grad; tell whether any does.
+
+        One without beside others that have it may well be meant: a batch that has no labels for a
+        task, or a task that is frozen. Hence an error only if backward() would do nothing at all.
+
+        Raises:
+            ValueError: If none does, in training.
+        """
+        learning = {task for task, loss in losses.items() if loss.requires_grad}
+        if training and not learning:
+            raise ValueError(
+                f"losses: none requires grad, of the tasks {list(losses)}, so backward() could "
+                f"train nothing: pass them as computed from the model's outputs, not detached or "
+                f"made anew; to look at the weighted sum only, call under torch.no_grad() or after "
+                f"model.eval()"
+            )
+        if training:
+            self._with_grad |= learning
+            self._without |= losses.keys() - learning
+        return bool(learning)
+
+    def untrained(self) -> list[str]:
+        """The tasks that had losses, but never one that requires grad."""
+        return [task for task in self.tasks if task in self._without - self._with_grad]
+
     def diverged(self) -> dict[str, tuple[float, float]]:
         """The tasks whose loss is far above where it began: from what to what."""
         total, count = self.first
@@ -66,6 +100,44 @@ class LossTrace(KeepsPrecision):
             for task, start, end in zip(self.tasks, starts, ends, strict=True)
             if start > 0 and end > _DIVERGED * start
         }
+
+
+class Idleness:
+    """Notices that nobody trains the weights, though the steps are counted.
+
+    That a parameter was written to shows in its version, without waiting for the device. Some
+    optimisers write past it; a few values tell then.
+
+    Args:
+        layers: The layers, as they are at the first step.
+    """
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self._versions = [layer.weight._version for layer in layers]
+        self._values = [_some(layer.weight) for layer in layers]
+
+    def over(self, step: int, layers: Sequence[Layer]) -> bool | str:
+        """Whether it is clear after `step` steps that weights are trained; a warning if not."""
+        weights = [layer.weight for layer in layers]
+        if [weight._version for weight in weights] != self._versions:
+            return True
+        if step < _PATIENCE or not any(weight.requires_grad for weight in weights):
+            return False
+        pairs = zip(map(_some, weights), self._values, strict=True)
+        if not all(torch.equal(now, before.to(now.device)) for now, before in pairs):
+            return True
+        return (
+            f"step() was called {step} times, and no weight has changed since the first: call "
+            f"backward() and the optimizer's step() before each step(), with an optimizer of this "
+            f"model's parameters, as param_groups() gives them"
+        )
+
+
+@torch.no_grad()
+def _some(weight: Tensor) -> Tensor:
+    size = weight.numel()
+    where = torch.arange(min(size, _LOOKED_AT), device=weight.device)
+    return take(weight, where * (size // max(len(where), 1)))
 
 
 def signs(
@@ -107,5 +179,11 @@ def signs(
             f"the loss of task {task!r} ended {after / before:.1f} times as large as it began "
             f"({before:.3g}, then {after:.3g}): it diverged, or the model lost what it knew. Lower "
             f"the learning rate, prune to less, or give the schedule more steps"
+        )
+    for task in trace.untrained():
+        found.append(
+            f"no loss of task {task!r} ever required grad, so nothing trained that task: it was "
+            f"detached (by detach(), item() or no_grad) or made anew by torch.tensor(). If that is "
+            f"meant, leave the task out of the losses"
         )
     return found

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from torch_adapmtl._checks import DTYPES, obstacle, trouble_of_inference
 
 __all__ = [
     "Groups",
@@ -34,7 +37,6 @@ _DEFAULT: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Linear: ("weight",),
     nn.MultiheadAttention: ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
 }
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Wrappers inside a model put these into names that nobody would write.
 _WRAPPER_NAMES = ("_orig_mod", "_checkpoint_wrapped_module")
 
@@ -48,6 +50,9 @@ def prunable_by_default(module: nn.Module) -> tuple[str, ...]:
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside `torch.compile`, DistributedDataParallel and DataParallel, however nested.
 
+    Raises:
+        TypeError: If `model` is no module, or a scripted one.
+
     Example:
         >>> import torch
         >>> from torch_adapmtl.groups import unwrap
@@ -55,7 +60,16 @@ def unwrap(model: nn.Module) -> nn.Module:
         >>> unwrap(torch.nn.DataParallel(net)) is net
         True
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module, got {_described(model)}; pass the model itself"
+        )
     while True:
+        if isinstance(model, torch.jit.ScriptModule):
+            raise TypeError(
+                "model is a torch.jit.ScriptModule, whose layers cannot be changed; prune the "
+                "module that it was scripted from, and script it after finalize()"
+            )
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
         elif isinstance(inner := model.__dict__.get("_orig_mod"), nn.Module) or isinstance(
@@ -80,12 +94,14 @@ class Inventory:
     """The parameters of an unwrapped model, by identity; `prunable` maps id to the prunable ones.
 
     Raises:
-        ValueError: If the model is lazy, on the meta device, sharded, or has nothing to prune.
+        ValueError: If the model is lazy or sharded or has nothing to prune, or a weight to prune is
+            on the meta device or no plain dense tensor that can be trained.
     """
 
     def __init__(self, model: nn.Module, prunable: Prunable | None, exclude: Selectors) -> None:
         self._modules: dict[str, nn.Module] = {}
         self._named: dict[str, int] = {}
+        self._passed_over: list[str] = []  # what would be prunable if it were of another kind
         self._check_whole(model)
         self.prunable = self._collect(model, _patterns(prunable))
         self._all = {id(parameter) for parameter in model.parameters()}
@@ -95,9 +111,11 @@ class Inventory:
         if not self.prunable:
             raise ValueError(
                 f"{type(model).__name__} has nothing to prune: no convolution or linear weight of "
-                "a floating-point type is left; name other tensors with prunable="
-                '{ModuleType: "tensor_name"}, or narrow exclude='
+                f"a floating-point type is left{self._others()}; name other tensors with "
+                'prunable={ModuleType: "tensor_name"}, or narrow exclude='
             )
+        for entry in self.prunable.values():
+            _check_weight(entry.names[0], entry.parameter)
 
     @staticmethod
     def _check_whole(model: nn.Module) -> None:
@@ -131,9 +149,15 @@ class Inventory:
         unmatched: dict[tuple[type[nn.Module], str], nn.Module] = {}
         matched: set[tuple[type | None, str]] = set()
         for module, module_paths in paths.items():
+            if "quantized" in type(module).__module__.split("."):
+                self._passed_over.append(
+                    f"{module_paths[0] or 'the model'} is a quantised module "
+                    f"({type(module).__name__}); prune the model in floating point and quantise "
+                    f"it after finalize()"
+                )
             kind = next((k for k in type(module).__mro__ if k in patterns), None)
             wanted = patterns[kind] if kind is not None else ()
-            if kind is not None and kind not in _DEFAULT and any(_held(module)):
+            if kind is not None and wanted != _DEFAULT.get(kind) and any(_held(module)):
                 unmatched.update({(kind, pattern): module for pattern in wanted})
             for public, raw, parameter in _held(module):
                 entry = found.setdefault(id(parameter), Found(parameter))
@@ -146,7 +170,10 @@ class Inventory:
                         self._named.setdefault(_plain(full), id(parameter))
                 if hits := [pattern for pattern in wanted if fnmatchcase(public, pattern)]:
                     matched.update((kind, hit) for hit in hits)
-                    entry.prunable |= parameter.dtype in _DTYPES
+                    if parameter.dtype in DTYPES:
+                        entry.prunable = True
+                    else:
+                        self._passed_over.append(f"{entry.names[0]} {obstacle(parameter)}")
         for key, module in unmatched.items():
             if key not in matched:
                 names = sorted(public for public, _, _ in _held(module))
@@ -155,12 +182,6 @@ class Inventory:
                     f"{', '.join(names) or 'none'}"
                 )
         order = {id(parameter): i for i, parameter in enumerate(model.parameters())}
-        for entry in found.values():
-            if entry.prunable and entry.parameter.is_meta:
-                raise ValueError(
-                    f"{entry.names[0]} is on the meta device; give the model its weights first "
-                    "(model.to_empty(device=...) and load_state_dict)"
-                )
         prunable = sorted((k for k, e in found.items() if e.prunable), key=order.__getitem__)
         return {key: found[key] for key in prunable}
 
@@ -237,14 +258,37 @@ class Inventory:
                         )
             if not count:
                 raise ValueError(
-                    f"{argument} = {_shown(selectors)} matches no prunable tensor; leave the "
-                    "group out, or see prunable= and exclude="
+                    f"{argument} = {_shown(selectors)} matches no prunable tensor"
+                    f"{self._others()}; leave the group out, or see prunable= and exclude="
                 )
         return {key: group for key, (group, _) in chosen.items()}
+
+    def _others(self) -> str:
+        """What was passed over and why, for an error."""
+        return f" (for one, {self._passed_over[0]})" if self._passed_over else ""
 
     def _shared_name(self, key: int) -> str:
         name, *others = self.prunable[key].names
         return f"{name!r} (tied to {', '.join(map(repr, others))})" if others else repr(name)
+
+
+def _check_weight(name: str, weight: nn.Parameter) -> None:
+    """Raise a `ValueError` unless the weight can be pruned and trained as it is."""
+    if weight.is_meta:
+        raise ValueError(
+            f"{name} is on the meta device; give the model its weights first "
+            "(model.to_empty(device=...) and load_state_dict), or leave it out with exclude="
+        )
+    problem = obstacle(weight) or trouble_of_inference(weight)
+    kind: Any = weight
+    # Torchao's quantised weights pass for float ones.
+    if is_traceable_wrapper_subclass(kind) and not hasattr(kind, "device_mesh"):
+        problem = (
+            f"is a {type(weight).__name__}, which stands for other tensors; prune the model "
+            "before it is quantised or wrapped"
+        )
+    if problem:
+        raise ValueError(f"{name} {problem}; or leave it out with exclude=")
 
 
 def _held(module: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
@@ -277,7 +321,14 @@ def _patterns(prunable: Prunable | None) -> dict[type[nn.Module], tuple[str, ...
     for kind, names in dict[Any, Any](prunable).items():
         if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
             raise TypeError(f"prunable: keys must be module types, found {kind!r}")
-        patterns[kind] = (names,) if isinstance(names, str) else tuple(names)
+        several = isinstance(names, Iterable) and not isinstance(names, str)
+        listed = tuple(names) if several else (names,)
+        if not all(isinstance(n, str) for n in listed):
+            raise TypeError(
+                f"prunable[{kind.__name__}] must be a tensor name or glob, or several of them, "
+                f"found {names!r}; () leaves the type out"
+            )
+        patterns[kind] = listed
     return patterns
 
 
@@ -309,3 +360,7 @@ def _shown(selector: object) -> str:
     if isinstance(selector, list | tuple):
         return f"[{', '.join(map(_shown, selector))}]"
     return repr(selector)
+
+
+def _described(value: object) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"

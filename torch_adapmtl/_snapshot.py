@@ -149,6 +149,8 @@ class _Record:
         def undo() -> None:
             with torch.inference_mode(buffer.is_inference()), torch.no_grad():
                 if not torch.equal(buffer, before):
+                    if buffer.shape != before.shape:
+                        buffer.resize_(before.shape)
                     buffer.copy_(before)
 
         self._undo.append(undo)
@@ -227,7 +229,10 @@ class _CopyBeforeWrite(TorchDispatchMode):
 
     def restore(self) -> None:
         for place, before in self._before.items():
-            self._storages[place].copy_(before)
+            storage = self._storages[place]
+            if storage.nbytes() != before.nbytes():  # what was written has grown
+                storage.resize_(before.nbytes())
+            storage.copy_(before)
 
 
 def _storage(tensor: Any) -> torch.UntypedStorage | None:

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ._checks import check_numbers
 from ._weighting_base import LossWeighting, check_choice, check_int
 
 __all__ = ["StabilityWeighting"]
@@ -68,7 +69,7 @@ class StabilityWeighting(LossWeighting):
 
     Raises:
         ValueError: If an argument is out of range.
-        TypeError: If `window` or `start` is no int.
+        TypeError: If `window` or `start` is no int, or `bounds` no pair of numbers.
 
     Example:
         >>> weighting = StabilityWeighting(["calm", "wild"], window=10, start=0, bounds=None)
@@ -102,7 +103,14 @@ class StabilityWeighting(LossWeighting):
         check_choice("direction", direction, ("stable", "deviating"))
         check_choice("deviation", deviation, ("relative_change", "coefficient_of_variation"))
         if bounds is not None:
+            pair: object = bounds
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise TypeError(
+                    f"bounds must be a pair (lower, upper), such as (0.5, 1.5), or None for no "
+                    f"bounds, got {bounds!r}"
+                )
             lower, upper = bounds
+            check_numbers("bounds: ", lower=lower, upper=upper)
             if not 0 <= lower <= 1 <= upper < float("inf"):
                 raise ValueError(
                     f"bounds must satisfy 0 <= lower <= 1 <= upper (equal weights are 1), got "

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ._layers import Layer, shaped_like
 
-__all__ = ["load", "pack", "pack_mask", "save", "unpack", "unpack_mask"]
+__all__ = ["load", "pack", "pack_mask", "read", "save", "unpack", "unpack_mask"]
 
 _VERSION = 1
 # Room for what changes in the course of a run, in bytes.
@@ -39,21 +39,48 @@ def load(state: Tensor, settings: Mapping[str, Any], layers: Sequence[Layer]) ->
     """Load what `save` wrote: put the masks on the layers, return how far the run had come.
 
     Raises:
-        ValueError: If it comes from another version or a run with other settings or layers; no
-            mask has been changed then.
+        ValueError: If `read` refuses it; no mask has been changed then.
+    """
+    progress, masks = read(state, settings, layers)
+    for layer, mask in zip(layers, masks, strict=True):
+        layer.threshold.mask = mask
+    return progress
+
+
+def read(
+    state: object, settings: Mapping[str, Any], layers: Sequence[Layer]
+) -> tuple[dict[str, Any], list[Tensor | None]]:
+    """Read what `save` wrote, and check that it is for a run with these settings and layers.
+
+    Returns:
+        The progress, and the layers' masks.
+
+    Raises:
+        ValueError: If it is damaged, or comes from another version or a run with other settings or
+            layers.
     """
     header, progress, packed = unpack(state)
-    if header["version"] != _VERSION:
+    if header.get("version") != _VERSION:
         raise ValueError(
-            f"the state dict's adapmtl state has version {header['version']!r}, this "
-            f"version of torch-adapmtl reads {_VERSION}"
+            f"the state dict's adapmtl state has version {header.get('version')!r}, this version "
+            f"of torch-adapmtl reads {_VERSION}: load it with the version that it was saved with"
         )
+    step, frozen, initial = (progress.get(name) for name in ("step", "frozen", "initial"))
+    if (
+        type(step) is not int
+        or step < 0
+        or type(frozen) is not bool
+        or type(initial) not in (int, float)
+    ):
+        raise _damaged(f"it says step={step!r}, frozen={frozen!r}, initial={initial!r}")
     for name, value in settings.items():
-        if header[name] != value:
+        if header.get(name) != value:
             raise ValueError(
-                f"the state dict comes from a run with {name}={header[name]}, this model was "
+                f"the state dict comes from a run with {name}={header.get(name)}, this model was "
                 f"prepared with {name}={value}: prepare it alike"
             )
+    if not isinstance(header.get("layers"), dict):
+        raise _damaged("it names no layers")
     if header["layers"] != _names(layers):
         differing = dict(sorted(header["layers"].items() ^ _names(layers).items()))
         raise ValueError(
@@ -65,9 +92,7 @@ def load(state: Tensor, settings: Mapping[str, Any], layers: Sequence[Layer]) ->
         None if bits is None else unpack_mask(bits, layer.weight)
         for layer, bits in zip(layers, packed, strict=True)
     ]
-    for layer, mask in zip(layers, masks, strict=True):
-        layer.threshold.mask = mask
-    return progress
+    return progress, masks
 
 
 def _names(layers: Sequence[Layer]) -> dict[str, str]:
@@ -104,16 +129,40 @@ def pack(
     return torch.cat([length, _as_tensor(text), _as_tensor(changing), present, *bits])
 
 
-def unpack(state: Tensor) -> tuple[dict[str, Any], dict[str, Any], list[Tensor | None]]:
-    """Read what `pack` wrote; the masks come as packed bytes."""
+def unpack(state: object) -> tuple[dict[str, Any], dict[str, Any], list[Tensor | None]]:
+    """Read what `pack` wrote; the masks come as packed bytes.
+
+    Raises:
+        ValueError: If `pack` has not written it.
+    """
+    if not isinstance(state, Tensor):
+        raise _damaged(f"it is a {type(state).__name__}, not a tensor")
+    if state.dtype != torch.uint8 or state.ndim != 1 or state.is_meta:
+        raise _damaged(
+            f"it is a tensor of {state.dtype} and shape {tuple(state.shape)} on {state.device}, "
+            f"not one of bytes"
+        )
     state = state.cpu()
-    start = 8 + int(state[:8].clone().view(torch.int64))
-    header, sizes = json.loads(bytes(state[8:start].tolist()))
-    progress = json.loads(bytes(state[start : start + _PROGRESS].tolist()))
-    lengths = [len(sizes), *map(_bytes, sizes)]
-    present, *bits = state[start + _PROGRESS :].split(lengths)
-    masks = [part if there else None for part, there in zip(bits, present.tolist(), strict=True)]
-    return header, progress, masks
+    try:
+        start = 8 + int(state[:8].clone().view(torch.int64))
+        if not 8 < start <= len(state):
+            raise ValueError(f"{start} of them were to be its header")
+        header, sizes = json.loads(bytes(state[8:start].tolist()))
+        progress = json.loads(bytes(state[start : start + _PROGRESS].tolist()))
+        lengths = [len(sizes), *map(_bytes, sizes)]
+        present, *bits = state[start + _PROGRESS :].split(lengths)
+        flags = present.tolist()
+        masks = [part if there else None for part, there in zip(bits, flags, strict=True)]
+        return {**header}, {**progress}, masks
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise _damaged(f"its {len(state)} bytes cannot be read: {error}") from error
+
+
+def _damaged(found: str) -> ValueError:
+    return ValueError(
+        f"the state dict's adapmtl._extra_state is damaged, or not of torch-adapmtl ({found}); "
+        f"load another checkpoint"
+    )
 
 
 def _as_tensor(text: bytes) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from math import inf, isfinite
-from numbers import Real
+from collections.abc import Iterable, Mapping, Sequence
+from math import inf
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from torch_adapmtl._checks import check_numbers
 from torch_adapmtl._distributed import mean_over_processes, sum_over_processes
 from torch_adapmtl._precision import KeepsPrecision
 
@@ -105,7 +106,7 @@ class LossWeighting(KeepsPrecision, ABC):
             ValueError: If a task is unknown, a loss not a scalar, or no loss present.
             RuntimeError: If `strict` and a loss is NaN or infinite.
         """
-        present = self._check_losses(losses)
+        present = self.check_losses(losses)
         stacked = self._stack(present)
         values = stacked.detach()
         accepted = values.abs() < inf  # the finite ones; NaN is not below anything
@@ -169,10 +170,17 @@ class LossWeighting(KeepsPrecision, ABC):
     def _weights_for(self, present: dict[str, Tensor]) -> Tensor:
         return self.weights()
 
-    def _check_losses(self, losses: object) -> dict[str, Tensor]:
+    def check_losses(self, losses: object) -> dict[str, Tensor]:
+        """Returns the losses present by task, in the order of `tasks`, if they are as they should.
+
+        Raises:
+            TypeError: If `losses` is no mapping, or a loss no floating-point tensor.
+            ValueError: If a task is unknown, a loss not a scalar, or no loss present.
+        """
         if not isinstance(losses, Mapping):
             raise TypeError(
-                f"losses must be a mapping from task to loss, got {type(losses).__name__}"
+                f"losses must be a mapping from task to loss, got a {type(losses).__name__}; name "
+                f"each loss by its task, one of {list(self.tasks)}"
             )
         if unknown := [task for task in losses if task not in self.tasks]:
             raise ValueError(
@@ -194,11 +202,15 @@ class LossWeighting(KeepsPrecision, ABC):
                     "reduce it first, for example with .mean()"
                 )
             if not loss.is_floating_point():
-                raise TypeError(f"losses[{task!r}] must be floating point, got {loss.dtype}")
+                raise TypeError(
+                    f"losses[{task!r}] must be floating point, got {loss.dtype}; cast it, for "
+                    "example with .float()"
+                )
             present[task] = loss
         if not present:
             raise ValueError(
-                f"losses holds no loss; pass at least one of the tasks {list(self.tasks)}"
+                f"losses holds no loss, got {losses!r}; pass at least one of the tasks "
+                f"{list(self.tasks)}"
             )
         return present
 
@@ -226,11 +238,11 @@ class LossWeighting(KeepsPrecision, ABC):
             )
 
 
-def check_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
+def check_tasks(tasks: object) -> tuple[str, ...]:
     """Returns the task names if they are names, at least one, and each once."""
-    names = tuple(tasks)
+    names = tuple(tasks) if isinstance(tasks, Iterable) else (tasks,)
     if isinstance(tasks, str) or not all(isinstance(task, str) for task in names):
-        raise TypeError(f"tasks must be a sequence of task names, got {tasks!r}")
+        raise TypeError(f"tasks must be a sequence of task names (strings), got {tasks!r}")
     if not names or len(set(names)) < len(names):
         raise ValueError(f"tasks must name at least one task and each once, got {list(names)}")
     return names
@@ -251,9 +263,8 @@ def check_names(name: str, weights: Mapping[str, object], tasks: tuple[str, ...]
 
 def check_weight(name: str, weight: object) -> None:
     """Raises unless `weight` is a finite number and not negative."""
-    if not isinstance(weight, Real):
-        raise TypeError(f"{name} must be a number, got {type(weight).__name__}")
-    if not isfinite(weight) or weight < 0:
+    check_numbers(**{name: weight})
+    if not 0 <= cast(float, weight) < inf:
         raise ValueError(f"{name} must be finite and not negative, got {weight}")
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ._allocator import Allocator
+from ._checks import check_numbers
 from ._controller import Controller
 from ._density import DensityBounds
 from ._layers import Layer, PerComponent, count_gone, members
@@ -34,6 +35,7 @@ class GradientAllocation:
 
     Raises:
         ValueError: If `bound` is not positive.
+        TypeError: If it is no number.
 
     Example:
         >>> from torch_adapmtl import GradientAllocation
@@ -44,8 +46,9 @@ class GradientAllocation:
     bound: float = 2.3
 
     def __post_init__(self) -> None:
+        check_numbers("allocation: ", bound=self.bound)
         if not 0 < self.bound < math.inf:
-            raise ValueError(f"allocation: bound must be > 0, got {self.bound}")
+            raise ValueError(f"allocation: bound must be > 0 and finite, got {self.bound}")
 
 
 Allocation: TypeAlias = LAMPAllocation | SensitivityAllocation | GradientAllocation

@@ -16,6 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ._checks import check_numbers
+
 __all__ = [
     "Bounds",
     "Scores",
@@ -59,6 +61,7 @@ class SparsitySchedule:
 
     Raises:
         ValueError: If a fraction is outside its range, or the shape is unknown.
+        TypeError: If a fraction is no number.
 
     Example:
         >>> from torch_adapmtl import SparsitySchedule
@@ -74,6 +77,9 @@ class SparsitySchedule:
     settled: float | None = None
 
     def __post_init__(self) -> None:
+        check_numbers("schedule: ", start=self.start, end=self.end, initial=self.initial)
+        if self.settled is not None:
+            check_numbers("schedule: ", settled=self.settled)
         if not 0.0 <= self.start <= self.end <= 1.0:
             raise ValueError(
                 f"schedule: start and end must satisfy 0 <= start <= end <= 1, as fractions of "

@@ -162,9 +162,10 @@ def find_components(
 
     Raises:
         ValueError: If the model has nothing to prune, is not multi-task, has an output without
-            grad, is lazy, sharded or on the meta device, if no example inputs can be made, or if
-            `groups` or `exclude` match nothing or the same tensor twice.
-        TypeError: If an argument is of the wrong kind.
+            grad, is lazy or sharded, if a weight to prune is on the meta device, sparse, quantised
+            or made in inference mode, if no example inputs can be made, or if `groups` or `exclude`
+            match nothing or the same tensor twice.
+        TypeError: If an argument is of the wrong kind; a scripted model is.
         RuntimeError: If the model fails on the example inputs.
 
     Example:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ._allocator import Allocator
+from ._checks import check_numbers
 from ._layers import Layer
 from ._sampling import Sample
 from .budget import bisect, from_bits, to_bits
@@ -39,6 +40,7 @@ class LAMPAllocation:
 
     Raises:
         ValueError: If a number is outside its range.
+        TypeError: If one is no number.
 
     Example:
         >>> from torch_adapmtl import LAMPAllocation
@@ -51,6 +53,7 @@ class LAMPAllocation:
     bound: float = 5.0
 
     def __post_init__(self) -> None:
+        check_numbers("allocation: ", **vars(self))
         if not 0 <= self.strength <= 1:
             raise ValueError(f"allocation: strength must lie in [0, 1], got {self.strength}")
         if not 0 < self.rate <= 1:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._checks import check_numbers
 from ._controller import Controller, Mode
 from ._layers import Layer, PerComponent, members
 from .thresholds import SoftThreshold
@@ -33,6 +34,7 @@ class PaperMode(Mode):
 
     Raises:
         ValueError: If `start` is not finite or `weight_decay` is negative.
+        TypeError: If one is no number.
 
     Example:
         >>> from torch_adapmtl import PaperMode
@@ -44,10 +46,11 @@ class PaperMode(Mode):
     weight_decay: float = 1e-4
 
     def __post_init__(self) -> None:
+        check_numbers("mode: ", **vars(self))
         if not math.isfinite(self.start):
             raise ValueError(f"mode: start must be finite, got {self.start}")
         if not 0.0 <= self.weight_decay < math.inf:
-            raise ValueError(f"mode: weight_decay must be >= 0, got {self.weight_decay}")
+            raise ValueError(f"mode: weight_decay must be >= 0 and finite, got {self.weight_decay}")
 
     def controller(
         self,

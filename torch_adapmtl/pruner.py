@@ -9,9 +9,10 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_fraction, check_steps
+from ._checks import check_fraction, check_rate, check_steps
 from ._controller import Controller
-from ._health import LossTrace, signs
+from ._guard import unguard
+from ._health import Idleness, LossTrace, signs
 from ._layers import Layer
 from ._report import measure
 from ._state import load, save
@@ -98,6 +99,7 @@ class AdapMTL(nn.Module):
         self._skipped: Tensor | int = 0
         self._reported: set[str] = set()
         self.trace = LossTrace(self.tasks).to(weighting.device)
+        self._idleness: Idleness | None = None
         self.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]
 
     def forward(self, *args: Any) -> Any:
@@ -117,14 +119,19 @@ class AdapMTL(nn.Module):
             to the number of tasks.
 
         Raises:
-            ValueError: If a task is unknown, a loss is not a scalar, or there is none.
+            ValueError: If a task is unknown, a loss is not a scalar, there is none, or none of them
+                requires grad while the model trains (in training mode, with gradients enabled).
+            TypeError: If `losses` is no mapping, or a loss no floating-point tensor.
             RuntimeError: After `finalize`.
         """
         self._check_active("loss")
-        if self.budget.asleep:
-            self.budget.wake(self._step)
-        self.budget.observe({task: loss for task, loss in losses.items() if loss is not None})
+        present = self.weighting.check_losses(losses)
+        learning = torch.is_grad_enabled() and self.trace.watch(present, self.training)
         total: Tensor = self.weighting(losses)
+        if learning:
+            if self.budget.asleep:
+                self.budget.wake(self._step)
+            self.budget.observe(present)
         return total
 
     def step(self) -> None:
@@ -138,7 +145,12 @@ class AdapMTL(nn.Module):
 
         Raises:
             RuntimeError: If called more than `total_steps` times, after `finalize`, while
-                attached to an optimiser, or if a loss was not finite since the last update.
+                attached to an optimiser, or if a loss was not finite since the last update. The
+                call does not count then.
+
+        Warns:
+            UserWarning: Once, if no weight has changed in the first 50 steps or more: nothing
+                trains them.
         """
         if self._attached is not None:
             raise RuntimeError(
@@ -154,7 +166,10 @@ class AdapMTL(nn.Module):
                 f"at its target and its zeros are held: train on without calling step(), or call "
                 f"finalize(). To prune more slowly, pass a larger total_steps to apply_adapmtl."
             )
-        if self.budget.due(self._step + 1):
+        if self._step == 0:
+            self._idleness = Idleness(self._layers)
+        due = self.budget.due(self._step + 1)
+        if due:
             self._check_layers()
             # Known on the host only here, where an update waits for the device in any case.
             if (skipped := int(self._skipped)) > 0:
@@ -162,10 +177,13 @@ class AdapMTL(nn.Module):
                 self._skipped = 0
                 self.budget.wake(self._step)
                 return  # as many steps short of the update
-        self._step += 1
-        if self.budget.step(self._step):
+        # Paper mode looks at the weights after every step, but never waits for the device.
+        if (due and self.budget.exact) or self._step + 1 == self.total_steps:
             self.weighting.check_finite()
+            self._warn_if_idle()
             self._warn_of_unseen()
+        self._step += 1
+        self.budget.step(self._step)
         if self._step % self.budget.interval == 0 and self.weighting.latest is not None:
             self.trace.read(*self.weighting.latest)
 
@@ -179,6 +197,7 @@ class AdapMTL(nn.Module):
 
         Raises:
             RuntimeError: If attached already, or after `finalize`.
+            TypeError: If `optimizer` is none.
 
         Example:
             >>> import torch
@@ -196,7 +215,14 @@ class AdapMTL(nn.Module):
         """
         self._check_active("attach")
         if self._attached is not None:
-            raise RuntimeError("attach() was called already; one optimizer moves the schedule")
+            raise RuntimeError(
+                "attach() was called already: one optimizer moves the schedule; leave out this call"
+            )
+        if not hasattr(optimizer, "register_step_post_hook"):
+            raise TypeError(
+                f"optimizer must be a torch.optim.Optimizer, got a {type(optimizer).__name__}; "
+                f"pass the one that trains the model"
+            )
 
         def after_step(stepped: torch.optim.Optimizer, *_: Any) -> None:
             if self._step < self.total_steps:
@@ -232,8 +258,14 @@ class AdapMTL(nn.Module):
 
         Raises:
             RuntimeError: After `finalize`.
+            ValueError: If a learning rate is negative or not finite.
+            TypeError: If one is no number, or `options` holds `params`.
         """
         self._check_active("param_groups")
+        if "params" in options:
+            raise TypeError("params must be left out: param_groups puts the parameters in itself")
+        check_rate("threshold_lr", threshold_lr)
+        check_rate("lr", options.get("lr"))
         learned = {id(p): p for p in self.parameters()}
         own = [p for p in self._model.parameters() if id(p) not in learned]
         groups: list[dict[str, Any]] = [{"params": own, **options}]
@@ -401,6 +433,7 @@ class AdapMTL(nn.Module):
         for layer in self._layers:
             layer.remove()
         self.detach()
+        unguard(self._model)
         del self._model._modules["adapmtl"]
         self._finalized = True
         return self._model
@@ -436,6 +469,12 @@ class AdapMTL(nn.Module):
         for text in found:
             warnings.warn(text, stacklevel=3)
 
+    def _warn_if_idle(self) -> None:
+        if self._idleness is not None and (said := self._idleness.over(self._step, self._layers)):
+            self._idleness = None
+            if isinstance(said, str):
+                warnings.warn(said, stacklevel=4)
+
     def _check_active(self, method: str) -> None:
         if self._finalized:
             raise RuntimeError(
@@ -470,7 +509,9 @@ class AdapMTL(nn.Module):
         """Load what `get_extra_state` returned.
 
         Raises:
-            ValueError: If it comes from another version or a run with other settings.
+            ValueError: If it is damaged, or comes from another version or a run with other
+                settings. Nothing is changed then: the state dict of a whole model is looked at
+                before any of it is loaded.
         """
         loaded = load(state, self._settings(), self._layers)
         self._step = loaded["step"]

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod, PruningContainer, custom_from_mask
 
 from ._attach import attach, detach
-from .thresholds import SoftThreshold, check_threshold, soft_threshold
+from ._checks import check_threshold, obstacle, trouble_of_inference
+from .thresholds import SoftThreshold, soft_threshold
 
 __all__ = ["SoftThresholdPruning", "soft_threshold_unstructured"]
 
@@ -34,6 +36,7 @@ class SoftThresholdPruning(PruningContainer):
 
     Raises:
         ValueError: If `threshold` is negative or not finite.
+        TypeError: If it is no number.
 
     Example:
         >>> import torch
@@ -79,11 +82,19 @@ class SoftThresholdPruning(PruningContainer):
         cls, module: nn.Module, name: str, threshold: float = 0.0
     ) -> SoftThresholdPruning:
         """Attach a soft threshold to `module.<name>` and return the method."""
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"module must be a torch.nn.Module, got {module!r}")
         parametrization = SoftThreshold(threshold)
-        tensor = getattr(module, name, None)
-        if isinstance(tensor, Tensor):
-            parametrization = parametrization.to(device=tensor.device, dtype=tensor.dtype)
-            parametrization.set_threshold(threshold)  # not as it was rounded to float32
+        held = held_parameter(module, name)
+        if is_lazy(held):
+            raise ValueError(
+                f"name: {name!r} of {type(module).__name__} is not initialised yet (a lazy "
+                f"module); run one batch through it first"
+            )
+        if problem := obstacle(held) or trouble_of_inference(held):
+            raise TypeError(f"name: {name!r} of {type(module).__name__} {problem}")
+        parametrization = parametrization.to(device=held.device, dtype=held.dtype)
+        parametrization.set_threshold(threshold)  # not as it was rounded to float32
         return attach_threshold(module, name, parametrization)
 
     def remove(self, module: nn.Module) -> None:
@@ -220,7 +231,10 @@ def soft_threshold_unstructured(module: nn.Module, name: str, threshold: float) 
         pruning permanent.
 
     Raises:
-        ValueError: If the module has no such parameter, or `threshold` is negative or not finite.
+        ValueError: If the module has no such parameter or has not initialised it yet, or
+            `threshold` is negative or not finite.
+        TypeError: If `module` is no module, the parameter no dense floating-point tensor, or
+            `threshold` no number.
         RuntimeError: If the tensor has a soft threshold already.
 
     Example:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ._allocator import Allocator
+from ._checks import check_numbers
 from ._distributed import sum_over_processes
 from ._hooks import GradientHooks
 from ._layers import Layer
@@ -38,6 +39,7 @@ class SensitivityAllocation:
 
     Raises:
         ValueError: If a number is outside its range.
+        TypeError: If one is no number.
 
     Example:
         >>> from torch_adapmtl import SensitivityAllocation
@@ -51,9 +53,11 @@ class SensitivityAllocation:
     prior: float = 20.0
 
     def __post_init__(self) -> None:
+        check_numbers("allocation: ", **vars(self))
         if not (0 < self.rate < math.inf and 0 < self.bound < math.inf):
             raise ValueError(
-                f"allocation: rate and bound must be > 0, got rate={self.rate}, bound={self.bound}"
+                f"allocation: rate and bound must be > 0 and finite, got rate={self.rate}, "
+                f"bound={self.bound}"
             )
         if not (0 <= self.decay < 1 and 0 <= self.prior < math.inf):
             raise ValueError(

@@ -12,6 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._checks import (
+    check_alpha,
+    check_boolean,
+    check_mask,
+    check_place,
+    check_reach,
+    check_threshold,
+    obstacle,
+)
+
 __all__ = ["SoftThreshold", "soft_threshold"]
 
 _PIECE = 2**17
@@ -173,8 +183,9 @@ def soft_threshold(
         The sparse weight, in the weight's shape and dtype.
 
     Raises:
-        ValueError: If a numeric `alpha` is negative or not finite, the shape of a tensor does not
-            broadcast to the weight's, or `reach` is not above 1.
+        ValueError: If a numeric `alpha` is negative or not finite, a tensor is on another device
+            than the weight or its shape does not broadcast to the weight's, or `reach` is not above 1.
+        TypeError: If `weight` is no dense tensor of these dtypes, or `alpha` or `reach` no real number.
 
     Example:
         >>> import torch
@@ -183,8 +194,12 @@ def soft_threshold(
         tensor([-0.5000,  0.0000,  0.0000,  0.2500])
     """  # noqa: E501
     check_reach(reach)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
+    if problem := obstacle(weight):
+        raise TypeError(f"weight {problem}")
     if isinstance(alpha, Tensor):
-        _check_broadcast(alpha, weight)
+        check_alpha(alpha, weight)
         return _apply(weight, alpha, None, reach, straight_through)
     value = min(check_threshold("alpha", alpha), torch.finfo(weight.dtype).max)
     alpha = torch.full((), value, dtype=weight.dtype, device=weight.device)
@@ -204,31 +219,6 @@ def _apply(
         value = None  # a number would be a constant of the graph, and the budget moves it
     sparse: Tensor = _SoftThreshold.apply(weight, alpha, value, reach, straight_through)
     return sparse
-
-
-def check_reach(reach: float) -> None:
-    """Raise a `ValueError` if `reach` is no reach."""
-    if not reach > 1.0:
-        raise ValueError(f"reach must be above 1 (inf for the soft threshold), got {reach}")
-
-
-def check_threshold(name: str, value: float) -> float:
-    """Return `value` as a float if it can be a threshold; `name` is for the error."""
-    value = float(value)
-    if not 0.0 <= value < math.inf:
-        raise ValueError(f"{name} must be a finite number >= 0, got {value}")
-    return value
-
-
-def _check_broadcast(alpha: Tensor, weight: Tensor) -> None:
-    theirs = (1,) * (weight.ndim - alpha.ndim) + tuple(alpha.shape)
-    if alpha.ndim > weight.ndim or any(
-        a not in (1, w) for a, w in zip(theirs, weight.shape, strict=True)
-    ):
-        raise ValueError(
-            f"alpha must broadcast to the weight's shape {tuple(weight.shape)}, got a tensor of "
-            f"shape {tuple(alpha.shape)}"
-        )
 
 
 def _round_to(value: float, dtype: torch.dtype) -> float:
@@ -259,7 +249,9 @@ class SoftThreshold(nn.Module):
 
     Raises:
         ValueError: If `threshold` is negative, not finite, or a tensor of more than one number, or
-            `reach` is not above 1.
+            `reach` is not above 1. In the forward pass, if the threshold or the mask is on another
+            device than the weight, or the mask is of another shape.
+        TypeError: If `threshold` or `reach` is no real number, or the mask is not boolean.
 
     Example:
         >>> import torch
@@ -293,7 +285,13 @@ class SoftThreshold(nn.Module):
         # alpha as a Python number, with the tensor and the version of it that the number was read
         # from: reading it again would synchronise with the device.
         self._known: tuple[Tensor, int, float] | None = None
+        check_boolean("mask", mask)
         if isinstance(threshold, Tensor):
+            if not threshold.is_floating_point():
+                raise TypeError(
+                    f"threshold must be floating point, got a tensor of {threshold.dtype}; cast "
+                    f"it to the weight's dtype"
+                )
             if threshold.numel() != 1:
                 raise ValueError(
                     f"threshold must hold one number, got a tensor of shape "
@@ -333,8 +331,11 @@ class SoftThreshold(nn.Module):
         value = self._value()
         sparse = weight
         if value != 0.0 or self.alpha.requires_grad:
-            sparse = _apply(weight, self.threshold(), value, self.reach, self.straight_through)
+            alpha = self.threshold()
+            check_place(alpha, weight)
+            sparse = _apply(weight, alpha, value, self.reach, self.straight_through)
         if self.mask is not None:
+            check_mask(self.mask, weight)
             sparse = _mask(sparse, self.mask)
         if weight.requires_grad and not sparse.requires_grad and not _transforming():
             # Under `no_grad`. By whether a factor requires grad, torch chooses how to multiply, and

@@ -196,7 +196,8 @@ def make_weighting(
     if isinstance(spec, LossWeighting):
         if set(spec.tasks) != set(tasks):
             raise ValueError(
-                f"weighting was made for the tasks {list(spec.tasks)}, the model has {list(tasks)}"
+                f"weighting was made for the tasks {list(spec.tasks)}, the model has "
+                f"{list(tasks)}: make it for these"
             )
         return spec
     if isinstance(spec, str):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from torch_adapmtl._checks import check_count, check_numbers
 from torch_adapmtl._controller import Mode
 from torch_adapmtl._distributed import agree
 from torch_adapmtl._hooks import GradientHooks
@@ -40,6 +41,7 @@ class DiSparse(Mode):
 
     Raises:
         ValueError: If an argument is out of range.
+        TypeError: If `fraction` is no number.
 
     Example:
         >>> from torch_adapmtl.baselines import DiSparse
@@ -52,10 +54,11 @@ class DiSparse(Mode):
     interval: int | None = None
 
     def __post_init__(self) -> None:
+        check_numbers(fraction=self.fraction)
         if not 0 < self.fraction < 1:
             raise ValueError(f"fraction must lie in (0, 1), got {self.fraction}")
-        if self.interval is not None and self.interval < 1:
-            raise ValueError(f"interval must be an integer >= 1, got {self.interval!r}")
+        if self.interval is not None:
+            check_count("interval", self.interval)
 
     def controller(
         self, layers: Sequence[Layer], model: nn.Module, *, target: float, total_steps: int

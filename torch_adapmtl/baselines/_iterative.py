@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from torch_adapmtl._checks import check_count
 from torch_adapmtl._controller import Mode
 from torch_adapmtl._layers import Layer
 from torch_adapmtl.baselines._magnitude import MagnitudeMasks
@@ -31,7 +32,7 @@ class IterativeMagnitude(Mode):
         rewind: Whether the rest goes back to its initial values.
 
     Raises:
-        ValueError: If `rounds` is below 1.
+        ValueError: If `rounds` is no integer >= 1.
 
     Example:
         >>> from torch_adapmtl.baselines import IterativeMagnitude
@@ -43,8 +44,7 @@ class IterativeMagnitude(Mode):
     rewind: bool = False
 
     def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise ValueError(f"rounds must be an integer >= 1, got {self.rounds!r}")
+        check_count("rounds", self.rounds)
 
     def phases(self, total_steps: int) -> list[int]:
         """The steps at which phases begin."""

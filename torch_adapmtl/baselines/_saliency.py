@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from torch_adapmtl._checks import check_count, check_numbers
 from torch_adapmtl._controller import Mode
 from torch_adapmtl._hooks import GradientHooks
 from torch_adapmtl._layers import Layer
@@ -28,7 +29,7 @@ class SNIP(Mode):
         batches: How many batches to score; with more than one, the weights train meanwhile.
 
     Raises:
-        ValueError: If `batches` is below 1.
+        ValueError: If `batches` is no integer >= 1.
 
     Example:
         >>> from torch_adapmtl.baselines import SNIP
@@ -39,8 +40,7 @@ class SNIP(Mode):
     batches: int = 1
 
     def __post_init__(self) -> None:
-        if self.batches < 1:
-            raise ValueError(f"batches must be an integer >= 1, got {self.batches!r}")
+        check_count("batches", self.batches)
 
     def controller(
         self, layers: Sequence[Layer], model: nn.Module, *, target: float, total_steps: int
@@ -85,6 +85,7 @@ class Taylor(Mode):
 
     Raises:
         ValueError: If `decay` is out of range.
+        TypeError: If it is no number.
 
     Example:
         >>> from torch_adapmtl.baselines import Taylor
@@ -96,6 +97,7 @@ class Taylor(Mode):
     decay: float = 0.95
 
     def __post_init__(self) -> None:
+        check_numbers(decay=self.decay)
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay must lie in [0, 1), got {self.decay}")
 
