@@ -22,7 +22,31 @@ Lines = Sequence[Mapping[str, Any]]
 def blocks(folder: Path | None = None) -> dict[str, Callable[[], str]]:
     """What makes each block of the page, from the lines in `folder`."""
     folder = folder or PAGE.with_suffix("")
-    return {"zoo": lambda: zoo(read(folder / "zoo.jsonl"))}
+    return {
+        "matrix": lambda: matrix(read(folder / "matrix.jsonl")),
+        "zoo": lambda: zoo(read(folder / "zoo.jsonl")),
+    }
+
+
+def matrix(lines: Lines) -> str:
+    """A row for each thing that is done, a column for each stage; errors are listed below."""
+    stages = list(dict.fromkeys(line["stage"] for line in sorted(lines, key=_place)))
+    rows: dict[str, dict[str, str]] = {}
+    errors: list[str] = []
+    for line in sorted(lines, key=_place):
+        cell = {"works": "yes", "skipped": "not run"}.get(line["result"], "")
+        if line["result"] == "raises":
+            if line["error"] not in errors:
+                errors.append(line["error"])
+            cell = f"error {errors.index(line['error']) + 1}"
+        rows.setdefault(line["row"], {})[line["stage"]] = cell
+    body = [[row, *(cells.get(stage, "") for stage in stages)] for row, cells in rows.items()]
+    listed = "\n".join(f"{number}. {error}" for number, error in enumerate(errors, 1))
+    return "\n\n".join([_table("l" * (1 + len(stages)), ["", *stages], body), listed])
+
+
+def _place(line: Mapping[str, Any]) -> tuple[int, int]:
+    return line["place"][0], line["place"][1]
 
 
 def zoo(lines: Lines) -> str:

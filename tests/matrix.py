@@ -252,8 +252,6 @@ def to_dtype(dtype: torch.dtype) -> Callable[[Run], Run]:
 
 
 def to_cuda(run: Run) -> Run:
-    if not torch.cuda.is_available():
-        pytest.skip("needs CUDA")
     run.net.cuda()
     run.optimizer = adam(run.net)
     run.call = lambda x: {task: out.cpu() for task, out in run.net(x.cuda()).items()}
@@ -536,7 +534,7 @@ class TwoHeads(nn.Module):
 def lightning_loop(run: Run, steps: int) -> None:
     import lightning.pytorch as pl
 
-    from torch_adapmtl.integrations.lightning import AdapMTLCallback
+    from torch_adapmtl.lightning import AdapMTLCallback
 
     class Module(pl.LightningModule):
         def __init__(self) -> None:

@@ -85,7 +85,7 @@ def lightning_module(model: nn.Module) -> Any:
 
 def fit(module: Any, folder: Path, steps: int, accumulate: int = 1, **options: Any) -> Any:
     pl = pytest.importorskip("lightning.pytorch")
-    from torch_adapmtl.integrations.lightning import AdapMTLCallback
+    from torch_adapmtl.lightning import AdapMTLCallback
 
     callback = AdapMTLCallback(
         target_sparsity=0.8, schedule=EARLY, example_inputs=torch.ones(2, 6),
@@ -136,7 +136,7 @@ def test_lightning_logs(tmp_path: Path) -> None:
     module = lightning_module(model)
     from lightning.pytorch import Trainer
 
-    from torch_adapmtl.integrations.lightning import AdapMTLCallback
+    from torch_adapmtl.lightning import AdapMTLCallback
 
     callback = AdapMTLCallback(target_sparsity=0.8, example_inputs=torch.ones(2, 6))
     Trainer(

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from matrix import PROCESSES, ROWS, STAGES, check, in_two_processes
+
+from torch_adapmtl.benchmark import read
+
+
+def place(name: str, stage: str) -> list[int]:
+    """Where a cell stands on the page."""
+    return [[*ROWS, *PROCESSES].index(name), STAGES.index(stage)]
+
 
 stages = pytest.mark.parametrize("stage", STAGES)
 
@@ -16,16 +25,21 @@ stages = pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", ROWS)
 def test_cell(name: str, stage: str, record: Callable[..., None]) -> None:
     row = ROWS[name]
+    line = {"row": name, "stage": stage, "place": place(name, stage)}
+    if name == "to another device" and not torch.cuda.is_available():
+        record("matrix", **line, result="skipped")
+        pytest.skip("needs CUDA")
     if row.needs is not None:
         pytest.importorskip(row.needs)
     if stage in row.raises:
         error, text = row.raises[stage]
         with pytest.raises(error, match=text) as caught:
             check(row, stage)
-        record("matrix", row=name, stage=stage, result="raises", error=str(caught.value))
+        kind = type(caught.value).__name__
+        record("matrix", **line, result="raises", error=f"`{kind}`: {caught.value}")
         return
     check(row, stage)
-    record("matrix", row=name, stage=stage, result="works")
+    record("matrix", **line, result="works")
 
 
 @pytest.fixture(scope="module")
@@ -50,4 +64,17 @@ def test_processes(
     first, second = processes(PROCESSES[name])[stage]
     assert list(first) == list(second)
     assert all(torch.equal(value, second[key]) for key, value in first.items())
-    record("matrix", row=name, stage=stage, result="works")
+    record("matrix", row=name, stage=stage, place=place(name, stage), result="works")
+
+
+def test_the_committed_lines_are_those_of_the_matrix(request: pytest.FixtureRequest) -> None:
+    if request.config.getoption("--record"):
+        pytest.skip("they are being made")
+    lines = read(Path(__file__).parents[1] / "docs" / "compatibility" / "matrix.jsonl")
+    found = {(line["row"], line["stage"]): line["result"] for line in lines}
+    assert len(found) == len(lines)
+    assert list(found) == [(name, stage) for name in (*ROWS, *PROCESSES) for stage in STAGES]
+    for (name, stage), result in found.items():
+        raises = name in ROWS and stage in ROWS[name].raises
+        skipped = name == "to another device"
+        assert result == ("raises" if raises else "skipped" if skipped else "works")

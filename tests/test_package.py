@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted(
     info.name for info in pkgutil.iter_modules(torch_adapmtl.__path__) if info.name[0] != "_"
 )
-# They stand on what the extra `examples` brings.
-WITH_EXTRAS = {"benchmark", "tasks"}
+# They stand on what the extra `examples` brings, or on the framework that they are for.
+WITH_EXTRAS = {"benchmark", "lightning", "tasks"}
 # Results that users receive and never make, and the working parts of the budget.
 WITHOUT_EXAMPLE = {
     "groups": {"Components", "PrunableTensor"},

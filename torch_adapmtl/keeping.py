@@ -89,6 +89,14 @@ def release_zeros(model: nn.Module) -> nn.Module:
 
     Raises:
         RuntimeError: If the model is being pruned (call `finalize` on its handle), or sharded.
+
+    Example:
+        >>> import torch
+        >>> from torch_adapmtl import keep_zeros, release_zeros
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = model.weight.data.copy_(torch.tensor([[0.0, 1.0]]))
+        >>> list(release_zeros(keep_zeros(model)).state_dict())
+        ['weight']
     """
     _check_unhandled(model)
     for name, parameter in model.named_parameters():

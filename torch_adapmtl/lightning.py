@@ -39,7 +39,7 @@ class AdapMTLCallback(Callback):
     Example:
         >>> import lightning.pytorch as pl
         >>> import torch
-        >>> from torch_adapmtl.integrations.lightning import AdapMTLCallback
+        >>> from torch_adapmtl.lightning import AdapMTLCallback
         >>> class Module(pl.LightningModule):
         ...     def __init__(self):
         ...         super().__init__()

@@ -1,1 +1,0 @@
-"""For frameworks that hold the training loop; each module imports its own."""
