@@ -788,3 +788,20 @@ def test_pruned_twice_is_still_found() -> None:
     model = awkward.Pruned()
     prune.random_unstructured(model.body[0], "weight", 0.5)
     assert detected(model) == detected(Net())
+
+
+def test_other_outputs_in_eval_mode_tell_nothing() -> None:
+    """By index, a task is an entry of a tuple in training, and a sample of a tensor otherwise."""
+
+    class TwoMinds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(4, 2)
+            self.blend = nn.Linear(4, 2)  # in evaluation only
+
+        def forward(self, x: Tensor) -> Any:
+            h = self.body(x)
+            return (self.a(h), self.b(h)) if self.training else self.blend(h)
+
+    found = find_components(TwoMinds(), torch.ones(2, 4), task_outputs={"first": 0, "second": 1})
+    assert [tensor.name for tensor in found["unused"]] == ["blend.weight"]

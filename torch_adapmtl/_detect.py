@@ -43,8 +43,11 @@ def detect(
     worth looking a second time, through `detach` and `no_grad`. `argument` is what errors call
     `example_inputs`.
     """
+    kind: type = object
 
     def read(output: Any) -> Detection:
+        nonlocal kind
+        kind = type(output)
         parts = split_output(output, task_outputs)
         _check_grad(parts)
         return Detection(tuple(parts), reached(list(parts.values())))
@@ -79,12 +82,14 @@ def detect(
                 f"({_brief(failure)}); {REMEDY}"
             ) from failure
     lost = {key for key in keys if key not in seen.masks}
+    trained = kind
     if lost:  # training may have dropped a layer at random
         try:
             calm = probe(model, args, kwargs, read, training=False)
         except Exception:  # a model may not run in eval mode, or have other outputs there
             calm = seen
-        if calm.tasks == seen.tasks:
+        # An index means an output in a tuple, and something else in a tensor.
+        if calm.tasks == seen.tasks and kind is trained:
             found = {key: calm.masks[key] for key in lost & calm.masks.keys()}
             seen = Detection(seen.tasks, {**seen.masks, **found})
             lost -= found.keys()

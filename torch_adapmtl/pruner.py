@@ -395,7 +395,8 @@ class AdapMTL(nn.Module):
     def finalize(self) -> nn.Module:
         """Leave a plain model: its own classes, keys and parameters, the zeros written in.
 
-        Outputs in eval mode are bit for bit what they were before. Masks that
+        Outputs in eval mode under `torch.no_grad` are bit for bit what they were before (under
+        `torch.inference_mode` torch multiplies some shapes otherwise). Masks that
         `torch.nn.utils.prune` had put on tensors before are put back, with the sparse weight
         under them.
 
