@@ -137,6 +137,32 @@ def test_a_step_that_a_scaler_skips_is_none(fused: bool) -> None:
     assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
 
 
+def test_a_saved_state_does_not_count_what_a_fused_optimizer_left_out() -> None:
+    """Which only the device knows until the next update."""
+    model, fresh = TwoTasks(), TwoTasks()
+    pruner = prepare(model, total_steps=500, schedule=EARLY)  # updates are ten steps apart
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, fused=True)
+    pruner.attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4, growth_interval=10**6)
+    for index in range(7):
+        loss = pruner.loss(losses(model, index))
+        scaler.scale(loss * torch.inf if index in (1, 4) else loss).backward()
+        scaler.step(optimizer)
+        scaler.update(2.0**4)
+        optimizer.zero_grad()
+    assert pruner._step == 7
+    other = prepare(fresh, total_steps=500, schedule=EARLY)
+    fresh.load_state_dict(model.state_dict())
+    assert other._step == 5
+    model.load_state_dict(model.state_dict())
+    assert pruner._step == 5
+    for index in range(7, 13):
+        (pruner.loss(losses(model, index))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert pruner._step == 11
+
+
 def test_a_scale_changes_nothing() -> None:
     found = []
     for scale in (1.0, 2.0**12):

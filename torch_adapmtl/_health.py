@@ -12,7 +12,7 @@ from ._precision import KeepsPrecision
 from ._sampling import take
 from .report import Report
 
-__all__ = ["Idleness", "LossTrace", "signs"]
+__all__ = ["Idleness", "LossTrace", "Watch", "signs"]
 
 # Share of the summed task weights above which one task has taken the training over.
 _DOMINANT = 0.8
@@ -138,6 +138,42 @@ def _some(weight: Tensor) -> Tensor:
     size = weight.numel()
     where = torch.arange(min(size, _LOOKED_AT), device=weight.device)
     return take(weight, where * (size // max(len(where), 1)))
+
+
+class Watch:
+    """What there is to say while a run goes on, each once."""
+
+    def __init__(self) -> None:
+        self._idleness: Idleness | None = None
+        self._unseen: set[str] = set()
+
+    def begin(self, layers: Sequence[Layer]) -> None:
+        """Note how the weights are before the first step."""
+        self._idleness = Idleness(layers)
+
+    def look(self, step: int, layers: Sequence[Layer], unseen: Mapping[str, int]) -> list[str]:
+        """Warnings after `step` steps, for which the device is waited for now and then.
+
+        Args:
+            step: How many steps have been taken.
+            layers: The layers.
+            unseen: The tasks that have had no loss for longer than their window: for how long.
+        """
+        found = []
+        if self._idleness is not None and (said := self._idleness.over(step, layers)):
+            self._idleness = None
+            if isinstance(said, str):
+                found.append(said)
+        found += [
+            f"task {task!r} has had no loss for {steps} steps, longer than the window that its "
+            f"weight is taken from: its weight is that of before, and its part of the model is "
+            f"pruned all the same. If this is not meant, look at the names in the losses and at "
+            f"the data"
+            for task, steps in unseen.items()
+            if task not in self._unseen  # said when it went missing
+        ]
+        self._unseen = set(unseen)
+        return found
 
 
 def signs(

@@ -9,10 +9,11 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from ._attachment import Attachment
 from ._checks import check_fraction, check_rate, check_steps
 from ._controller import Controller
 from ._guard import unguard
-from ._health import Idleness, LossTrace, signs
+from ._health import LossTrace, Watch, signs
 from ._layers import Layer
 from ._report import measure
 from ._state import load, save
@@ -95,11 +96,9 @@ class AdapMTL(nn.Module):
         self._layers = list(layers)
         self._step = 0
         self._finalized = False
-        self._attached: Any = None
-        self._skipped: Tensor | int = 0
-        self._reported: set[str] = set()
+        self._attached: Attachment | None = None
+        self._watch = Watch()
         self.trace = LossTrace(self.tasks).to(weighting.device)
-        self._idleness: Idleness | None = None
         self.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]
 
     def forward(self, *args: Any) -> Any:
@@ -167,21 +166,21 @@ class AdapMTL(nn.Module):
                 f"finalize(). To prune more slowly, pass a larger total_steps to apply_adapmtl."
             )
         if self._step == 0:
-            self._idleness = Idleness(self._layers)
+            self._watch.begin(self._layers)
         due = self.budget.due(self._step + 1)
         if due:
             self._check_layers()
-            # Known on the host only here, where an update waits for the device in any case.
-            if (skipped := int(self._skipped)) > 0:
+            # Asked for only here, where an update waits for the device in any case.
+            if self._attached is not None and (skipped := self._attached.skipped()) > 0:
+                self._attached.settle()
                 self._step += 1 - skipped
-                self._skipped = 0
                 self.budget.wake(self._step)
                 return  # as many steps short of the update
         # Paper mode looks at the weights after every step, but never waits for the device.
         if (due and self.budget.exact) or self._step + 1 == self.total_steps:
             self.weighting.check_finite()
-            self._warn_if_idle()
-            self._warn_of_unseen()
+            for text in self._watch.look(self._step, self._layers, self.weighting.unseen()):
+                warnings.warn(text, stacklevel=3)
         self._step += 1
         self.budget.step(self._step)
         if self._step % self.budget.interval == 0 and self.weighting.latest is not None:
@@ -218,24 +217,12 @@ class AdapMTL(nn.Module):
             raise RuntimeError(
                 "attach() was called already: one optimizer moves the schedule; leave out this call"
             )
-        if not hasattr(optimizer, "register_step_post_hook"):
-            raise TypeError(
-                f"optimizer must be a torch.optim.Optimizer, got a {type(optimizer).__name__}; "
-                f"pass the one that trains the model"
-            )
 
-        def after_step(stepped: torch.optim.Optimizer, *_: Any) -> None:
+        def after_step() -> None:
             if self._step < self.total_steps:
-                # Fused optimizers leave out by themselves the steps that a gradient scaler skips.
-                skipped: Tensor | None = getattr(stepped, "found_inf", None)
-                if skipped is not None:
-                    self._skipped = self._skipped + skipped.detach()
                 self._advance()
 
-        inner: Any = optimizer
-        while "_optimizer_step_post_hooks" not in vars(inner) and hasattr(inner, "optimizer"):
-            inner = inner.optimizer  # Accelerate's wrapper, for one, takes no hooks
-        self._attached = inner.register_step_post_hook(after_step)
+        self._attached = Attachment(optimizer, after_step)
 
     def detach(self) -> None:
         """Undo `attach`; nothing happens if there is nothing to undo."""
@@ -439,19 +426,6 @@ class AdapMTL(nn.Module):
         self._finalized = True
         return self._model
 
-    def _warn_of_unseen(self) -> None:
-        """Warn of tasks without a loss, once for each time that they go missing."""
-        unseen = self.weighting.unseen()
-        for task in unseen.keys() - self._reported:
-            warnings.warn(
-                f"task {task!r} has had no loss for {unseen[task]} steps, longer than the window "
-                f"that its weight is taken from: its weight is that of before, and its part of the "
-                f"model is pruned all the same. If this is not meant, look at the names in the "
-                f"losses and at the data",
-                stacklevel=4,
-            )
-        self._reported = set(unseen)
-
     def _warn(self) -> None:
         """Warn of what went wrong in the run."""
         report = self.report()
@@ -469,12 +443,6 @@ class AdapMTL(nn.Module):
             )
         for text in found:
             warnings.warn(text, stacklevel=3)
-
-    def _warn_if_idle(self) -> None:
-        if self._idleness is not None and (said := self._idleness.over(self._step, self._layers)):
-            self._idleness = None
-            if isinstance(said, str):
-                warnings.warn(said, stacklevel=4)
 
     def _check_active(self, method: str) -> None:
         if self._finalized:
@@ -502,8 +470,10 @@ class AdapMTL(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Where the run stands, and the masks, as a tensor of bytes on the CPU."""
-        budget = self.budget
-        progress = {"step": self._step, "frozen": budget.frozen, "initial": budget.initial}
+        budget, skipped = self.budget, 0 if self._attached is None else self._attached.skipped()
+        progress = {
+            "step": self._step - skipped, "frozen": budget.frozen, "initial": budget.initial
+        }  # fmt: skip
         return save(self._settings(), progress, self._layers)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -516,6 +486,8 @@ class AdapMTL(nn.Module):
         """
         loaded = load(state, self._settings(), self._layers)
         self._step = loaded["step"]
+        if self._attached is not None:
+            self._attached.settle()
         self.budget.frozen, self.budget.initial = loaded["frozen"], loaded["initial"]
 
     def _settings(self) -> dict[str, Any]:
