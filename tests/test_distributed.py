@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from toys import TwoTasks, losses, prepare, tensors, train, zeros
 
-from torch_adapmtl import AdapMTL, PaperMode, SparsitySchedule
+from torch_adapmtl import AdapMTL, PaperMode, SparsitySchedule, StabilityWeighting
 from torch_adapmtl.baselines import SNIP, DiSparse, Taylor
 
 pytestmark = pytest.mark.skipif(
@@ -94,6 +94,46 @@ def test_two_processes_agree(tmp_path: Path) -> None:
             assert first[2] == round(0.8 * 168)
         assert len({tuple(step["weights"].tolist()) for step in first[0]}) > 1
         assert all(torch.equal(value, second[3][key]) for key, value in first[3].items())
+
+
+def _nan_in_one(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
+    for strict in (False, True):
+        _until_told(rank, strict)
+    torch.distributed.destroy_process_group()
+
+
+def _until_told(rank: int, strict: bool) -> None:
+    torch.manual_seed(0)
+    model = TwoTasks()
+    weighting = StabilityWeighting(["a", "b"], window=10, start=0, strict=strict)
+    pruner = prepare(model, total_steps=600, weighting=weighting)
+    wrapped = nn.parallel.DistributedDataParallel(model)  # copies buffers from the first
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def one(step: int) -> None:
+        found = losses(wrapped, step, rank)
+        if rank == 1 and step == 12:
+            found["b"] = found["b"] * torch.nan
+        pruner.loss(found).backward()
+        if step != 12:  # as a gradient scaler would
+            optimizer.step()
+        optimizer.zero_grad()
+        pruner.step()
+
+    update = next(n for n in range(13, 30) if pruner.budget.due(n)) - 1
+    told = 12 if strict else update
+    for step in range(told):
+        one(step)
+    with pytest.raises(RuntimeError, match=r"loss of the tasks 'b' \(1x\)"):
+        one(told)
+
+
+def test_a_nan_in_one_process_is_told_in_all(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_nan_in_one, (str(tmp_path),), nprocs=2)
 
 
 # --- sharded ------------------------------------------------------------------------------------

@@ -158,9 +158,100 @@ def test_what_the_callback_refuses(tmp_path: Path) -> None:
     module = lightning_module(TwoTasks())
     with pytest.raises(AttributeError, match=r"model: Module has no module 'net'; name the attr"):
         fit(module, tmp_path, 20, callback={"model": "net"})
-    with pytest.raises(RuntimeError, match=r"total_steps: .* estimate .* is inf; set max_steps"):
+    with pytest.raises(RuntimeError, match=r"total_steps: .* estimate .* is inf; pass total_steps"):
         fit(module, tmp_path, -1, trainer={"max_epochs": -1})
     assert not hasattr(module.model, "adapmtl")
+
+
+@pytest.mark.usefixtures("_their_warnings")
+def test_several_optimizers_in_manual_optimization(tmp_path: Path) -> None:
+    pl = pytest.importorskip("lightning.pytorch")
+
+    class Manual(pl.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.automatic_optimization = TwoTasks(), False
+
+        def training_step(self, rows: list[Tensor], _: int) -> None:
+            out = self.model(rows[0])
+            found = {task: out.square().mean() for task, out in out.items()}
+            self.manual_backward(self.model.adapmtl.loss(found))
+            for optimizer in self.optimizers():
+                optimizer.step()
+                optimizer.zero_grad()
+
+        def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+            parts = (self.model.body, self.model.heads)
+            return [torch.optim.SGD(part.parameters(), lr=0.1) for part in parts]
+
+    with pytest.raises(RuntimeError, match=r"its 2 optimizers together; pass total_steps="):
+        fit(Manual(), tmp_path, 40)
+    module = Manual()
+    fit(module, tmp_path, 40, callback={"total_steps": 20})
+    assert module.model.adapmtl._step == 20
+    module.model.adapmtl.finalize()
+
+
+@pytest.mark.usefixtures("_their_warnings")
+def test_a_module_that_is_the_model_trains_in_two_goes(tmp_path: Path) -> None:
+    pl = pytest.importorskip("lightning.pytorch")
+
+    class Whole(TwoTasks, pl.LightningModule):  # type: ignore[misc, name-defined]
+        def training_step(self, rows: list[Tensor], _: int) -> Tensor:
+            return self.adapmtl.loss({t: out.square().mean() for t, out in self(rows[0]).items()})
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    module = Whole()
+    for steps in (8, 12):
+        fit(module, tmp_path, steps, callback={"model": None, "total_steps": 20})
+    assert module.adapmtl._step == 20
+    assert module.adapmtl.finalize() is module
+
+
+@pytest.mark.usefixtures("_their_warnings")
+def test_what_is_not_prepared_or_finalized_is_left_alone(tmp_path: Path) -> None:
+    pl = pytest.importorskip("lightning.pytorch")
+    from torch_adapmtl.lightning import AdapMTLCallback
+
+    callback = AdapMTLCallback(target_sparsity=0.8, example_inputs=torch.ones(2, 6), total_steps=20)
+    options: dict[str, Any] = {
+        "accelerator": "cpu", "logger": False, "enable_checkpointing": False,
+        "enable_progress_bar": False, "enable_model_summary": False,
+        "default_root_dir": tmp_path, "callbacks": [callback],
+    }  # fmt: skip
+
+    class Tested(type(lightning_module(TwoTasks()))):  # type: ignore[misc]
+        def test_step(self, rows: list[Tensor], index: int) -> None:
+            self.model(rows[0])
+
+    plain_module, trained = Tested(), Tested()
+    plain_module.model, trained.model = TwoTasks(), TwoTasks()
+    loader = DataLoader(batches(20), batch_size=8)
+    pl.Trainer(**options).test(plain_module, loader, verbose=False)
+    assert not hasattr(plain_module.model, "adapmtl")
+
+    pl.Trainer(max_steps=20, **options).fit(trained, loader)
+    trained.model.adapmtl.finalize()
+    pl.Trainer(**options).test(trained, loader, verbose=False)
+    assert not hasattr(trained.model, "adapmtl")
+
+
+@pytest.mark.usefixtures("_their_warnings")
+def test_data_that_the_module_makes_too_late(tmp_path: Path) -> None:
+    module = lightning_module(TwoTasks())
+    module.train_dataloader = lambda: module.data  # made in setup
+    pl = pytest.importorskip("lightning.pytorch")
+    from torch_adapmtl.lightning import AdapMTLCallback
+
+    callback = AdapMTLCallback(target_sparsity=0.8, example_inputs=torch.ones(2, 6))
+    trainer = pl.Trainer(
+        max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[callback],
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match=r"not known before setup\(\) .*pass total_steps="):
+        trainer.fit(module)
 
 
 # --- Accelerate ---------------------------------------------------------------------------------

@@ -263,3 +263,14 @@ def test_two_optimizers_and_a_task_that_is_often_missing() -> None:
             optimizer.zero_grad()
     assert pruner.budget.allocator.saliency[1].min() > 0
     _final(pruner, model)
+
+
+def test_evaluation_under_autocast_keeps_no_copies() -> None:
+    """Autocast keeps a cast copy of every leaf that requires grad, but of no view."""
+    model = TwoTasks()
+    pruner = prepare(model, schedule=EARLY)
+    train(model, pruner, torch.optim.SGD(model.parameters(), lr=0.1), range(15))
+    with torch.no_grad():
+        weight = model.body.weight
+    assert weight.requires_grad
+    assert weight._is_view()

@@ -175,20 +175,33 @@ def test_masks_of_torch_and_zeros_of_ours_are_both_kept() -> None:
     assert_within(model, before)
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("stop", [0, 11, 35])
-def test_a_loaded_run_goes_on_bit_for_bit(stop: int) -> None:
+def test_a_loaded_run_goes_on_bit_for_bit(stop: int, mode: str) -> None:
     """Also in a model that was prepared from other weights, dense ones."""
-    run: dict[str, Any] = {"target_sparsity": 0.9, "total_steps": 40}
+    run: dict[str, Any] = {"target_sparsity": 0.9, "total_steps": 40, **MODES[mode]}
     model, fresh = sparse_model(), TwoTasks()
     pruner = prepare(model, **run)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(pruner.param_groups(lr=0.1))
     train(model, pruner, optimizer, range(stop))
     state = copy.deepcopy(model.state_dict())
     train(model, pruner, optimizer, range(stop, 40))
     other = prepare(fresh, **run)
     fresh.load_state_dict(state)
-    train(fresh, other, torch.optim.SGD(fresh.parameters(), lr=0.1), range(stop, 40))
+    train(fresh, other, torch.optim.SGD(other.param_groups(lr=0.1)), range(stop, 40))
     assert all(torch.equal(value, tensors(fresh)[key]) for key, value in tensors(model).items())
+
+
+def test_zeros_that_were_given_are_known_after_a_resume() -> None:
+    model, fresh = sparse_model(0.4), TwoTasks()
+    before = gone(model)
+    prepare(model, target_sparsity=0.9).freeze()
+    other = prepare(fresh, target_sparsity=0.9)
+    fresh.load_state_dict(model.state_dict())
+    other.retarget(0.5, total_steps=20)
+    train(fresh, other, torch.optim.Adam(fresh.parameters(), lr=1e-2), range(20))
+    assert zeros(other) == 84
+    assert_within(fresh, before)
 
 
 # --- to another target --------------------------------------------------------------------------
@@ -247,10 +260,64 @@ def test_the_other_target_is_saved_and_resumed(stop: int) -> None:
     train(model, pruner, optimizer, range(stop))
     state = copy.deepcopy(model.state_dict())
     train(model, pruner, optimizer, range(stop, 30))
-    other = prepare(fresh, target_sparsity=0.4, total_steps=30)
+    other = prepare(fresh)
+    with pytest.raises(ValueError, match=r"total_steps=30, this model was prepared with .*=20"):
+        fresh.load_state_dict(state)
+    other.retarget(0.4, total_steps=30)
     fresh.load_state_dict(state)
     train(fresh, other, torch.optim.SGD(fresh.parameters(), lr=0.1), range(stop, 30))
     assert all(torch.equal(value, tensors(fresh)[key]) for key, value in tensors(model).items())
+
+
+@pytest.mark.parametrize("stop", [17, 19, 30])
+def test_nothing_jumps_when_the_target_falls(stop: int) -> None:
+    """Momentum has moved what the masks hide."""
+    model = TwoTasks()
+    pruner = prepare(model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-2)
+    for step in range(stop):
+        pruner.loss(losses(model, step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step < 20:
+            pruner.step()
+    x = batch(99)[0]
+    outputs = model(x)
+    pruner.retarget(0.5, total_steps=20)
+    assert zeros(pruner) == round(0.8 * 168)
+    for task, out in model(x).items():
+        torch.testing.assert_close(out, outputs[task])
+
+
+def test_the_same_target_in_other_words_keeps_the_zeros() -> None:
+    model = TwoTasks()
+    pruner = prepare(model)  # 134 of 168
+    pruner.freeze()
+    where = {name: weight == 0 for name, weight in seen(model).items()}
+    pruner.retarget(0.797, total_steps=20)  # 133.9
+    train(model, pruner, torch.optim.Adam(model.parameters(), lr=1e-2), range(20))
+    assert_within(model, where)
+
+
+def test_steps_that_a_scaler_skipped_do_not_count_in_the_next_run() -> None:
+    model = TwoTasks()
+    pruner = prepare(model, total_steps=600)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, fused=True)
+    pruner.attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4, growth_interval=10**6)
+    for step in range(9):
+        loss = pruner.loss(losses(model, step))
+        scaler.scale(loss * torch.inf if step > 3 else loss).backward()
+        scaler.step(optimizer)
+        scaler.update(2.0**4)
+        optimizer.zero_grad()
+    pruner.retarget(0.5, total_steps=20)
+    assert pruner._step == 0
+    pruner.loss(losses(model, 0)).backward()
+    optimizer.step()
+    assert pruner._step == 1
+    pruner.detach()
+    assert pruner._step == 1
 
 
 def test_an_attached_optimizer_goes_on() -> None:
@@ -353,7 +420,8 @@ def test_kept_zeros_are_saved() -> None:
     fresh = keep_zeros(sparse_model(0.5))  # other zeros
     fresh.load_state_dict(model.state_dict())
     assert all(torch.equal(weight, seen(model)[name]) for name, weight in seen(fresh).items())
-    assert gone(release_zeros(fresh)).keys() == gone(release_zeros(model)).keys()
+    mine, theirs = gone(release_zeros(fresh)), gone(release_zeros(model))
+    assert all(torch.equal(zero, theirs[name]) for name, zero in mine.items())
 
 
 def test_which_tensors_keep_their_zeros() -> None:
@@ -367,7 +435,7 @@ def test_which_tensors_keep_their_zeros() -> None:
     mask = model.heads["a"].weight_mask.clone()
     keep_zeros(model)
     held = {name.split(".parametrizations")[0] for name in model.state_dict() if "alpha" in name}
-    assert held == {"body", "twin", "heads.a", "heads.b", "words"}
+    assert held == {"body", "twin", "heads.a", "heads.b"}
     release_zeros(model)
     assert model.twin.weight is model.body.weight
     assert torch.equal(model.heads["a"].weight_mask, mask)
@@ -392,3 +460,59 @@ def test_when_zeros_cannot_be_kept() -> None:
     assert isinstance(handle, AdapMTL)
     assert zeros(handle) == round(0.8 * weights(handle))
     assert len(pruned(handle)) == 3
+
+
+class Adapted(nn.Linear):
+    """A linear layer with a low-rank part of its own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width)
+        self.low = nn.Parameter(torch.randn(2, width))
+
+
+def test_tensors_of_subclasses_and_embeddings() -> None:
+    model = nn.ModuleDict({"a": Adapted(4), "words": nn.Embedding(5, 3, padding_idx=0)})
+    with torch.no_grad():
+        model["a"].low[0] = 0.0
+    keep_zeros(model)
+    assert model["a"].low.requires_grad
+    assert not torch.nn.utils.parametrize.is_parametrized(model["a"], "weight")
+    assert not torch.nn.utils.parametrize.is_parametrized(model["words"])
+    torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1).step()
+    assert not release_zeros(model)["a"].low[0].any()
+
+    model["words"].sparse = True
+    with torch.no_grad():
+        model["words"].weight[2] = 0.0
+    with pytest.raises(ValueError, match=r"'words.weight' has zeros and sparse gradients .*False"):
+        keep_zeros(model)
+    assert not torch.nn.utils.parametrize.is_parametrized(model["a"])
+
+
+def test_only_masks_of_keep_zeros_are_released() -> None:
+    model = TwoTasks()
+    prepare(model)
+    release_zeros(model.body)  # a part of a model that is being pruned
+    assert prune.is_pruned(model.body)
+
+
+def test_kept_zeros_train_after_inference_mode() -> None:
+    model, other = sparse_model(), TwoTasks()
+    prepare(other).freeze()
+    state = copy.deepcopy(other.state_dict())
+    prepared = TwoTasks()
+    prepare(prepared)
+    with torch.inference_mode():
+        keep_zeros(model)
+        prepared.load_state_dict(state)
+    finetune(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    finetune(prepared, torch.optim.SGD(prepared.parameters(), lr=0.1))
+
+
+def test_a_tied_weight_that_is_masked_in_one_place_is_refused() -> None:
+    model = TwoTasks()
+    model.twin = nn.Linear(6, 12)
+    model.twin.weight = model.body.weight
+    prune.custom_from_mask(model.twin, "weight", (torch.rand(12, 6) > 0.5).float())
+    with pytest.raises(ValueError, match=r"'body.weight' is tied, .* the 2 modules .*same mask"):
+        prepare(model, groups={"a": ["heads.a"], "b": ["heads.b"], "shared": ["body"]})

@@ -60,7 +60,8 @@ def state(model: nn.Module, ignored: Collection[str] = ()) -> Any:
     for name, module in model.named_modules():
         seen = dict(vars(module))
         seen["_buffers"] = {k: v for k, v in module._buffers.items() if k not in ignored}
-        described = [(key, picture(value)) for key, value in seen.items() if key != "_buffers"]
+        left_out = {"_buffers", *ignored}
+        described = [(key, picture(value)) for key, value in seen.items() if key not in left_out]
         buffers = [(key, picture(value)) for key, value in seen["_buffers"].items()]
         modules.append((name, type(module), described, buffers))
     parameters = [

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ._checks import check_fraction, check_reach, check_steps
 from ._controller import Controller, Mode
 from ._guard import guard
-from ._layers import Layer
+from ._layers import Layer, attach_all, check_ties
 from .adaptive import AdaptiveBudget, Allocation, GradientAllocation
 from .budget import SparsitySchedule
 from .groups import FROZEN, UNUSED, find_components, unwrap
@@ -151,7 +151,7 @@ def apply_adapmtl(
     """
     target_sparsity = check_fraction("target_sparsity", target_sparsity)
     total_steps = check_steps(total_steps)
-    make_budget = _budget(
+    make_budget, chosen = _budget(
         mode, gradient,
         granularity=granularity, allocation=allocation, reach=reach, schedule=schedule,
         min_density=min_density, max_density=max_density,
@@ -190,6 +190,7 @@ def apply_adapmtl(
             "the model has no prunable weights that are trained and reach an output: "
             + ", ".join(f"{t.name} is {t.component}" for t in components.tensors[:5])
         )
+    check_ties(layers)
     losses = make_weighting(weighting, components.tasks, total_steps)
     budget = make_budget(layers, inner, target=target_sparsity, total_steps=total_steps)
     taken = {id(t.parameter) for t in components.tensors}
@@ -207,19 +208,12 @@ def apply_adapmtl(
         losses.to(layers[0].weight.device),
         target_sparsity=target_sparsity,
         total_steps=total_steps,
+        options={**chosen, "weighting": repr(losses)},
     )
     for module in handle.modules():
         if isinstance(module, LossWeighting | Controller | Sensitivity):
-            module.synchronize = synchronize
-    attached = []
-    try:
-        for layer in layers:
-            attached.append(layer)
-            layer.attach()
-    except Exception:
-        for layer in attached:
-            layer.remove(bake=False)
-        raise
+            module.synchronize &= synchronize  # a weighting may have been given with False
+    attach_all(layers)
     # Not `add_module`, which a model's own __setattr__ or an attribute hook might refuse.
     inner._modules["adapmtl"] = handle
     guard(inner)
@@ -242,18 +236,21 @@ def _warn_of_others(others: Sequence[tuple[str, int]], prunable: int) -> None:
         )
 
 
-def _budget(mode: object, gradient: object, **options: Any) -> Callable[..., Controller]:
-    """Check the options that need no model; return what makes the controller of one."""
+def _budget(
+    mode: object, gradient: object, **options: Any
+) -> tuple[Callable[..., Controller], dict[str, str]]:
+    """Check the options that need no model; return what makes the controller, and all of them."""
     if gradient is not None:
         _check_choice("gradient", gradient, ("straight_through", "mask"))
     if mode == "paper":
         mode = PaperMode()
     if isinstance(mode, PaperMode):
         _check_unused(mode, **options)
-        return partial(mode.controller, straight_through=gradient == "straight_through")
+        chosen = {"mode": repr(mode), "gradient": repr(gradient)}
+        return partial(mode.controller, straight_through=gradient == "straight_through"), chosen
     if isinstance(mode, Mode):
         _check_unused(mode, gradient=gradient, **options)
-        return mode.controller
+        return mode.controller, {"mode": repr(mode)}
     _check_choice("mode", mode, ("adaptive", "paper"))
 
     given = {name: value for name, value in options.items() if value is not None}
@@ -263,7 +260,9 @@ def _budget(mode: object, gradient: object, **options: Any) -> Callable[..., Con
     check_reach(given["reach"])
     given["allocation"] = _allocation(given["allocation"])
     given["straight_through"] = gradient != "mask"
-    return lambda layers, _, **run: AdaptiveBudget(layers, **run, **given)
+    names = sorted({*options, *given})
+    chosen = {"mode": repr(mode), **{name: repr(given.get(name)) for name in names}}
+    return lambda layers, _, **run: AdaptiveBudget(layers, **run, **given), chosen
 
 
 def in_full(options: Mapping[str, Any]) -> dict[str, Any]:

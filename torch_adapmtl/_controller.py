@@ -67,8 +67,8 @@ class Controller(KeepsPrecision):
     def freeze(self) -> None:
         """Prune to the target now, exactly, and hold the zeros by masks."""
 
-    def retarget(self, target: float, total_steps: int, sparsity: float) -> None:
-        """Start anew, from the present `sparsity` to another target.
+    def retarget(self, target: float, total_steps: int, zeros: int) -> None:
+        """Start anew, from the present number of `zeros` to another target.
 
         Raises:
             RuntimeError: Unless the subclass can.

@@ -47,13 +47,12 @@ def _check(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: obj
     for layer in handle._layers:
         name = _kept(layer.name)
         _check_shape(name, layer.weight, given, "of another model: make the model alike")
-    wanted = handle.budget.state_dict(prefix=_OWN + "budget.", keep_vars=True)
-    found = {name for name in given if name.startswith(_OWN + "budget.")}
-    if wanted.keys() != found:
+    wanted = {_OWN + name for name in handle.state_dict(keep_vars=True)}
+    found = {name for name in given if name.startswith(_OWN)}
+    if wanted != found:
         raise ValueError(
-            f"the state dict comes from a run with another mode or allocation: it has "
-            f"{sorted(found - wanted.keys())}, and not {sorted(wanted.keys() - found)}; prepare "
-            f"the model alike"
+            f"the state dict comes from a run with other options: it has "
+            f"{sorted(found - wanted)}, and not {sorted(wanted - found)}; prepare the model alike"
         )
     for name, own in (*handle.named_parameters(), *handle.named_buffers()):
         _check_shape(_OWN + name, own, given, "with other options: prepare the model alike")

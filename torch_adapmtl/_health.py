@@ -91,6 +91,24 @@ class LossTrace(KeepsPrecision):
         """The tasks that had losses, but never one that requires grad."""
         return [task for task in self.tasks if task in self._without - self._with_grad]
 
+    def absent(self) -> list[str]:
+        """The tasks that never had a loss, though others had."""
+        had = self._with_grad | self._without
+        return [task for task in self.tasks if had and task not in had]
+
+    def had(self) -> list[int]:
+        """Which tasks had losses with and without a gradient, in the bits of two numbers."""
+        return [
+            sum(1 << bit for bit, task in enumerate(self.tasks) if task in seen)
+            for seen in (self._with_grad, self._without)
+        ]
+
+    def note(self, had: Sequence[int]) -> None:
+        """Take over what `had` returned."""
+        for seen, bits in zip((self._with_grad, self._without), had, strict=False):
+            seen.clear()
+            seen.update(task for bit, task in enumerate(self.tasks) if bits >> bit & 1)
+
     def diverged(self) -> dict[str, tuple[float, float]]:
         """The tasks whose loss is far above where it began: from what to what."""
         total, count = self.first
@@ -144,12 +162,14 @@ class Watch:
     """What there is to say while a run goes on, each once."""
 
     def __init__(self) -> None:
+        self._begun: int | None = None
         self._idleness: Idleness | None = None
         self._unseen: set[str] = set()
 
-    def begin(self, layers: Sequence[Layer]) -> None:
-        """Note how the weights are before the first step."""
-        self._idleness = Idleness(layers)
+    def begin(self, step: int, layers: Sequence[Layer]) -> None:
+        """Note how the weights are before the first step that this process takes."""
+        if self._begun is None:
+            self._begun, self._idleness = step, Idleness(layers)
 
     def look(self, step: int, layers: Sequence[Layer], unseen: Mapping[str, int]) -> list[str]:
         """Warnings after `step` steps, for which the device is waited for now and then.
@@ -160,7 +180,8 @@ class Watch:
             unseen: The tasks that have had no loss for longer than their window: for how long.
         """
         found = []
-        if self._idleness is not None and (said := self._idleness.over(step, layers)):
+        taken = step - (self._begun or 0)
+        if self._idleness is not None and (said := self._idleness.over(taken, layers)):
             self._idleness = None
             if isinstance(said, str):
                 found.append(said)
@@ -170,9 +191,9 @@ class Watch:
             f"pruned all the same. If this is not meant, look at the names in the losses and at "
             f"the data"
             for task, steps in unseen.items()
-            if task not in self._unseen  # said when it went missing
+            if task not in self._unseen
         ]
-        self._unseen = set(unseen)
+        self._unseen |= unseen.keys()
         return found
 
 
@@ -215,6 +236,12 @@ def signs(
             f"the loss of task {task!r} ended {after / before:.1f} times as large as it began "
             f"({before:.3g}, then {after:.3g}): it diverged, or the model lost what it knew. Lower "
             f"the learning rate, prune to less, or give the schedule more steps"
+        )
+    for task in trace.absent():
+        found.append(
+            f"task {task!r} never had a loss, so nothing trained its part of the model, which is "
+            f"pruned all the same: look at the names in the losses and at the data, or leave it "
+            f"out (exclude=, task_outputs=)"
         )
     for task in trace.untrained():
         found.append(

@@ -18,7 +18,16 @@ from .pruning import (
 )
 from .thresholds import SoftThreshold
 
-__all__ = ["Layer", "PerComponent", "count_gone", "members", "shaped_like", "whole"]
+__all__ = [
+    "Layer",
+    "PerComponent",
+    "attach_all",
+    "check_ties",
+    "count_gone",
+    "members",
+    "shaped_like",
+    "whole",
+]
 
 
 @dataclass(eq=False)
@@ -123,6 +132,35 @@ class Layer:
                 with torch.no_grad():
                     parameter.copy_(sparse)
             put_back(module, name, self.threshold)
+
+
+def check_ties(layers: Sequence[Layer]) -> None:
+    """Raise a `ValueError` if `torch.nn.utils.prune` masks a tied weight not alike everywhere."""
+    for layer in layers:
+        masks = [module._buffers.get(name + "_mask") for module, name in layer.owners]
+        first = masks[0]
+        for mask in masks[1:]:
+            if (first is None) != (mask is None) or (
+                first is not None and mask is not None and not torch.equal(first, mask)
+            ):
+                raise ValueError(
+                    f"{layer.name!r} is tied, and torch.nn.utils.prune masks it differently in the "
+                    f"{len(masks)} modules that hold it: give all of them the same mask "
+                    f"(prune.custom_from_mask), or remove it"
+                )
+
+
+def attach_all(layers: Sequence[Layer]) -> None:
+    """Put the thresholds on all the layers, or on none if one refuses."""
+    begun = []
+    try:
+        for layer in layers:
+            begun.append(layer)
+            layer.attach()
+    except Exception:
+        for layer in begun:
+            layer.remove(bake=False)
+        raise
 
 
 class PerComponent(nn.Module):

@@ -32,7 +32,7 @@ Selectors = Selector | Iterable[Selector]
 Groups = Mapping[str, Selectors]
 Prunable = Mapping[type[nn.Module], str | Iterable[str]]
 
-_DEFAULT: dict[type[nn.Module], tuple[str, ...]] = {
+DEFAULT_PRUNABLE: dict[type[nn.Module], tuple[str, ...]] = {
     _ConvNd: ("weight",),  # convolutions and transposed convolutions
     nn.Linear: ("weight",),
     nn.MultiheadAttention: ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
@@ -43,8 +43,8 @@ _WRAPPER_NAMES = ("_orig_mod", "_checkpoint_wrapped_module")
 
 def prunable_by_default(module: nn.Module) -> tuple[str, ...]:
     """The names of the tensors of a module that are prunable unless the user says otherwise."""
-    kind = next((k for k in type(module).__mro__ if k in _DEFAULT), None)
-    return _DEFAULT[kind] if kind is not None else ()
+    kind = next((k for k in type(module).__mro__ if k in DEFAULT_PRUNABLE), None)
+    return DEFAULT_PRUNABLE[kind] if kind is not None else ()
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -157,7 +157,7 @@ class Inventory:
                 )
             kind = next((k for k in type(module).__mro__ if k in patterns), None)
             wanted = patterns[kind] if kind is not None else ()
-            if kind is not None and wanted != _DEFAULT.get(kind) and any(_held(module)):
+            if kind is not None and wanted != DEFAULT_PRUNABLE.get(kind) and any(_held(module)):
                 unmatched.update({(kind, pattern): module for pattern in wanted})
             for public, raw, parameter in _held(module):
                 entry = found.setdefault(id(parameter), Found(parameter))
@@ -310,7 +310,7 @@ def _held(module: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
 
 
 def _patterns(prunable: Prunable | None) -> dict[type[nn.Module], tuple[str, ...]]:
-    patterns = dict(_DEFAULT)
+    patterns = dict(DEFAULT_PRUNABLE)
     if prunable is None:
         return patterns
     if not isinstance(prunable, Mapping):

@@ -19,20 +19,16 @@ __all__ = ["load", "pack", "pack_mask", "read", "save", "unpack", "unpack_mask"]
 
 _VERSION = 1
 # Room for what changes in the course of a run, in bytes.
-_PROGRESS = 256
+_PROGRESS = 512
 
 
 def save(
     settings: Mapping[str, Any], progress: Mapping[str, Any], layers: Sequence[Layer]
 ) -> Tensor:
-    """Write a run's settings, how far it has come, and its masks."""
+    """Write a run's settings, how far it has come, and its masks: the present and the given."""
     header = {"version": _VERSION, **settings, "layers": _names(layers)}
-    return pack(
-        header,
-        progress,
-        [layer.threshold.mask for layer in layers],
-        [layer.weight.numel() for layer in layers],
-    )
+    masks = [layer.threshold.mask for layer in layers] + [layer.given_mask for layer in layers]
+    return pack(header, progress, masks, 2 * [layer.weight.numel() for layer in layers])
 
 
 def load(state: Tensor, settings: Mapping[str, Any], layers: Sequence[Layer]) -> dict[str, Any]:
@@ -42,8 +38,9 @@ def load(state: Tensor, settings: Mapping[str, Any], layers: Sequence[Layer]) ->
         ValueError: If `read` refuses it; no mask has been changed then.
     """
     progress, masks = read(state, settings, layers)
-    for layer, mask in zip(layers, masks, strict=True):
-        layer.threshold.mask = mask
+    present, given = masks[: len(layers)], masks[len(layers) :]
+    for layer, mask, first in zip(layers, present, given, strict=True):
+        layer.threshold.mask, layer.given_mask = mask, first
     return progress
 
 
@@ -53,7 +50,7 @@ def read(
     """Read what `save` wrote, and check that it is for a run with these settings and layers.
 
     Returns:
-        The progress, and the layers' masks.
+        The progress, and the layers' masks, all the present ones before all the given ones.
 
     Raises:
         ValueError: If it is damaged, or comes from another version or a run with other settings or
@@ -74,9 +71,9 @@ def read(
     ):
         raise _damaged(f"it says step={step!r}, frozen={frozen!r}, initial={initial!r}")
     for name, value in settings.items():
-        if header.get(name) != value:
+        if (found := {**header, **progress}.get(name)) != value:
             raise ValueError(
-                f"the state dict comes from a run with {name}={header.get(name)}, this model was "
+                f"the state dict comes from a run with {name}={found}, this model was "
                 f"prepared with {name}={value}: prepare it alike"
             )
     if not isinstance(header.get("layers"), dict):
@@ -90,7 +87,7 @@ def read(
         )
     masks = [
         None if bits is None else unpack_mask(bits, layer.weight)
-        for layer, bits in zip(layers, packed, strict=True)
+        for layer, bits in zip((*layers, *layers), packed, strict=True)
     ]
     return progress, masks
 

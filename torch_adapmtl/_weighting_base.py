@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import inf
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -66,17 +66,20 @@ class LossWeighting(KeepsPrecision, ABC):
         tensor(6.)
     """
 
-    nonfinite: Tensor
     synchronize = True
 
     def __init__(self, tasks: Sequence[str], *, strict: bool = False) -> None:
         super().__init__()
         self.tasks = check_tasks(tasks)
         self.strict = strict
-        self.register_buffer(
-            "nonfinite", torch.zeros(len(self.tasks), dtype=torch.int64), persistent=False
-        )
+        # No buffer: DistributedDataParallel gives all processes those of the first.
+        self.nonfinite = torch.zeros(len(self.tasks), dtype=torch.int64)
         self._latest: tuple[Tensor, Tensor] | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self.nonfinite = fn(self.nonfinite)
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -111,7 +114,10 @@ class LossWeighting(KeepsPrecision, ABC):
         values = stacked.detach()
         accepted = values.abs() < inf  # the finite ones; NaN is not below anything
         if self.strict:
-            self._raise_nonfinite((~accepted).tolist())
+            bad = (~accepted).long()
+            if self.synchronize and self.training and torch.is_grad_enabled():
+                sum_over_processes(bad)  # all of them raise, or none
+            self._raise_nonfinite(bad.tolist())
         if self.training and torch.is_grad_enabled():
             self.nonfinite += ~accepted
             for index, task in enumerate(self.tasks):

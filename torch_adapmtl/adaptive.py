@@ -233,8 +233,8 @@ class AdaptiveBudget(Controller):
             density = DensityBounds(self.layers, self._masked, share, *self._densities)
         return density.at(zeros, self.level.device)
 
-    def retarget(self, target: float, total_steps: int, sparsity: float) -> None:
-        """Start anew, from the present `sparsity` to another target.
+    def retarget(self, target: float, total_steps: int, zeros: int) -> None:
+        """Start anew, from the present number of `zeros` to another target.
 
         Zeros that masks hold stay if the target is higher. If it is lower, those may return that
         were not there when the thresholds were put on.
@@ -242,13 +242,15 @@ class AdaptiveBudget(Controller):
         Raises:
             ValueError: If the bounds leave no room for the target; nothing is changed then.
         """
-        rising = target >= sparsity
+        rising = round(target * sum(self._sizes)) >= zeros
         alive = [layer.threshold.mask if rising else layer.given_mask for layer in self.layers]
         self._bound([count_gone(mask) for mask in alive], target)
+        if self.frozen:
+            self.write()  # momentum has moved what the masks hide
         for layer, mask in zip(self.layers, alive, strict=True):
             layer.threshold.mask = None if mask is None else mask.to(layer.weight.device)
         self._aim(target, total_steps)
-        self.initial, self.frozen = sparsity, False
+        self.initial, self.frozen = zeros / sum(self._sizes), False
         self.update(0)
         self.wake(0)
 

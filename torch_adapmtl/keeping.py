@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from ._layers import Layer
-from ._selectors import Inventory, unwrap
+from ._layers import Layer, attach_all
+from ._selectors import DEFAULT_PRUNABLE, Inventory, unwrap
 from .pruning import attached_threshold, find_threshold, put_back
 from .thresholds import SoftThreshold
 
 __all__ = ["keep_zeros", "release_zeros"]
 
 
+class _Kept(SoftThreshold):
+    """The mask of `keep_zeros`, by which `release_zeros` knows its own."""
+
+
+@torch.inference_mode(False)  # the masks are for training, wherever this is called from
 def keep_zeros(model: nn.Module) -> nn.Module:
     """Hold the zeros of a sparse model while it is trained on: to finetune after `finalize`.
 
@@ -22,7 +29,8 @@ def keep_zeros(model: nn.Module) -> nn.Module:
     [`apply_adapmtl`][torch_adapmtl.apply_adapmtl] attaches thresholds: the model computes with
     zeros whatever momentum and weight decay make of the parameter under the mask, and no gradient
     reaches them. Parameters keep their identity, so that an optimiser made before goes on working.
-    Tensors that are zero throughout are left alone: they have yet to be trained.
+    Tensors that are zero throughout are left alone: they have yet to be trained; so are embeddings
+    of which only the padding row is zero, as nothing trains that.
 
     To prune further, call `apply_adapmtl` instead, which keeps zeros too.
 
@@ -59,22 +67,23 @@ def keep_zeros(model: nn.Module) -> nn.Module:
         )
     _check_single(model)
     layers = []
-    for found in Inventory(unwrap(model), {nn.Module: "*"}, ()).prunable.values():
+    everything = dict.fromkeys((*DEFAULT_PRUNABLE, nn.Module), "*")
+    for found in Inventory(unwrap(model), everything, ()).prunable.values():
         weight, owners = found.parameter, tuple(found.owners)
-        if weight.ndim < 2:
+        if weight.ndim < 2 or _only_padding(weight, owners):
             continue
         # Kept in the state dict: the model has no handle that would do it.
-        threshold = SoftThreshold().to(weight.device, weight.dtype)
+        threshold = _Kept().to(weight.device, weight.dtype)
         layer = Layer(found.names[0], "kept", owners, threshold, keep_zeros=True)
         if layer.masked:
+            _check_dense_gradient(layer)
             layers.append(layer)
     if not layers:
         raise ValueError(
             f"model: {type(model).__name__} has no tensor with zeros to keep; call keep_zeros on a "
             f"sparse model, after finalize() for instance"
         )
-    for layer in layers:
-        layer.attach()
+    attach_all(layers)
     return model
 
 
@@ -110,10 +119,30 @@ def release_zeros(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         for name in list(getattr(module, "parametrizations", ())):
             threshold = attached_threshold(module, name)
-            if threshold is not None:
+            if isinstance(threshold, _Kept):
                 prune.remove(module, name)
                 put_back(module, name, threshold)
     return model
+
+
+def _only_padding(weight: nn.Parameter, owners: Sequence[tuple[nn.Module, str]]) -> bool:
+    """Whether the zeros are those of an embedding's padding row, which is not trained anyway."""
+    for owner, _ in owners:
+        padding = getattr(owner, "padding_idx", None)
+        if isinstance(owner, nn.Embedding | nn.EmbeddingBag) and padding is not None:
+            zero = weight.detach() == 0
+            zero[padding] = False
+            return not bool(zero.any())
+    return False
+
+
+def _check_dense_gradient(layer: Layer) -> None:
+    for owner, _ in layer.owners:
+        if getattr(owner, "sparse", False) is True:
+            raise ValueError(
+                f"model: {layer.name!r} has zeros and sparse gradients ({type(owner).__name__} "
+                f"with sparse=True), which cannot be masked: set module.sparse = False first"
+            )
 
 
 def _check_single(model: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -23,17 +23,20 @@ class AdapMTLCallback(Callback):
     logs. `training_step` weights the losses by `<model>.adapmtl.loss({task: loss, ...})`.
 
     After training call `model.adapmtl.finalize()` for the plain sparse model. Checkpoints that were
-    written before are those of the prepared one.
+    written before are those of the prepared one: to test from such a checkpoint in a new process,
+    prepare the model by `apply_adapmtl` first.
 
     Args:
         model: Name of the attribute of the `LightningModule` that holds the model; None for the
             module itself, which then needs `groups`, or `example_inputs` for its `forward`.
-        total_steps: Number of optimiser steps; the trainer's estimate if None.
+        total_steps: Number of optimiser steps; the trainer's estimate if None. To be given if there
+            are several optimisers, or if the module makes its data in `setup`.
         **options: What [`apply_adapmtl`][torch_adapmtl.apply_adapmtl] takes besides:
             `target_sparsity`, which is required, `example_inputs`, `groups`, …
 
     Raises:
-        AttributeError: At the start of training, if the module has no such attribute.
+        AttributeError: At the start, if the module has no such attribute; a model that is made in
+            `configure_model` or `setup` comes too late.
         RuntimeError: At the start of training, if the trainer cannot tell how many steps it takes.
 
     Example:
@@ -65,27 +68,43 @@ class AdapMTLCallback(Callback):
     ) -> None:
         super().__init__()
         self.model, self.total_steps, self.options = model, total_steps, options
+        self._prepared: nn.Module | None = None
         self._logged = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Prepare the model, if it has not been prepared before."""
         model = self._model(pl_module)
-        if stage != "fit" or isinstance(getattr(model, "adapmtl", None), AdapMTL):
-            return
-        steps = self.total_steps
-        if steps is None:
-            estimate = trainer.estimated_stepping_batches
-            if not 0 < estimate < float("inf"):
-                raise RuntimeError(
-                    f"total_steps: the trainer's estimate of its steps is {estimate}; set "
-                    f"max_steps or max_epochs in the Trainer, or pass total_steps="
-                )
-            steps = int(estimate)
+        if model is self._prepared or isinstance(getattr(model, "adapmtl", None), AdapMTL):
+            return  # or finalized since
+        if stage != "fit":
+            return  # it may well be plain
+        steps = self._estimate(trainer) if self.total_steps is None else self.total_steps
         apply_adapmtl(model, total_steps=steps, **self.options)
+        self._prepared = model
+
+    def _estimate(self, trainer: pl.Trainer) -> int:
+        estimate: object
+        try:
+            estimate = trainer.estimated_stepping_batches
+        except Exception as error:  # of the module's own, which has no data yet
+            estimate = f"not known before setup() ({type(error).__name__}: {error})"
+        if isinstance(estimate, str) or not 0 < cast(float, estimate) < float("inf"):
+            raise RuntimeError(
+                f"total_steps: the trainer's estimate of its steps is {estimate}; pass "
+                f"total_steps=, or set max_steps or max_epochs in the Trainer"
+            )
+        return int(cast(float, estimate))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Move the schedule with the optimiser, the last one if there are several."""
         handle = self._handle(pl_module)
+        if handle is None:
+            return
+        if self.total_steps is None and len(trainer.optimizers) > 1:
+            raise RuntimeError(
+                f"total_steps: the trainer counts the steps of its {len(trainer.optimizers)} "
+                f"optimizers together; pass total_steps=, the number of steps of the last one"
+            )
         handle.detach()
         handle.attach(trainer.optimizers[-1])
 
@@ -94,28 +113,35 @@ class AdapMTLCallback(Callback):
     ) -> None:
         """Log sparsities and task weights as often as the trainer logs."""
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # not annotated
-        step = trainer.global_step
-        if trainer.loggers and step % every == 0 and step != self._logged:
+        step, handle = trainer.global_step, self._handle(pl_module)
+        if handle and trainer.loggers and step % every == 0 and step != self._logged:
             self._logged = step  # only once where batches accumulate
             # To the loggers themselves: `log` would average over the epoch what is a state.
-            scalars = self._handle(pl_module).report().scalars()
+            scalars = handle.report().scalars()
             for logger in trainer.loggers:
                 logger.log_metrics(scalars, step=step)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let go of the optimiser."""
-        self._handle(pl_module).detach()
+        if (handle := self._handle(pl_module)) is not None:
+            handle.detach()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Let go of the optimiser."""
+        self.on_train_end(trainer, pl_module)
 
     def _model(self, pl_module: pl.LightningModule) -> nn.Module:
         model = pl_module if self.model is None else getattr(pl_module, self.model, None)
         if not isinstance(model, nn.Module):
             raise AttributeError(
                 f"model: {type(pl_module).__name__} has no module {self.model!r}; name the "
-                f"attribute that holds the model, or pass model=None for the whole"
+                f"attribute that holds the model, which has to be made in __init__, or pass "
+                f"model=None for the whole"
             )
         return model
 
-    def _handle(self, pl_module: pl.LightningModule) -> AdapMTL:
-        handle = self._model(pl_module).adapmtl
-        assert isinstance(handle, AdapMTL)
-        return handle
+    def _handle(self, pl_module: pl.LightningModule) -> AdapMTL | None:
+        handle = getattr(self._model(pl_module), "adapmtl", None)
+        return handle if isinstance(handle, AdapMTL) else None

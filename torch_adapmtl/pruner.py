@@ -83,6 +83,7 @@ class AdapMTL(nn.Module):
         *,
         target_sparsity: float,
         total_steps: int,
+        options: Mapping[str, str],
     ) -> None:
         super().__init__()
         self.__dict__["_model"] = model  # not a submodule: this module is one of the model's
@@ -93,6 +94,7 @@ class AdapMTL(nn.Module):
         self.budget = budget
         self.weighting = weighting
         self._others = tuple(others)
+        self._options = dict(options)
         self._layers = list(layers)
         self._step = 0
         self._finalized = False
@@ -165,19 +167,14 @@ class AdapMTL(nn.Module):
                 f"at its target and its zeros are held: train on without calling step(), or call "
                 f"finalize(). To prune more slowly, pass a larger total_steps to apply_adapmtl."
             )
-        if self._step == 0:
-            self._watch.begin(self._layers)
+        self._watch.begin(self._step, self._layers)
         due = self.budget.due(self._step + 1)
         if due:
             self._check_layers()
-            # Asked for only here, where an update waits for the device in any case.
-            if self._attached is not None and (skipped := self._attached.skipped()) > 0:
-                self._attached.settle()
-                self._step += 1 - skipped
-                self.budget.wake(self._step)
-                return  # as many steps short of the update
         # Paper mode looks at the weights after every step, but never waits for the device.
         if (due and self.budget.exact) or self._step + 1 == self.total_steps:
+            if self._uncount(1):
+                return  # as many steps short of the update
             self.weighting.check_finite()
             for text in self._watch.look(self._step, self._layers, self.weighting.unseen()):
                 warnings.warn(text, stacklevel=3)
@@ -227,8 +224,22 @@ class AdapMTL(nn.Module):
     def detach(self) -> None:
         """Undo `attach`; nothing happens if there is nothing to undo."""
         if self._attached is not None:
+            self._uncount()
             self._attached.remove()
             self._attached = None
+
+    def _uncount(self, uncounted: int = 0) -> bool:
+        """Take back the steps that the optimiser left out, of which so many are not counted yet.
+
+        Which ones it left out only the device may know, so this waits for it.
+        """
+        skipped = 0 if self._attached is None else self._attached.skipped()
+        if self._attached is None or skipped == 0:
+            return False
+        self._attached.settle()
+        self._step += uncounted - skipped
+        self.budget.wake(self._step)
+        return True
 
     def param_groups(
         self, *, threshold_lr: float | None = None, **options: Any
@@ -271,8 +282,8 @@ class AdapMTL(nn.Module):
         that have settled stay zero if the target is higher; if it is lower, they may return,
         except those that the model had when it was prepared.
 
-        A state that is saved afterwards is loaded into a model prepared with the new target and
-        number of steps.
+        A state that is saved afterwards is loaded into a model that has been prepared and then
+        retargeted in the same way, and so is that of an average of the model.
 
         Args:
             target_sparsity: Zeros among all prunable weights at the end, as a fraction in [0, 1).
@@ -302,7 +313,9 @@ class AdapMTL(nn.Module):
         target_sparsity = check_fraction("target_sparsity", target_sparsity)
         total_steps = check_steps(total_steps)
         self._check_layers()
-        self.budget.retarget(target_sparsity, total_steps, self.sparsity())
+        self.budget.retarget(target_sparsity, total_steps, self.report().zeros)
+        if self._attached is not None:
+            self._attached.settle()
         self.target_sparsity, self.total_steps, self._step = target_sparsity, total_steps, 0
 
     # --- looking at it --------------------------------------------------------------------------
@@ -378,6 +391,8 @@ class AdapMTL(nn.Module):
         if not self.budget.frozen:
             self.budget.freeze()
         self._step = self.total_steps
+        if self._attached is not None:
+            self._attached.settle()
 
     def finalize(self) -> nn.Module:
         """Leave a plain model: its own classes, keys and parameters, the zeros written in.
@@ -472,10 +487,15 @@ class AdapMTL(nn.Module):
         """Where the run stands, and the masks, as a tensor of bytes on the CPU."""
         budget, skipped = self.budget, 0 if self._attached is None else self._attached.skipped()
         progress = {
-            "step": self._step - skipped, "frozen": budget.frozen, "initial": budget.initial
-        }  # fmt: skip
-        return save(self._settings(), progress, self._layers)
+            **self._aim(),
+            "step": self._step - skipped,
+            "frozen": budget.frozen,
+            "initial": budget.initial,
+            "had": self.trace.had(),
+        }
+        return save(self._options, progress, self._layers)
 
+    @torch.inference_mode(False)  # masks are for training, wherever they are loaded
     def set_extra_state(self, state: Tensor) -> None:
         """Load what `get_extra_state` returned.
 
@@ -489,9 +509,14 @@ class AdapMTL(nn.Module):
         if self._attached is not None:
             self._attached.settle()
         self.budget.frozen, self.budget.initial = loaded["frozen"], loaded["initial"]
+        self.trace.note(loaded.get("had", ()))
+
+    def _aim(self) -> dict[str, Any]:
+        return {"total_steps": self.total_steps, "target_sparsity": self.target_sparsity}
 
     def _settings(self) -> dict[str, Any]:
-        return {"total_steps": self.total_steps, "target_sparsity": self.target_sparsity}
+        """What a state that is loaded has to agree with."""
+        return {**self._aim(), **self._options}
 
     def __getstate__(self) -> dict[str, Any]:
         # The hook belongs to an optimiser of the original's parameters.

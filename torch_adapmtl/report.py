@@ -165,11 +165,11 @@ class Report:
             >>> from torch_adapmtl import ComponentRow, Report
             >>> parts = (ComponentRow("shared", 2, 600, 480), ComponentRow("seg", 1, 400, 400))
             >>> Report(parts, (), target_sparsity=0.9, step=7, total_steps=9).scalars()
-            {'sparsity/overall': 0.88, 'sparsity/shared': 0.8, 'sparsity/seg': 1.0}
+            {'sparsity/shared': 0.8, 'sparsity/seg': 1.0, 'sparsity/overall': 0.88}
         """
         return {
-            "sparsity/overall": self.sparsity,
             **{f"sparsity/{row.name}": row.sparsity for row in self.components},
+            "sparsity/overall": self.sparsity,
             **{f"task_weight/{task}": weight for task, weight in self.task_weights.items()},
         }
 

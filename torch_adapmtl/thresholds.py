@@ -340,7 +340,8 @@ class SoftThreshold(nn.Module):
         if weight.requires_grad and not sparse.requires_grad and not _transforming():
             # Under `no_grad`. By whether a factor requires grad, torch chooses how to multiply, and
             # what it computes differs in the last bits: be like the parameter that is there later.
-            sparse.requires_grad_()
+            # A view, because autocast would keep a copy of every leaf that it casts.
+            sparse = sparse.view_as(sparse).requires_grad_()
         return sparse
 
     def _value(self) -> float | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torch_adapmtl._controller import Controller
 from torch_adapmtl._distributed import agree
-from torch_adapmtl._layers import Layer, shaped_like
+from torch_adapmtl._layers import Layer, count_gone, shaped_like
 from torch_adapmtl.budget import SparsitySchedule
 from torch_adapmtl.thresholds import SoftThreshold
 
@@ -112,6 +112,10 @@ class Masked(Controller):
         """Prune to the target now, exactly, and hold the zeros by masks."""
         self.hold([~flat for flat in self.chosen(self.zeros)])
 
+    def refresh(self) -> None:
+        """Count the zeros that the model of a loaded state had been given with."""
+        self._least = sum(count_gone(layer.given_mask) for layer in self.layers)
+
     def store(self, name: str) -> None:
         """Register a buffer of zeros for each layer's weight, float32: it moves with the model."""
         for i, layer in enumerate(self.layers):
@@ -166,6 +170,7 @@ class OneShot(Masked):
 
     def refresh(self) -> None:
         """Read how many batches a loaded state has seen."""
+        super().refresh()
         self._seen = int(self.seen)
 
     def observe(self, losses: Mapping[str, Tensor]) -> None:
