@@ -35,7 +35,7 @@ from torch_adapmtl.benchmark import (
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "results.md"
 # How far AdapMTL should be ahead of the best baseline, in points, by sparsity.
 AIMS = {0.8: 0.0, 0.9: 2.0, 0.95: 0.0, 0.97: 5.0}
-DRAWN = ("AdapMTL", "Taylor", "global magnitude", "DiSparse dynamic", "uniform magnitude")
+DRAWN = ("AdapMTL", "Taylor", "IMP", "global magnitude", "DiSparse dynamic", "uniform magnitude")
 
 
 def problems(rows: Sequence[Row]) -> list[str]:

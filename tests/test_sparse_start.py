@@ -132,6 +132,14 @@ def test_the_schedule_goes_on_from_what_is_there(
     assert zeros(pruner) == round(target * 900)
 
 
+def test_a_report_says_what_was_there() -> None:
+    pruner = prepare(sparse_model(), target_sparsity=0.9)
+    assert pruner.report().given == 101
+    assert "zero before the run, and kept so: 101 weights" in str(pruner.report())
+    assert "kept so" in pruner.report()._repr_html_()
+    assert "kept so" not in str(prepare(TwoTasks()).report())
+
+
 def test_a_tensor_that_is_zero_throughout_learns() -> None:
     model = TwoTasks()
     nn.init.zeros_(model.heads["b"].weight)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._layers import Layer, members
+from ._layers import Layer, count_gone, members
 from .groups import FROZEN, UNUSED, Components
 from .report import ComponentRow, LayerRow, Report
 
@@ -51,6 +51,7 @@ def measure(
             for name, rows in by_component.items()
         ),
         layers=layer_rows,
+        given=sum(count_gone(layer.given_mask) for layer in layers),
         dense=[*dense, *((name, "not prunable", count) for name, count in others)],
         **progress,
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ._layers import Layer, shaped_like
 
@@ -118,7 +119,7 @@ def pack(
     if len(changing) > _PROGRESS:
         raise ValueError(f"progress takes {len(changing)} bytes of {_PROGRESS}: {progress}")
     bits = [
-        torch.zeros(_bytes(size), dtype=torch.uint8) if mask is None else pack_mask(mask).cpu()
+        torch.zeros(_bytes(size), dtype=torch.uint8) if mask is None else _packed(mask)
         for mask, size in zip(masks, sizes, strict=True)
     ]
     present = torch.tensor([mask is not None for mask in masks], dtype=torch.uint8)
@@ -168,6 +169,18 @@ def _as_tensor(text: bytes) -> Tensor:
 
 def _bytes(size: int) -> int:
     return -(-size // 8)
+
+
+# Averages of a model ask for its state in every step, and masks seldom change.
+_PACKED = WeakTensorKeyDictionary()
+
+
+def _packed(mask: Tensor) -> Tensor:
+    found: tuple[int, Tensor] | None = _PACKED.get(mask)
+    if found is None or found[0] != mask._version:
+        found = mask._version, pack_mask(mask).cpu()
+        _PACKED[mask] = found
+    return found[1]
 
 
 def pack_mask(mask: Tensor) -> Tensor:

@@ -91,6 +91,7 @@ class Report:
         total_steps: Steps the run was set up for.
         dense: What is left dense (tuples of name, reason and weights will do).
         task_weights: The current weight of each task's loss.
+        given: How many weights were zero before the run, and stay so.
 
     Example:
         >>> print(
@@ -128,6 +129,7 @@ class Report:
     total_steps: int
     dense: Sequence[tuple[str, str, int]] = ()
     task_weights: Mapping[str, float] = field(default_factory=dict)
+    given: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "components", tuple(self.components))
@@ -180,6 +182,7 @@ class Report:
             "sparsity": self.sparsity,
             "weights": self.weights,
             "zeros": self.zeros,
+            "given": self.given,
             "step": self.step,
             "total_steps": self.total_steps,
             "task_weights": dict(self.task_weights),
@@ -211,6 +214,8 @@ class Report:
 
     def __str__(self) -> str:
         lines = [*_text_table(self._component_table(), left=1), self._progress()]
+        if self.given:
+            lines.append(self._given_line())
         if self.task_weights:
             lines.append(self._weights_line())
         if self.dense:
@@ -223,6 +228,8 @@ class Report:
         blocks = [_html_table(self._component_table(), left=1, caption=self._progress())]
         if self.task_weights:
             blocks.append(f"<p>{escape(self._weights_line())}</p>")
+        if self.given:
+            blocks.append(f"<p>{escape(self._given_line())}</p>")
         if self.layers:
             rows = [["layer", "component", "shape", "weights", "zeros", "sparsity", "threshold"]]
             for row in self.layers:
@@ -254,6 +261,9 @@ class Report:
     def _weights_line(self) -> str:
         weights = (f"{task} {weight:.2f}" for task, weight in self.task_weights.items())
         return f"task weights: {', '.join(weights)}"
+
+    def _given_line(self) -> str:
+        return f"zero before the run, and kept so: {self.given:,} weights"
 
     def _dense_line(self) -> str:
         return f"left dense, not counted: {sum(part[2] for part in self.dense):,} weights"
