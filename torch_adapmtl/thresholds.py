@@ -207,9 +207,16 @@ def soft_threshold(
     return _apply(weight, alpha, known, reach, straight_through)
 
 
-def _transforming() -> bool:
-    """Whether torch.compile or torch.func is at work, which keep track of gradients themselves."""
-    return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
+def _elsewhere(weight: Tensor) -> bool:
+    """Whether others look at `requires_grad`: torch.compile, torch.func, and autocast.
+
+    Autocast would keep a copy of everything that requires grad.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.maybe_current_level() is not None
+        or torch.is_autocast_enabled(weight.device.type)
+    )
 
 
 def _apply(
@@ -337,11 +344,10 @@ class SoftThreshold(nn.Module):
         if self.mask is not None:
             check_mask(self.mask, weight)
             sparse = _mask(sparse, self.mask)
-        if weight.requires_grad and not sparse.requires_grad and not _transforming():
+        if weight.requires_grad and not sparse.requires_grad and not _elsewhere(weight):
             # Under `no_grad`. By whether a factor requires grad, torch chooses how to multiply, and
             # what it computes differs in the last bits: be like the parameter that is there later.
-            # A view, because autocast would keep a copy of every leaf that it casts.
-            sparse = sparse.view_as(sparse).requires_grad_()
+            sparse.requires_grad_()
         return sparse
 
     def _value(self) -> float | None:
