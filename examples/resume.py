@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from torch_adapmtl import AdapMTL, apply_adapmtl
+from torch_adapmtl import apply_adapmtl
 from torch_adapmtl.datasets import MultiDigits
 
 BATCH = 32
@@ -112,10 +112,6 @@ def train(
                     "done": step + 1,
                 },
             )
-    return finish(pruner)
-
-
-def finish(pruner: AdapMTL) -> nn.Module:
     print(pruner.report())
     return pruner.finalize()
 

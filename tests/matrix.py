@@ -682,9 +682,7 @@ def _through_checkpoint(run: Run, folder: str) -> Run:
 
 ROWS: dict[str, Row] = {
     "`copy.deepcopy`": Row(on_copy(copy.deepcopy), same=True),
-    "`copy.deepcopy` of a copy, after a forward pass": Row(
-        on_copy(copy.deepcopy, forward=True), same=False
-    ),
+    "`copy.deepcopy` of a copy, after a forward pass": Row(on_copy(copy.deepcopy, forward=True)),
     "`pickle`": Row(on_copy(_pickled), same=True),
     "`torch.save` of the model": Row(on_copy(_saved, forward=True)),
     "`state_dict` into a freshly prepared model, `weights_only=True`": Row(loaded(), same=True),

@@ -85,15 +85,13 @@ class Controller(KeepsPrecision):
         turn = step // spacing != (step - 1) // spacing
         return step == self.last_update or (turn and step < self.last_update)
 
-    def step(self, step: int) -> bool:
-        """Do what is due after `step` steps; tell whether it was an update (it synchronises)."""
-        due = self.due(step)
-        if due and not self.frozen:
+    def step(self, step: int) -> None:
+        """Do what is due after `step` steps."""
+        if self.due(step) and not self.frozen:
             self.freeze() if step == self.last_update else self.update(step)
         elif step == self.total_steps and self.frozen:
             self.write()  # momentum has moved what the masks hide
         self.wake(step)
-        return due or step == self.total_steps
 
     def update(self, step: int) -> None:
         """Move the thresholds to where they should be after `step` steps."""

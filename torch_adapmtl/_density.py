@@ -31,6 +31,7 @@ class DensityBounds:
 
     Attributes:
         zeros: The number of zeros at the end, `round(target * N)`.
+        masked: As given.
 
     Raises:
         ValueError: If the bounds leave no room for the target; with the arithmetic.
@@ -48,7 +49,7 @@ class DensityBounds:
         least = _by_component("min_density", min_density, 0.0, by_name)
         most = _by_component("max_density", max_density, 1.0, by_name)
         sizes = [layer.weight.numel() for layer in layers]
-        self.zeros = round(target * sum(sizes))
+        self.zeros, self.masked = round(target * sum(sizes)), masked
         self._index = {name: c for c, name in enumerate(by_name)}
         self._component = [self._index[layer.component] for layer in layers]
         density = [min(1.0 - target, most[layer.component]) for layer in layers]

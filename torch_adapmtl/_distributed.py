@@ -1,4 +1,4 @@
-"""What processes that train one model together have to agree on.
+"""What processes that train one model together share, and have to agree on.
 
 `DistributedDataParallel` and the like make the gradients alike, and so the weights. Losses, and
 gradients that are looked at before they are reduced, are each process's own.
@@ -6,11 +6,24 @@ gradients that are looked at before they are reduced, are each process's own.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-__all__ = ["agree", "mean_over_processes", "sum_over_processes"]
+__all__ = ["agree", "is_sharded", "mean_over_processes", "sum_over_processes", "whole"]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each process holds only its part of the tensor, a DTensor."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Any) -> Tensor:
+    """A tensor as it is, or gathered from all processes if it is sharded."""
+    found: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
+    return found
 
 
 def _together() -> bool:

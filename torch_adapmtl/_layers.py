@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ._distributed import is_sharded, whole
 from .pruning import (
     attach_threshold,
     attached_threshold,
@@ -26,7 +27,6 @@ __all__ = [
     "count_gone",
     "members",
     "shaped_like",
-    "whole",
 ]
 
 
@@ -87,7 +87,7 @@ class Layer:
     @property
     def sharded(self) -> bool:
         """Whether each process holds only its part of the weight (`fully_shard`)."""
-        return hasattr(self.weight, "full_tensor")
+        return is_sharded(self.weight)
 
     def values(self) -> Tensor:
         """The weight without its history; gathered from all processes if it is sharded."""
@@ -192,12 +192,6 @@ def members(layers: Sequence[Layer]) -> dict[str, list[int]]:
     return found
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor as it is, or gathered from all processes if it is sharded."""
-    gather: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()
-
-
 def count_gone(alive: Tensor | None) -> int:
     """How many weights a mask has taken."""
     return 0 if alive is None else int((~alive).sum())
@@ -206,6 +200,6 @@ def count_gone(alive: Tensor | None) -> int:
 def shaped_like(weight: Tensor, mask: Tensor) -> Tensor:
     """Bring a flat mask into the shape and the memory format of `weight`."""
     # Of another format, it would pass that on to the weight and so to the convolution.
-    if hasattr(weight, "full_tensor"):  # forward passes see it whole
+    if is_sharded(weight):  # forward passes see it whole
         return mask.view(weight.shape)
     return torch.empty_like(weight, dtype=torch.bool).copy_(mask.view(weight.shape))

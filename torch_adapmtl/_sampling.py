@@ -9,7 +9,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ._layers import Layer, whole
+from ._distributed import whole
+from ._layers import Layer
 
 __all__ = ["Sample", "magnitude", "positions", "take"]
 

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torch_adapmtl._checks import DTYPES, obstacle, trouble_of_inference
+from torch_adapmtl._distributed import is_sharded
 
 __all__ = [
     "Groups",
@@ -125,7 +126,7 @@ class Inventory:
                     f"{name} is not initialised yet (a lazy module); run one batch through the "
                     "model first"
                 )
-            if hasattr(tensor, "device_mesh") and hasattr(tensor, "placements"):  # a DTensor
+            if is_sharded(tensor):
                 raise ValueError(f"{name} is sharded (a DTensor); apply pruning before sharding")
         fsdp = sys.modules.get("torch.distributed.fsdp")
         if fsdp is not None:
@@ -282,7 +283,7 @@ def _check_weight(name: str, weight: nn.Parameter) -> None:
     problem = obstacle(weight) or trouble_of_inference(weight)
     kind: Any = weight
     # Torchao's quantised weights pass for float ones.
-    if is_traceable_wrapper_subclass(kind) and not hasattr(kind, "device_mesh"):
+    if is_traceable_wrapper_subclass(kind) and not is_sharded(weight):
         problem = (
             f"is a {type(weight).__name__}, which stands for other tensors; prune the model "
             "before it is quantised or wrapped"

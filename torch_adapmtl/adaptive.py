@@ -113,7 +113,7 @@ class AdaptiveBudget(Controller):
         super().__init__(layers, target, total_steps)
         self.allocates = allocation is not None and min_density is None and max_density is None
         self._bound([layer.masked for layer in layers], target)
-        share = sum(self._masked) / sum(self._sizes)
+        share = sum(self._density.masked) / sum(self._sizes)
         self.initial = max(min(schedule.initial, target), share)
         self._members = members(layers)
 
@@ -223,14 +223,13 @@ class AdaptiveBudget(Controller):
 
     def _bound(self, masked: list[int], target: float) -> None:
         self._density = DensityBounds(self.layers, masked, target, *self._densities)
-        self._masked = masked
 
     def _bounds(self, zeros: float) -> Bounds:
         """The bounds while `zeros` weights are to be zero."""
         density = self._density
         if zeros > density.zeros:  # on the way down to the target, whose floors come with it
             share = zeros / sum(self._sizes)
-            density = DensityBounds(self.layers, self._masked, share, *self._densities)
+            density = DensityBounds(self.layers, density.masked, share, *self._densities)
         return density.at(zeros, self.level.device)
 
     def retarget(self, target: float, total_steps: int, zeros: int) -> None:

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
+from ._distributed import is_sharded
 from ._layers import Layer, attach_all
 from ._selectors import DEFAULT_PRUNABLE, Inventory, unwrap
+from .pruner import AdapMTL
 from .pruning import attached_threshold, find_threshold, put_back
 from .thresholds import SoftThreshold
 
@@ -109,7 +111,7 @@ def release_zeros(model: nn.Module) -> nn.Module:
     """
     _check_unhandled(model)
     for name, parameter in model.named_parameters():
-        if hasattr(parameter, "full_tensor"):
+        if is_sharded(parameter):
             raise RuntimeError(
                 f"model: {name!r} is sharded (fully_shard), so that masks cannot be taken off in "
                 f"place: gather its state with torch.distributed.checkpoint.state_dict."
@@ -161,8 +163,7 @@ def _check_single(model: nn.Module) -> None:
 
 
 def _check_unhandled(model: nn.Module) -> None:
-    for path, module in unwrap(model).named_modules():
-        if path.rpartition(".")[2] == "adapmtl" and hasattr(module, "finalize"):
-            raise RuntimeError(
-                "model: it is being pruned; call finalize() on its handle (model.adapmtl) first"
-            )
+    if any(isinstance(module, AdapMTL) for module in model.modules()):
+        raise RuntimeError(
+            "model: it is being pruned; call finalize() on its handle (model.adapmtl) first"
+        )

@@ -137,7 +137,7 @@ class PaperBudget(Controller):
         return True
 
     @torch.no_grad()
-    def step(self, step: int) -> bool:
+    def step(self, step: int) -> None:
         """Hold the thresholds if the target was reached before; count the zeros."""
         for name in members(self.layers):
             s, held = self.s[name], self.held[name]
@@ -145,7 +145,6 @@ class PaperBudget(Controller):
             held.copy_(s)
         zeros = sum((layer.sparse() == 0).sum() for layer in self.layers)
         self.reached |= zeros >= self.zeros
-        return False
 
     def freeze(self) -> None:
         """Refuse: the thresholds decide on the sparsity.

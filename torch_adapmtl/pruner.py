@@ -233,13 +233,19 @@ class AdapMTL(nn.Module):
 
         Which ones it left out only the device may know, so this waits for it.
         """
-        skipped = 0 if self._attached is None else self._attached.skipped()
-        if self._attached is None or skipped == 0:
-            return False
-        self._attached.settle()
-        self._step += uncounted - skipped
-        self.budget.wake(self._step)
-        return True
+        skipped = self._skipped()
+        if skipped:
+            self._settle_skipped()
+            self._step += uncounted - skipped
+            self.budget.wake(self._step)
+        return skipped > 0
+
+    def _skipped(self) -> int:
+        return 0 if self._attached is None else self._attached.skipped()
+
+    def _settle_skipped(self) -> None:
+        if self._attached is not None:
+            self._attached.settle()
 
     def param_groups(
         self, *, threshold_lr: float | None = None, **options: Any
@@ -314,8 +320,7 @@ class AdapMTL(nn.Module):
         total_steps = check_steps(total_steps)
         self._check_layers()
         self.budget.retarget(target_sparsity, total_steps, self.report().zeros)
-        if self._attached is not None:
-            self._attached.settle()
+        self._settle_skipped()
         self.target_sparsity, self.total_steps, self._step = target_sparsity, total_steps, 0
 
     # --- looking at it --------------------------------------------------------------------------
@@ -391,8 +396,7 @@ class AdapMTL(nn.Module):
         if not self.budget.frozen:
             self.budget.freeze()
         self._step = self.total_steps
-        if self._attached is not None:
-            self._attached.settle()
+        self._settle_skipped()
 
     def finalize(self) -> nn.Module:
         """Leave a plain model: its own classes, keys and parameters, the zeros written in.
@@ -474,7 +478,7 @@ class AdapMTL(nn.Module):
                     f"torch.nn.utils.prune.remove, for instance) while the model is being pruned: "
                     f"call finalize() instead of removing thresholds one by one"
                 )
-            if layer.sharded and not self.budget.shardable:
+            if not self.budget.shardable and layer.sharded:
                 raise RuntimeError(
                     f"{layer.name!r} is sharded (fully_shard), so that neither gradients nor "
                     f"thresholds that gradients train are seen whole: use allocation='lamp' or "
@@ -485,12 +489,11 @@ class AdapMTL(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Where the run stands, and the masks, as a tensor of bytes on the CPU."""
-        budget, skipped = self.budget, 0 if self._attached is None else self._attached.skipped()
         progress = {
             **self._aim(),
-            "step": self._step - skipped,
-            "frozen": budget.frozen,
-            "initial": budget.initial,
+            "step": self._step - self._skipped(),
+            "frozen": self.budget.frozen,
+            "initial": self.budget.initial,
             "had": self.trace.had(),
         }
         return save(self._options, progress, self._layers)
@@ -506,8 +509,7 @@ class AdapMTL(nn.Module):
         """
         loaded = load(state, self._settings(), self._layers)
         self._step = loaded["step"]
-        if self._attached is not None:
-            self._attached.settle()
+        self._settle_skipped()
         self.budget.frozen, self.budget.initial = loaded["frozen"], loaded["initial"]
         self.trace.note(loaded.get("had", ()))
 

@@ -21,10 +21,9 @@ from ._checks import (
     check_threshold,
     obstacle,
 )
+from ._kernels import firm, masked, until
 
 __all__ = ["SoftThreshold", "soft_threshold"]
-
-_PIECE = 2**17
 
 
 class _SoftThreshold(torch.autograd.Function):
@@ -43,18 +42,18 @@ class _SoftThreshold(torch.autograd.Function):
         if value == 0.0:
             return weight.clone()  # softshrink does not always keep the sign of a zero
         if value is not None and reach != math.inf:
-            return _firm(weight, value, reach)
+            return firm(weight, value, reach)
         if value is not None:
             return F.softshrink(weight, min(value, torch.finfo(weight.dtype).max))
         # A threshold in training may fall below zero.
         alpha = alpha.to(weight.dtype).clamp(min=0)
         if torch.onnx.is_in_onnx_export():  # ONNX cannot tell the sign of a zero
             soft = weight - weight.clamp(-alpha, alpha)
-            return soft if reach == math.inf else _until(reach, soft, alpha)
+            return soft if reach == math.inf else until(reach, soft, alpha)
         # Not `sign(w) * relu(|w| - alpha)`: this form keeps NaN, infinity and the sign of a zero,
         # and makes one new tensor.
         soft = weight.clamp(-alpha, alpha).sub_(weight).copysign_(weight)
-        return soft if reach == math.inf else _until(reach, soft, alpha).copysign_(weight)
+        return soft if reach == math.inf else until(reach, soft, alpha).copysign_(weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -81,40 +80,9 @@ class _SoftThreshold(torch.autograd.Function):
         return grad_weight, grad_alpha, None, None, None
 
 
-def _whole(weight: Tensor) -> bool:
-    """Whether to work on a weight at once, and not piece by piece."""
-    # Pieces stay in a core's cache, so that the memory is read once and written once.
-    return (
-        weight.device.type != "cpu"
-        or weight.numel() <= _PIECE
-        or not weight.is_contiguous()
-        or torch._C._functorch.is_functorch_wrapped_tensor(weight)
-    )
-
-
-def _until(reach: float, soft: Tensor, alpha: Any) -> Tensor:
-    """Firm thresholding: the soft one, and back what it took, as far as there is as much beyond."""
-    limit = alpha * (reach - 1)
-    return soft.add_(soft.clamp(-limit, limit), alpha=1 / (reach - 1))
-
-
-def _firm(weight: Tensor, alpha: float, reach: float) -> Tensor:
-    """The same in a way that is fast on a CPU."""
-    alpha = min(alpha, torch.finfo(weight.dtype).max)
-    if _whole(weight):
-        return _until(reach, F.softshrink(weight, alpha), alpha)
-    out, scratch = torch.empty_like(weight), weight.new_empty(_PIECE)
-    limit = alpha * (reach - 1)
-    for part, place in zip(weight.view(-1).split(_PIECE), out.view(-1).split(_PIECE), strict=True):
-        torch.ops.aten.softshrink.out(part, alpha, out=place)
-        back = torch.clamp(place, -limit, limit, out=scratch[: len(part)])
-        place.add_(back, alpha=1 / (reach - 1))
-    return out
-
-
 def _mask(weight: Tensor, mask: Tensor) -> Tensor:
-    masked: Tensor = _Mask.apply(weight, mask)
-    return masked
+    kept: Tensor = _Mask.apply(weight, mask)
+    return kept
 
 
 class _Mask(torch.autograd.Function):
@@ -124,7 +92,7 @@ class _Mask(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor, mask: Tensor) -> Tensor:
-        return _masked(weight, mask)
+        return masked(weight, mask)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -133,17 +101,6 @@ class _Mask(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _Mask.apply(grad, *ctx.saved_tensors), None
-
-
-def _masked(weight: Tensor, mask: Tensor) -> Tensor:
-    if torch.compiler.is_compiling() or _whole(weight) or not mask.is_contiguous():
-        return torch.where(mask, weight, weight.new_zeros(()))  # not 0.0: torch would copy it
-    # On a CPU `where` takes four times as long as this.
-    out = torch.empty_like(weight)
-    flat = (weight.view(-1), mask.view(-1).view(torch.uint8), out.view(-1))
-    for part, keep, place in zip(*(tensor.split(_PIECE) for tensor in flat), strict=True):
-        torch.mul(part, keep.to(weight.dtype), out=place)
-    return out
 
 
 def soft_threshold(
