@@ -215,7 +215,7 @@ ARGUMENTS = [
     option("a floor above the ceiling", V, "max_density=0.5", "at least 30 and at most 24",
            "Lower the one", min_density={"a": 0.6}, max_density={"a": 0.5}),
     # Weightings.
-    option("weighting", V, "weighting", "'gradnorm'", "one of ['stability'", weighting="gradnorm"),
+    option("weighting", V, "weighting", "'gradnorm'", "one of 'stability'", weighting="gradnorm"),
     option("weighting, a number", T, "weighting", "got 3", "'equal', a mapping", weighting=3),
     option("a weighting without a task", V, "weights", "missing ['b']", "exactly the tasks",
            weighting={"a": 1.0}),
@@ -803,12 +803,12 @@ SETTINGS = [
             ([1.0, 1.0], T, "returned by fn", "[1.0, 1.0]", "a mapping"),
         )
     ),
-    stability("window 1", "window", "got 1", "at least 2", window=1),
-    stability("window 2.5", "window", "got 2.5", "an int", T, window=2.5),
-    stability("start below 0", "start", "got -1", "at least 0", start=-1),
-    stability("start True", "start", "got True", "an int", T, start=True),
-    stability("direction", "direction", "'calm'", "one of ['stable'", direction="calm"),
-    stability("deviation", "deviation", "'std'", "one of ['relative_change'", deviation="std"),
+    stability("window 1", "window", "got 1", "integer >= 2", window=1),
+    stability("window 2.5", "window", "got 2.5", "integer >= 2", window=2.5),
+    stability("start below 0", "start", "got -1", "integer >= 0", start=-1),
+    stability("start True", "start", "got True", "integer >= 0", start=True),
+    stability("direction", "direction", "'calm'", "one of 'stable'", direction="calm"),
+    stability("deviation", "deviation", "'std'", "one of 'relative_change'", deviation="std"),
     stability("bounds above 1", "bounds", "got (1.1, 2)", "lower <= 1 <= upper", bounds=(1.1, 2)),
     stability("bounds of NaN", "bounds", "got (0.5, nan)", "None", bounds=(0.5, NAN)),
     stability("one bound", "bounds", "got (0.5,)", "a pair", T, bounds=(0.5,)),
@@ -820,7 +820,7 @@ SETTINGS = [
         for spec, steps, error, named, found, remedy in (
             ("stabel", 10, V, "weighting", "'stabel'", "'stability'"),
             (EqualWeighting, 10, T, "weighting", "class", "LossWeighting instance"),
-            ("equal", 0, V, "total_steps", "got 0", "at least 1"),
+            ("equal", 0, V, "total_steps", "got 0", "integer >= 1"),
         )
     ),
 ]  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_fraction, check_reach, check_steps
+from ._checks import check_choice, check_fraction, check_reach, check_steps
 from ._controller import Controller, Mode
 from ._guard import guard
 from ._layers import Layer, attach_all, check_ties
@@ -241,7 +241,7 @@ def _budget(
 ) -> tuple[Callable[..., Controller], dict[str, str]]:
     """Check the options that need no model; return what makes the controller, and all of them."""
     if gradient is not None:
-        _check_choice("gradient", gradient, ("straight_through", "mask"))
+        check_choice("gradient", gradient, ("straight_through", "mask"))
     if mode == "paper":
         mode = PaperMode()
     if isinstance(mode, PaperMode):
@@ -251,12 +251,12 @@ def _budget(
     if isinstance(mode, Mode):
         _check_unused(mode, gradient=gradient, **options)
         return mode.controller, {"mode": repr(mode)}
-    _check_choice("mode", mode, ("adaptive", "paper"))
+    check_choice("mode", mode, ("adaptive", "paper"))
 
     given = {name: value for name, value in options.items() if value is not None}
     given = {**_DEFAULTS, **given}
     _check_schedule(given["schedule"])
-    _check_choice("granularity", given["granularity"], ("layer", "component"))
+    check_choice("granularity", given["granularity"], ("layer", "component"))
     check_reach(given["reach"])
     given["allocation"] = _allocation(given["allocation"])
     given["straight_through"] = gradient != "mask"
@@ -285,13 +285,8 @@ def _allocation(value: object) -> Allocation | None:
         "gradient": GradientAllocation,
         "common": lambda: None,
     }
-    _check_choice("allocation", value, tuple(kinds))
+    check_choice("allocation", value, tuple(kinds))
     return kinds[str(value)]()
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def _check_schedule(value: object) -> None:

@@ -13,6 +13,7 @@ __all__ = [
     "DTYPES",
     "check_alpha",
     "check_boolean",
+    "check_choice",
     "check_count",
     "check_fraction",
     "check_mask",
@@ -47,11 +48,17 @@ def check_numbers(where: str = "", /, **values: object) -> None:
             )
 
 
-def check_count(name: str, value: object) -> int:
-    """Return `value` as an int if it is a whole number >= 1 of Python or NumPy."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+def check_count(name: str, value: object, least: int = 1) -> int:
+    """Return `value` as an int if it is a whole number >= `least` of Python or NumPy."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
     return int(value)
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise an error unless `value` is one of `choices`."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def check_fraction(name: str, value: object) -> float:

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torch_adapmtl._inputs import REMEDY, call_arguments, made_inputs
-from torch_adapmtl._outputs import TaskOutputs, split_output
-from torch_adapmtl._probe import OutputError, probe, reached
+from ._inputs import REMEDY, call_arguments, made_inputs
+from ._outputs import TaskOutputs, split_output
+from ._probe import OutputError, probe, reached
 
 __all__ = ["Detection", "detect", "detect_each"]
 

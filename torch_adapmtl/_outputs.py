@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torch_adapmtl._names import RULE, is_task_name
-from torch_adapmtl._probe import OutputError
+from ._names import RULE, is_task_name
+from ._probe import OutputError
 
 __all__ = ["TaskOutputs", "check_task_name", "named_tasks", "split_output"]
 

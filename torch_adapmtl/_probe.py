@@ -17,8 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torch_adapmtl._leaks import forget
-from torch_adapmtl._snapshot import untouched
+from ._leaks import forget
+from ._snapshot import untouched
 
 __all__ = ["OutputError", "probe", "reached"]
 

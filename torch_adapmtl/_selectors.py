@@ -15,8 +15,8 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from torch_adapmtl._checks import DTYPES, obstacle, trouble_of_inference
-from torch_adapmtl._distributed import is_sharded
+from ._checks import DTYPES, obstacle, trouble_of_inference
+from ._distributed import is_sharded
 
 __all__ = [
     "Groups",

@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ._checks import check_numbers
-from ._weighting_base import LossWeighting, check_choice, check_int
+from ._checks import check_choice, check_count, check_numbers
+from ._weighting_base import LossWeighting
 
 __all__ = ["StabilityWeighting"]
 
@@ -69,7 +69,7 @@ class StabilityWeighting(LossWeighting):
 
     Raises:
         ValueError: If an argument is out of range.
-        TypeError: If `window` or `start` is no int, or `bounds` no pair of numbers.
+        TypeError: If `bounds` is no pair of numbers.
 
     Example:
         >>> weighting = StabilityWeighting(["calm", "wild"], window=10, start=0, bounds=None)
@@ -98,8 +98,8 @@ class StabilityWeighting(LossWeighting):
         strict: bool = False,
     ) -> None:
         super().__init__(tasks, strict=strict)
-        check_int("window", window, 2)
-        check_int("start", start, 0)
+        self.window = check_count("window", window, least=2)
+        self.start = check_count("start", start, least=0)
         check_choice("direction", direction, ("stable", "deviating"))
         check_choice("deviation", deviation, ("relative_change", "coefficient_of_variation"))
         if bounds is not None:
@@ -117,8 +117,6 @@ class StabilityWeighting(LossWeighting):
                     f"{bounds}; pass None for no bounds"
                 )
             bounds = (float(lower), float(upper))
-        self.window = window
-        self.start = start
         self.direction = direction
         self.deviation = deviation
         self.bounds = bounds

@@ -10,14 +10,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from torch_adapmtl._checks import check_numbers
-from torch_adapmtl._distributed import mean_over_processes, sum_over_processes
-from torch_adapmtl._precision import KeepsPrecision
+from ._checks import check_numbers
+from ._distributed import mean_over_processes, sum_over_processes
+from ._precision import KeepsPrecision
 
 __all__ = [
     "LossWeighting",
-    "check_choice",
-    "check_int",
     "check_names",
     "check_tasks",
     "check_weight",
@@ -272,17 +270,3 @@ def check_weight(name: str, weight: object) -> None:
     check_numbers(**{name: weight})
     if not 0 <= cast(float, weight) < inf:
         raise ValueError(f"{name} must be finite and not negative, got {weight}")
-
-
-def check_int(name: str, value: object, least: int) -> None:
-    """Raises unless `value` is an int and at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int (steps), got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least} (steps), got {value}")
-
-
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raises unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}")

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from torch_adapmtl._detect import detect, detect_each
-from torch_adapmtl._names import FROZEN, SHARED, UNUSED
-from torch_adapmtl._outputs import TaskOutputs, check_task_name, named_tasks
-from torch_adapmtl._selectors import Groups, Inventory, Prunable, Selectors, unwrap
+from ._detect import detect, detect_each
+from ._names import FROZEN, SHARED, UNUSED
+from ._outputs import TaskOutputs, check_task_name, named_tasks
+from ._selectors import Groups, Inventory, Prunable, Selectors, unwrap
 
 __all__ = [
     "FROZEN",

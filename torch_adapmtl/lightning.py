@@ -8,7 +8,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-from torch_adapmtl import AdapMTL, apply_adapmtl
+from ._apply import apply_adapmtl
+from .pruner import AdapMTL
 
 __all__ = ["AdapMTLCallback"]
 

@@ -12,14 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ._checks import check_choice, check_count
 from ._stability import StabilityWeighting
-from ._weighting_base import (
-    LossWeighting,
-    check_choice,
-    check_int,
-    check_names,
-    check_weight,
-)
+from ._weighting_base import LossWeighting, check_names, check_weight
 
 __all__ = [
     "CallableWeighting",
@@ -192,7 +187,7 @@ def make_weighting(
         >>> make_weighting("stability", ["seg", "depth"], 20_000).window
         500
     """
-    check_int("total_steps", total_steps, 1)
+    check_count("total_steps", total_steps)
     if isinstance(spec, LossWeighting):
         if set(spec.tasks) != set(tasks):
             raise ValueError(
