@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
+from itertools import combinations
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +18,14 @@ from torch_adapmtl.datasets import MultiDigits, Rooms, Words
 from torch_adapmtl.models import (
     ASPPHead,
     ClassificationHead,
+    DenseHead,
     MultiTaskModel,
     RegressionHead,
     feature_channels,
 )
 from torch_adapmtl.tasks import Classification, Depth, Map, Normals, Regression, Segmentation, Task
 
-__all__ = ["COMPARISON", "PROBLEMS", "TEACHERS", "WordModel", "find_problem"]
+__all__ = ["COMPARISON", "OTHERS", "PROBLEMS", "TEACHERS", "WordModel", "find_problem"]
 
 # Each `paper_start` is the one of -8, -6, -5, -4, -3.5, -3 and -2.5 that came nearest to 90 % with
 # seed 0 without a collapse (Rooms-3, digits and words; the other problems take those of the first).
@@ -35,57 +38,82 @@ _ROOM_TASKS: Mapping[str, Callable[[], Task]] = {
 }
 
 
-def _rooms(name: str, tasks: tuple[str, ...], hidden: int, steps: int) -> Problem:
+def _resnet18(*channels: int, **options: Any) -> Callable[[], nn.Module]:
+    """A ResNet-18 of timm with other widths of its stages."""
+
+    def make() -> nn.Module:
+        import timm
+
+        encoder: nn.Module = timm.create_model(
+            "resnet18", pretrained=False, channels=channels, **options
+        )
+        return encoder
+
+    return make
+
+
+def _mobilenet() -> nn.Module:
+    import timm
+
+    encoder: nn.Module = timm.create_model(
+        "mobilenetv2_050", pretrained=False, features_only=True, out_indices=(3,), output_stride=8
+    )
+    return encoder
+
+
+def _convnext() -> nn.Module:
+    from timm.models.convnext import ConvNeXt
+
+    encoder: nn.Module = ConvNeXt(
+        in_chans=1, num_classes=0, depths=(1, 1, 2, 1), dims=(24, 48, 96, 192), patch_size=2
+    )
+    return encoder
+
+
+def _dense_resnet18(*channels: int) -> Callable[[], nn.Module]:
+    """The same up to its third stage, with a map of 1/8 of the image's size."""
+    return _resnet18(*channels, features_only=True, out_indices=(3,), output_stride=8)
+
+
+def _rooms(
+    name: str,
+    tasks: tuple[str, ...],
+    make_encoder: Callable[[], nn.Module],
+    make_head: Callable[[int, int], nn.Module],
+) -> Problem:
     def load() -> tuple[Samples, Samples]:
         train = Rooms(1600, image_size=40, tasks=tasks, seed=0)
         test = Rooms(400, image_size=40, tasks=tasks, seed=1)
         return Samples(*train.tensors()), Samples(*test.tensors())
 
     def make_model() -> nn.Module:
-        import timm
-
-        encoder = timm.create_model(
-            "resnet18",
-            pretrained=False,
-            features_only=True,
-            out_indices=(3,),
-            output_stride=8,
-            channels=(24, 48, 96, 192),
-        )
+        encoder = make_encoder()
         width = feature_channels(encoder)
         channels = Rooms(1, tasks=tasks).channels
-        heads = {
-            task: ASPPHead(width, channels[task], hidden=hidden, dilations=(1, 2), dropout=0.0)
-            for task in tasks
-        }
-        return MultiTaskModel(encoder, heads)
+        return MultiTaskModel(encoder, {task: make_head(width, channels[task]) for task in tasks})
 
     return Problem(
         name,
         load,
         make_model,
         lambda: {task: _ROOM_TASKS[task]() for task in tasks},
-        steps=steps,
+        steps=500,
         batch=16,
         paper_start=-3.5,
     )
 
 
-def _digits() -> Problem:
+def _aspp(hidden: int, dilations: tuple[int, ...] = (1, 2)) -> Callable[[int, int], nn.Module]:
+    return partial(ASPPHead, hidden=hidden, dilations=dilations, dropout=0.0)
+
+
+def _digits(name: str, make_encoder: Callable[[], nn.Module], *, steps: int, lr: float) -> Problem:
     def load() -> tuple[Samples, Samples]:
         train, test = (MultiDigits(split, image_size=32) for split in ("train", "test"))
         return Samples(*train.tensors()), Samples(*test.tensors())
 
     def make_model() -> nn.Module:
-        import timm
-
-        encoder = timm.create_model(
-            "resnet18",
-            pretrained=False,
-            num_classes=0,
-            in_chans=1,
-            channels=(16, 32, 64, 128),
-        )
+        encoder = make_encoder()
         width = feature_channels(encoder)
         last = {
             "left": ClassificationHead(128, 10),
@@ -99,7 +127,7 @@ def _digits() -> Problem:
         return MultiTaskModel(encoder, heads)
 
     return Problem(
-        "digits",
+        name,
         load,
         make_model,
         lambda: {
@@ -107,8 +135,9 @@ def _digits() -> Problem:
             "right": Classification(10),
             "distance": Regression(),
         },
-        steps=600,
+        steps=steps,
         batch=32,
+        lr=lr,
         paper_start=-3.5,
     )
 
@@ -219,21 +248,37 @@ def _teachers() -> Problem:
     )
 
 
+_THREE = ("segmentation", "depth", "normal")
+_NARROW = _dense_resnet18(24, 48, 96, 192)
+
 #: The problems that methods are compared on.
 COMPARISON: tuple[str, ...] = ("rooms3", "rooms5", "digits", "words")
 
-#: The problems of the small preset, by name: those of the comparison, pairs of the tasks of Rooms,
-#: and one whose components have known sensitivities.
+#: Other nets, which were first trained when the defaults were settled: one as over-parameterised
+#: as a CPU allows, one of depthwise convolutions with light heads, one with layer norms.
+OTHERS: tuple[str, ...] = ("rooms3 wide", "rooms3 mobilenet", "digits convnext")
+
+#: The problems of the small preset, by name: those of the comparison, other nets, pairs of the
+#: tasks of Rooms, and one whose components have known sensitivities.
 PROBLEMS: Mapping[str, Problem] = {
     problem.name: problem
     for problem in (
-        _rooms("rooms3", ("segmentation", "depth", "normal"), 96, 500),
-        _rooms("rooms5", ("segmentation", "depth", "normal", "edges", "keypoints"), 64, 500),
-        _digits(),
+        _rooms("rooms3", _THREE, _NARROW, _aspp(96)),
+        _rooms("rooms5", (*_THREE, "edges", "keypoints"), _NARROW, _aspp(64)),
+        _digits(
+            "digits",
+            _resnet18(16, 32, 64, 128, num_classes=0, in_chans=1),
+            steps=600,
+            lr=2e-3,
+        ),
         _words(),
-        _rooms("rooms: segmentation, depth", ("segmentation", "depth"), 96, 500),
-        _rooms("rooms: segmentation, normal", ("segmentation", "normal"), 96, 500),
-        _rooms("rooms: depth, normal", ("depth", "normal"), 96, 500),
+        _rooms("rooms3 wide", _THREE, _dense_resnet18(64, 128, 256, 512), _aspp(256, (1, 2, 3, 4))),
+        _rooms("rooms3 mobilenet", _THREE, _mobilenet, DenseHead),
+        _digits("digits convnext", _convnext, steps=600, lr=2e-3),
+        *(
+            _rooms(f"rooms: {', '.join(pair)}", pair, _NARROW, _aspp(96))
+            for pair in combinations(_THREE, 2)
+        ),
         _teachers(),
     )
 }

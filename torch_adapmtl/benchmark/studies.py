@@ -17,7 +17,7 @@ from tqdm import tqdm
 from torch_adapmtl.benchmark.methods import BASELINES, DENSE, OURS, SETTINGS, VARIANTS
 from torch_adapmtl.benchmark.paper_scale import ENCODERS
 from torch_adapmtl.benchmark.problem import Problem
-from torch_adapmtl.benchmark.problems import COMPARISON, PROBLEMS, find_problem
+from torch_adapmtl.benchmark.problems import COMPARISON, OTHERS, PROBLEMS, find_problem
 from torch_adapmtl.benchmark.runs import run, settings
 
 __all__ = ["STUDIES", "read", "study"]
@@ -47,6 +47,12 @@ STUDIES: Mapping[str, Mapping[str, Any]] = {
         "methods": (DENSE, *BASELINES, OURS),
         "sparsities": _SPARSITIES,
         "out": "docs/results/comparison.jsonl",
+    },
+    "others": {
+        "problems": OTHERS,
+        "methods": (DENSE, "global magnitude", "IMP", "Taylor", OURS),
+        "sparsities": (0.9, 0.97),
+        "out": "docs/results/others.jsonl",
     },
     "variants": {
         "problems": COMPARISON,
