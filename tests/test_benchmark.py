@@ -197,7 +197,7 @@ def test_two_at_a_time(tmp_path: Path) -> None:
 
 def test_a_line_holds_the_defaults(tiny: Any) -> None:
     found = settings(tiny, "AdapMTL", 0.9, 0)["options"]
-    assert found["allocation"] == "LAMPAllocation(strength=0.5, rate=0.3, bound=5.0)"
+    assert found["allocation"] == "LAMPAllocation(strength=0.75, rate=0.3, bound=5.0)"
     assert found["reach"] == "1.1"
     assert found["weighting"] == "'stability'"
     changed = settings(tiny, "reach 1.5", 0.9, 0)["options"]

@@ -48,7 +48,7 @@ class LAMPAllocation:
         LAMPAllocation(strength=1.0, rate=0.3, bound=5.0)
     """
 
-    strength: float = 0.5
+    strength: float = 0.75
     rate: float = 0.3
     bound: float = 5.0
 

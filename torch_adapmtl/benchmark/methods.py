@@ -92,7 +92,7 @@ SETTINGS: Mapping[str, Callable[[Problem], Options]] = {
     "settled at 90 %": _with(schedule=SparsitySchedule(settled=0.9)),
     "rate 0.1": _with(allocation=LAMPAllocation(rate=0.1)),
     "rate 1": _with(allocation=LAMPAllocation(rate=1.0)),
-    "strength 0.25": _with(allocation=LAMPAllocation(strength=0.25)),
+    "strength 0.5": _with(allocation=LAMPAllocation(strength=0.5)),
     "strength 1": _with(allocation=LAMPAllocation(strength=1.0)),
     "by component": _with(granularity="component"),
     "reach 1.5": _with(reach=1.5),

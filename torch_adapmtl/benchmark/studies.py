@@ -56,7 +56,7 @@ STUDIES: Mapping[str, Mapping[str, Any]] = {
     },
     "variants": {
         "problems": COMPARISON,
-        "methods": (DENSE, *VARIANTS),
+        "methods": (DENSE, *VARIANTS, "strength 0.5"),
         "sparsities": (0.9, 0.97),
         "out": "docs/results/comparison.jsonl",
     },
@@ -74,7 +74,10 @@ STUDIES: Mapping[str, Mapping[str, Any]] = {
     },
     "sensitivities": {
         "problems": ("teachers",),
-        "methods": (DENSE, "uniform magnitude", "global magnitude", "Taylor", *VARIANTS),
+        "methods": (
+            *(DENSE, "uniform magnitude", "global magnitude", "Taylor"),
+            *(*VARIANTS, "strength 0.5"),
+        ),
         "sparsities": (0.9, 0.97),
         "out": "docs/results/sensitivities.jsonl",
     },
