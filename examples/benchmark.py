@@ -2,7 +2,7 @@
 
     python examples/benchmark.py --study comparison --jobs 2        # what the results page shows
     python examples/benchmark.py --problems digits --methods dense AdapMTL Taylor --sparsities 0.9
-    python examples/benchmark.py --preset paper --device cuda --bf16 --data rooms
+    python examples/benchmark.py --preset paper --data rooms      # the paper's nets, on a GPU
     python examples/benchmark.py --quick      # three runs of a few steps, to see that it runs
 
 A run that is in the file already is not run again, so that a study can be stopped and resumed.
@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 from typing import Any
+
+import torch
 
 from torch_adapmtl.benchmark import (
     ENCODERS,
@@ -40,12 +42,23 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", help="file of lines to add to")
     parser.add_argument("--steps", type=int, help="in place of each problem's own")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    parser.add_argument("--device", help="cuda for the paper preset, else cpu")
+    parser.add_argument(
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        help="autocast to bfloat16, as the paper preset does",
+    )
     parser.add_argument("--quick", action="store_true", help="three runs of a few steps")
     args = parser.parse_args()
+    paper = args.preset == "paper" or args.study == "paper"
     if args.study and args.preset == "paper":
         parser.error("--preset paper has problems of its own: leave out --study")
+    if args.bf16 is None:
+        args.bf16 = paper
+    if args.device is None:
+        args.device = "cuda" if paper else "cpu"
+        if paper and not torch.cuda.is_available():
+            parser.error("the paper preset is for a GPU, and torch sees none: say --device cpu")
     return args
 
 

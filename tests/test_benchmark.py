@@ -184,6 +184,62 @@ def test_a_run_that_fails_says_so_and_stops_no_other(
     lines = read(path)
     assert [line["method"] for line in lines] == ["Taylor", "IMP"]
     assert all("NaN or infinite" in line["failed"] for line in lines)
+    monkeypatch.setattr(studies, "find_problem", lambda _: dataclasses.replace(diverging, lr=1e-3))
+    path.write_text(path.read_text().replace('"lr": 1e+30', '"lr": 0.001'))
+    study(problems=["tiny"], methods=["Taylor"], sparsities=[0.9], seeds=[0], out=path)
+    assert ["failed" in line for line in read(path)] == [True, True, False]  # tried again
+
+
+@pytest.mark.parametrize(
+    ("method", "phases"), [("Taylor", [0]), ("LTH", [0, 6]), ("IMP", [0, 2, 5, 7, 10])]
+)
+def test_every_phase_starts_with_a_new_optimiser_at_the_full_rate(
+    tiny: Any, method: str, phases: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch_adapmtl.benchmark import runs
+
+    made: list[torch.optim.Optimizer] = []
+    rates: list[float] = []
+
+    class Recording(torch.optim.Adam):
+        def step(self, closure: Any = None) -> Any:
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    def optimizer(problem: Any, model: Any, pruner: Any) -> torch.optim.Optimizer:
+        made.append(Recording(model.parameters(), lr=problem.lr))
+        return made[-1]
+
+    monkeypatch.setattr(runs, "_optimizer", optimizer)
+    run(tiny, method, 0.9, seed=0)
+    assert len(made) == len(phases)
+    assert len(rates) == tiny.steps
+    assert [step for step, rate in enumerate(rates) if rate == tiny.lr] == phases
+    for start, end in zip(phases, [*phases[1:], tiny.steps], strict=True):
+        assert rates[start:end] == sorted(rates[start:end], reverse=True)
+        assert rates[end - 1] < tiny.lr or end - start == 1
+
+
+def test_nothing_of_the_comparison_starts_at_zero() -> None:
+    # SNIP and DiSparse look at w * dL/dw before the first step.
+    for name in module.COMPARISON:
+        torch.manual_seed(0)
+        problem = PROBLEMS[name]
+        model = problem.make_model()
+        norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        assert all((m.weight == 1).all() for m in norms), name
+
+
+def test_no_constant_is_right_about_edges_and_keypoints() -> None:
+    tasks = ("edges", "keypoints")
+    samples = Samples(*module.Rooms(64, image_size=40, tasks=tasks, seed=0).tensors())
+    smoothed = module._smoothed(samples, samples)
+    for task in tasks:
+        sharp, target = samples.targets[task], smoothed.targets[task]
+        assert (sharp == 0).float().mean() > 0.75  # so that L1 learns to say zero
+        assert (target == 0).float().mean() < 0.25
+        assert target.std() == pytest.approx(1.0, rel=1e-3)
+        assert torch.equal(samples.inputs, smoothed.inputs)
 
 
 def test_two_at_a_time(tmp_path: Path) -> None:

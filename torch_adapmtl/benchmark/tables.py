@@ -134,9 +134,9 @@ def metric_tables(rows: Iterable[Row], problem: str, sparsity: float) -> str:
 def order_table(rows: Iterable[Row], components: Sequence[str]) -> str:
     """How dense each component is left, and whether they come in this order, least dense first."""
     body = []
-    for row in rows:
-        if row.delta is None:
-            continue
+    rows = [row for row in rows if row.delta is not None]
+    methods = _methods(rows)
+    for row in sorted(rows, key=lambda row: (row.sparsity, methods.index(row.method))):
         kept = [100 * (1 - row.components[name].mean) for name in components]
         ordered = sum(
             all(own[a] > own[b] for a, b in itertools.pairwise(components))
@@ -165,8 +165,9 @@ def provenance(runs: Sequence[Mapping[str, Any]]) -> str:
     for key in ("machine", "threads"):
         parts.append(f"{key}: {', '.join(sorted({str(r[key]) for r in runs if key in r}))}")
     versions = [run["versions"] for run in runs if "versions" in run]
-    for name in versions[0] if versions else ():
-        parts.append(f"{name} {', '.join(sorted({found[name] for found in versions}))}")
+    for name in dict.fromkeys(name for found in versions for name in found):
+        known = sorted({found[name] for found in versions if name in found})
+        parts.append(f"{name} {', '.join(known)}")
     return "; ".join(parts) + "."
 
 
