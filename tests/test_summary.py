@@ -116,7 +116,7 @@ def test_a_margin_is_that_over_the_best_seed_by_seed() -> None:
 
 
 def test_lines_that_cannot_be_compared_are_refused() -> None:
-    with pytest.raises(ValueError, match="two runs of 'Taylor' on 'toy' at .* out of the file"):
+    with pytest.raises(ValueError, match=r"two runs of 'Taylor' on 'toy' at .* out of the file"):
         summarize([*LINES, LINES[4]])
     with pytest.raises(ValueError, match="the runs of 'toy' were not trained alike"):
         summarize([*LINES, line("LTH", 0.9, 0, 80.0, 0.5, steps=20)])
