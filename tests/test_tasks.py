@@ -82,6 +82,35 @@ def test_normals_by_hand() -> None:
     assert task.loss(prediction, target).item() == pytest.approx(1 - found["cosine"], abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("vector", "angle", "cosine"),
+    [((0.0, 0.0, 0.0), 90, 0), ((0.0, math.nan, 0.0), 180, -1), ((0.0, math.inf, 0.0), 180, -1)],
+    ids=["dead", "nan", "infinite"],
+)
+def test_a_normal_without_a_direction_is_not_rated_well(
+    vector: tuple[float, ...], angle: float, cosine: float
+) -> None:
+    target = torch.tensor([0.0, 1.0, 0.0]).view(1, 3, 1, 1).repeat(1, 1, 2, 2)
+    prediction = torch.tensor(vector).view(1, 3, 1, 1).expand_as(target)
+    task = Normals(metrics=[*Normals._default, "cosine"])
+    found = measured(task, (prediction, target))
+    assert found["angle_mean"] == pytest.approx(angle)
+    assert found["angle_median"] == pytest.approx(angle, abs=0.011)
+    assert found["cosine"] == cosine
+    assert found["within_11.25"] == found["within_22.5"] == found["within_30"] == 0
+
+
+@pytest.mark.parametrize("task", [Depth(), Normals(), Map()], ids=lambda task: type(task).__name__)
+def test_a_target_of_nan_is_unknown_to_the_gradient_too(task: Task) -> None:
+    target = F.normalize(torch.ones(1, 3, 2, 2), dim=1)
+    target[..., 0] = math.nan
+    prediction = torch.rand(1, 3, 2, 2, requires_grad=True)
+    task.loss(prediction, target).backward()
+    assert prediction.grad.isfinite().all()
+    assert not prediction.grad[..., 0].any()
+    assert prediction.grad[..., 1].all()
+
+
 def test_the_median_angle_is_that_of_all_batches() -> None:
     generator = torch.Generator().manual_seed(0)
     task = Normals(metrics=["angle_median"])

@@ -239,7 +239,8 @@ class Normals(_Dense):
     """Surface normals: one minus the cosine; angles in degrees and shares below some, in percent.
 
     Prediction `(B, 3, H, W)`, of any length; target the same, of unit length, and 0 where unknown.
-    The median angle is exact to a hundredth of a degree.
+    The median angle is exact to a hundredth of a degree. A prediction of 0, which has no direction,
+    is rated as 90 degrees off; one that is not finite as 180.
 
     Args:
         metrics: Some of `"angle_mean"`, `"angle_median"`, `"within_11.25"`, `"within_22.5"`,
@@ -265,19 +266,23 @@ class Normals(_Dense):
         }
 
     def _loss(self, prediction: Tensor, target: Tensor) -> Tensor:
-        return _mean(1 - F.cosine_similarity(prediction, target, dim=1), _known(target))
+        valid = _known(target)
+        target = torch.where(valid[:, None], target, 0.0)  # a NaN would reach the gradient
+        return _mean(1 - F.cosine_similarity(prediction, target, dim=1), valid)
 
     def _values(self, prediction: Tensor, target: Tensor) -> Mapping[str, tuple[Tensor, ...]]:
         valid = _known(target)
         found = F.normalize(prediction, dim=1).movedim(1, -1)[valid]
         true = F.normalize(target, dim=1).movedim(1, -1)[valid]
+        cosine = (found * true).sum(-1)
         # Not the arc cosine, which loses half the digits of a small angle.
-        angle = torch.atan2(torch.linalg.cross(found, true).norm(dim=-1), (found * true).sum(-1))
-        angle = angle.rad2deg()
+        angle = torch.atan2(torch.linalg.cross(found, true).norm(dim=-1), cosine).rad2deg()
+        # atan2(0, 0) is 0: a dead head would be perfect. What is no number is as far off as can be.
+        angle = angle.where(found.any(-1), 90.0).nan_to_num(180.0)
         return {
             "angle_mean": (angle,),
             "angle_median": (angle,),
-            "cosine": ((found * true).sum(-1),),
+            "cosine": (cosine.nan_to_num(-1.0),),
             **{
                 name: ((angle < float(name.removeprefix("within_"))).float(),)
                 for name in self._default[2:]
