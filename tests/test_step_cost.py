@@ -11,43 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from toys import TwoTasks, batch, losses, prepare, train, weights, zeros
+from waiting import refused
 
 from torch_adapmtl import _sampling
-
-
-class _NoWaiting(TorchDispatchMode):
-    """Refuses what reads a value off the device, or has a size that depends on values."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        assert name not in (
-            "_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero",
-            "unique", "_unique2",
-        ), name  # fmt: skip
-        assert name != "_to_copy" or "device" not in (kwargs or {}), "moved to another device"
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.fixture
-def no_waiting() -> Any:
-    """A context in which nothing may wait for the device."""
-
-    def refuse(*_: Any) -> Any:
-        raise AssertionError("read on the host")
-
-    class Context:
-        def __enter__(self) -> None:
-            self.patch = pytest.MonkeyPatch()
-            for name in ("tolist", "item", "cpu", "numpy", "__bool__", "__float__", "__int__"):
-                self.patch.setattr(Tensor, name, refuse)
-            self.mode = _NoWaiting()
-            self.mode.__enter__()
-
-        def __exit__(self, *details: Any) -> None:
-            self.mode.__exit__(*details)
-            self.patch.undo()
-
-    return Context()
 
 
 @pytest.mark.parametrize(
@@ -60,7 +26,7 @@ def no_waiting() -> Any:
     ],
     ids=str,
 )
-def test_a_step_never_waits_for_the_device(options: Any, no_waiting: Any) -> None:
+def test_a_step_never_waits_for_the_device(options: Any) -> None:
     model = TwoTasks()
     pruner = prepare(model, total_steps=450, **options)
     optimizer = torch.optim.SGD(pruner.param_groups(lr=0.1))
@@ -75,12 +41,12 @@ def test_a_step_never_waits_for_the_device(options: Any, no_waiting: Any) -> Non
 
     waits = 0
     for number in range(1, 46):
-        with no_waiting:
+        with refused():
             step()
             if not pruner.budget.due(number) or options == {"mode": "paper"}:
                 pruner.step()
                 continue
-        with pytest.raises(AssertionError), no_waiting:
+        with pytest.raises(AssertionError), refused():
             pruner.budget.update(number)  # the test does see it
         pruner.step()
         waits += 1

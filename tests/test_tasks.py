@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from waiting import READS, refused
 
 pytest.importorskip("torchmetrics")
 
@@ -49,6 +50,21 @@ def test_the_loss_of_segmentation_is_weighted_cross_entropy() -> None:
         found = measured(task, (logits, target))["cross_entropy"]
         assert found == pytest.approx(expected.item())
     assert task.loss(logits, torch.full_like(target, 255)) == 0
+
+
+@pytest.mark.parametrize(
+    "weights", [None, torch.tensor([0.1, 1.0, 5.0])], ids=["equal", "weighted"]
+)
+def test_cross_entropy_does_not_depend_on_the_batches(weights: Tensor | None) -> None:
+    torch.manual_seed(0)
+    logits, target = torch.randn(5, 3, 4, 4), torch.randint(3, (5, 4, 4))
+    target[0, :3] = 255
+    target[1:3] = 2  # the second batch is of a heavy class
+    task = Segmentation(3, class_weights=weights, metrics=["cross_entropy"])
+    batches = [(logits[part], target[part]) for part in (slice(1), slice(1, 3), slice(3, 5))]
+    found = measured(task, *batches)["cross_entropy"]
+    assert found == pytest.approx(task.loss(logits, target).item(), rel=1e-6)
+    assert math.isnan(measured(task, (logits * math.nan, target))["cross_entropy"])  # not left out
 
 
 def test_depth_by_hand() -> None:
@@ -168,6 +184,41 @@ def test_sizes_are_brought_together(task: Any, channels: int, make: Any) -> None
     task.update(F.interpolate(prediction, (8, 8), mode="bilinear", align_corners=False), target)
     assert task.compute() == found
     task.reset()
+
+
+@pytest.mark.parametrize(
+    ("task", "prediction", "target"),
+    [
+        (
+            Segmentation(
+                3,
+                class_weights=torch.ones(3),
+                metrics=["mIoU", "pixel_accuracy", "cross_entropy"],
+            ),
+            (2, 3, 4, 4),
+            lambda: torch.tensor([0, 1, 2, 255]).expand(2, 8, 4).repeat(1, 1, 2),
+        ),
+        (Depth(), (2, 1, 4, 4), lambda: torch.rand(2, 1, 8, 8)),
+        (
+            Normals(metrics=[*Normals._default, "cosine"]),
+            (2, 3, 4, 4),
+            lambda: F.normalize(torch.randn(2, 3, 8, 8), dim=1),
+        ),
+        (Map(), (2, 1, 4, 4), lambda: torch.rand(2, 1, 8, 8)),
+        (Classification(3), (4, 3), lambda: torch.tensor([0, 1, 2, 0])),
+        (Regression(), (4, 2), lambda: torch.rand(4, 2)),
+    ],
+    ids=["segmentation", "depth", "normals", "map", "classification", "regression"],
+)
+def test_an_update_reads_nothing_on_the_host(task: Task, prediction: Any, target: Any) -> None:
+    """What is valid is picked out, which waits for the device; but no value leaves it."""
+    outputs, targets = torch.randn(prediction), target()
+    with refused(READS):
+        task.update(outputs, targets)
+        task.update(outputs, targets)
+    with pytest.raises(AssertionError, match="read on the host"), refused(READS):
+        task.compute()  # the test does see it
+    assert all(math.isfinite(value) for value in task.compute().values())
 
 
 def test_metrics_are_chosen_by_name() -> None:

@@ -2,7 +2,8 @@
 
 A task takes a prediction and a target. Pixels that a target marks as unknown (see
 [`IGNORE`][torch_adapmtl.datasets.IGNORE]) count in neither loss nor metric. Metrics are those of
-torchmetrics where it has them; all are accumulated on the device of what they are given.
+torchmetrics where it has them; all are accumulated on the device of what they are given, and no
+value is read on the host before `compute`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import MeanAbsoluteError, MeanAbsolutePercentageError, MeanMetric, Metric
+from torchmetrics import MeanAbsoluteError, MeanAbsolutePercentageError, Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 __all__ = ["Classification", "Depth", "Map", "Normals", "Regression", "Segmentation", "Task"]
@@ -157,29 +158,32 @@ class Segmentation(_Dense):
             "pixel_accuracy": MulticlassAccuracy(
                 self.classes, average="micro", ignore_index=self.ignore_index
             ),
-            "cross_entropy": MeanMetric(),
+            "cross_entropy": _Mean(),
         }
 
     def _loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        total, weight = self._summed(prediction, target)
+        return total / weight.clamp(min=1e-12)
+
+    def _summed(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The weighted cross-entropies of all valid pixels, summed, and the sum of the weights."""
+        valid = target != self.ignore_index
         weights = self.class_weights
         if weights is not None:
-            weights = weights.to(prediction)
+            self.class_weights = weights = weights.to(prediction)  # copied to the device but once
         each = F.cross_entropy(
             prediction, target, weight=weights, ignore_index=self.ignore_index, reduction="none"
         )
-        valid = target != self.ignore_index
-        if weights is None:
-            return _mean(each, valid)
-        return each.sum() / (weights[target.where(valid, 0)] * valid).sum().clamp(min=1e-12)
+        weight = valid if weights is None else weights[target.where(valid, 0)] * valid
+        return each.sum(), weight.sum()
 
     def _values(self, prediction: Tensor, target: Tensor) -> Mapping[str, tuple[Tensor, ...]]:
-        valid = target != self.ignore_index
-        loss = self._loss(prediction, target)
+        total, weight = self._summed(prediction, target)
         pair = (prediction, target)
         return {
             "mIoU": pair,
             "pixel_accuracy": pair,
-            "cross_entropy": (loss[None], valid.sum()[None].float()),
+            "cross_entropy": (total, weight),
         }
 
     def _scale(self, name: str) -> float:
@@ -211,7 +215,7 @@ class Depth(_Dense):
         return {
             "abs_error": MeanAbsoluteError(),
             "rel_error": MeanAbsolutePercentageError(),
-            **{name: MeanMetric() for name in self._default[2:]},
+            **{name: _Mean() for name in self._default[2:]},
         }
 
     def _loss(self, prediction: Tensor, target: Tensor) -> Tensor:
@@ -261,7 +265,7 @@ class Normals(_Dense):
 
     def _make(self) -> Mapping[str, Metric]:
         return {
-            **{name: MeanMetric() for name in (*self._default, "cosine")},
+            **{name: _Mean() for name in (*self._default, "cosine")},
             "angle_median": _MedianAngle(),
         }
 
@@ -378,6 +382,30 @@ class Regression(Task):
 
     def _values(self, prediction: Tensor, target: Tensor) -> Mapping[str, tuple[Tensor, ...]]:
         return {"abs_error": (prediction, target)}
+
+
+class _Mean(Metric):
+    """A mean over all batches; unlike torchmetrics' it keeps a NaN, and reads nothing to find it.
+
+    `update` takes values, or the sum of weighted values and that of their weights.
+    """
+
+    total: Tensor
+    weight: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("total", "weight"):
+            self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, values: Tensor, weight: Tensor | None = None) -> None:
+        """Add the values."""
+        self.total += values.sum()
+        self.weight += values.numel() if weight is None else weight
+
+    def compute(self) -> Tensor:
+        """The mean; NaN if there was nothing."""
+        return self.total / self.weight
 
 
 class _MedianAngle(Metric):
