@@ -203,6 +203,11 @@ def _index(change: Callable[[Any], Any], name: str) -> Callable[[Path], None]:
     return write
 
 
+def _archive(root: Path) -> None:
+    np.savez(root / "depth.npz", DEPTH)
+    (root / "depth.npz").replace(root / "train/0_d.npy")
+
+
 NYU_FAULTS: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "file": (_without("train/1_d.npy"), FileNotFoundError, "1_d.npy does not exist: the depth of"),
     "key": (
@@ -215,8 +220,18 @@ NYU_FAULTS: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         ValueError,
         "row 0 of 'train' must hold 4 file names .*found",
     ),
+    "numbers": (
+        _index(lambda index: {"train": [*index["train"], [1, 2, 3, 4]]}, "nyu_v2_3task.json"),
+        ValueError,
+        r"nyu_v2_3task.json: row 2 of 'train' must hold 4 file names .*found \[1, 2, 3, 4\]",
+    ),
     "json": (
         lambda root: (root / "nyu_v2_3task.json").write_text("{"),
+        ValueError,
+        "nyu_v2_3task.json is not valid JSON",
+    ),
+    "text": (
+        lambda root: (root / "nyu_v2_3task.json").write_bytes(b"\xff\xfe"),
         ValueError,
         "nyu_v2_3task.json is not valid JSON",
     ),
@@ -245,6 +260,21 @@ NYU_FAULTS: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         ValueError,
         "0_d.npy is no .npy file of numbers",
     ),
+    "nothing": (
+        lambda root: (root / "train/0_d.npy").write_bytes(b""),
+        ValueError,
+        "0_d.npy is no .npy file of numbers",
+    ),
+    "archive": (
+        _archive,
+        ValueError,
+        "0_d.npy is no .npy file of numbers",
+    ),
+    "words": (
+        lambda root: np.save(root / "train/0_d.npy", np.array([["far", "near"]])),
+        ValueError,
+        "0_d.npy is no .npy file of numbers: its elements are of <U4",
+    ),
 }
 
 
@@ -254,6 +284,66 @@ def test_faults_of_nyuv2_are_found_at_once(listed: Path, fault: str) -> None:
     break_it(listed)
     with pytest.raises(error, match=match):
         NYUv2(listed)
+
+
+def _changed(name: str, change: Callable[[Any], Any]) -> Callable[[Path], None]:
+    return lambda root: np.save(root / name, change(np.load(root / name)))
+
+
+def _set(value: float) -> Callable[[Any], Any]:
+    """Changes the first number of an array."""
+
+    def change(array: Any) -> Any:
+        array.flat[0] = value
+        return array
+
+    return change
+
+
+ARRAY_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "range": (
+        _changed("train/image/0.npy", lambda image: np.float32(image * 255)),
+        "image.0.npy must hold numbers from 0 to 1, found 0 to 170; divide .* by 255",
+    ),
+    "negative": (
+        _changed("train/image/0.npy", lambda image: np.float32(image - 0.5)),
+        r"image.0.npy must hold numbers from 0 to 1, found -0\.5 to 0\.1",
+    ),
+    "not finite": (
+        _changed("train/image/0.npy", _set(math.nan)),
+        "image.0.npy must hold numbers from 0 to 1, found nan",
+    ),
+    **{
+        f"class {value}": (
+            _changed("train/label/0.npy", _set(value)),
+            rf"label.0.npy must hold classes 0 to 12 or unknown pixels, found {value:g}$",
+        )
+        for value in (2.7, 13.0, -2.0, math.nan, math.inf)
+    },
+}
+
+
+@pytest.mark.parametrize("fault", ARRAY_FAULTS)
+def test_faults_of_arrays_are_found_at_once(arrays: Path, fault: str) -> None:
+    break_it, match = ARRAY_FAULTS[fault]
+    break_it(arrays)
+    with pytest.raises(ValueError, match=match):
+        NYUv2(arrays)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_unknown(arrays: Path, value: float) -> None:
+    """A NaN that a mask hides in the loss would still be in its gradient."""
+    for kind in ("normal", "depth"):
+        _changed(f"train/{kind}/0.npy", _set(value))(arrays)
+    _, targets = NYUv2(arrays)[0]
+    for name, task in {"normal": Normals(), "depth": Depth()}.items():
+        target = targets[name][None]
+        assert not target[..., 0, 0].any()
+        assert target.isfinite().all()
+        prediction = torch.ones_like(target, requires_grad=True)
+        task.loss(prediction, target).backward()
+        assert prediction.grad.isfinite().all()
 
 
 def test_a_folder_in_neither_layout(tmp_path: Path) -> None:
@@ -274,6 +364,11 @@ TASKONOMY_FAULTS: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] 
         lambda root: np.save(root / "semseg_prior_factor.npy", np.ones(16)),
         ValueError,
         r"must hold 17 numbers, one a class, found the shape \(16,\)",
+    ),
+    "unreadable": (
+        lambda root: (root / "semseg_prior_factor.npy").write_text("weights"),
+        ValueError,
+        "semseg_prior_factor.npy is no .npy file of numbers",
     ),
     "index": (_without("taskonomy.json"), FileNotFoundError, "taskonomy.json does not exist"),
     "bits": (

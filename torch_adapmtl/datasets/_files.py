@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,15 @@ from torch import Tensor
 
 from torch_adapmtl.datasets.transforms import resize_nearest
 
-__all__ = ["check_files", "check_size", "listed", "read_array", "read_image", "resized"]
+__all__ = [
+    "check_files",
+    "check_size",
+    "listed",
+    "read_array",
+    "read_image",
+    "read_numbers",
+    "resized",
+]
 
 
 def listed(path: Path, split: str, columns: Sequence[str]) -> list[list[str]]:
@@ -27,7 +34,7 @@ def listed(path: Path, split: str, columns: Sequence[str]) -> list[list[str]]:
         raise FileNotFoundError(f"{path} does not exist; it lists the files of each split")
     try:
         index = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(index, Mapping) or split not in index:
         keys = list(index) if isinstance(index, Mapping) else type(index).__name__
@@ -36,7 +43,8 @@ def listed(path: Path, split: str, columns: Sequence[str]) -> list[list[str]]:
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{path}: {split!r} must be a list of rows, and not empty")
     for number, row in enumerate(rows):
-        if not isinstance(row, list) or len(row) != len(columns):
+        names = isinstance(row, list) and all(isinstance(name, str) for name in row)
+        if not names or len(row) != len(columns):
             raise ValueError(
                 f"{path}: row {number} of {split!r} must hold {len(columns)} file names "
                 f"({', '.join(columns)}), found {row!r}"
@@ -82,19 +90,32 @@ def read_image(path: Path, channels: int, bits: int = 8) -> Tensor:
     return found[None] if found.ndim == 2 else found.movedim(-1, 0)
 
 
+def read_numbers(path: Path) -> Tensor:
+    """A `.npy` file as float32, of whatever shape it has.
+
+    Raises:
+        ValueError: If it is no such file, or not of numbers.
+    """
+    import numpy
+
+    try:
+        # not numpy.load, which takes archives and pickles too, and has another error for each
+        with path.open("rb") as file:
+            array = numpy.lib.format.read_array(file, allow_pickle=False)
+    except ValueError as error:
+        raise ValueError(f"{path} is no .npy file of numbers: {error}") from error
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{path} is no .npy file of numbers: its elements are of {array.dtype}")
+    return torch.from_numpy(array.astype("float32"))
+
+
 def read_array(path: Path, channels: int | None) -> Tensor:
     """A `.npy` file as `(channels, H, W)`, or `(H, W)` if `channels` is None; float32.
 
     Raises:
         ValueError: If it is no such file or has another shape.
     """
-    import numpy
-
-    try:
-        array: Any = numpy.load(path, allow_pickle=False)
-    except ValueError as error:
-        raise ValueError(f"{path} is no .npy file of numbers: {error}") from error
-    found = torch.from_numpy(array.astype("float32"))
+    found = read_numbers(path)
     if channels is None or channels == 1:
         flat = found[..., 0] if found.ndim == 3 and found.shape[-1] == 1 else found
         if flat.ndim == 2:

@@ -27,6 +27,7 @@ _COLUMNS = ("image", "segmentation", "normal", "depth")
 _FOLDERS = ("image", "label", "normal", "depth")
 _NO_DEPTH = 3e-5
 _IGNORE = 255
+_SLACK = 0.01  # by which a resized image may leave [0, 1]
 
 Transform = Callable[[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
 
@@ -42,12 +43,12 @@ class NYUv2(Dataset[tuple[Tensor, dict[str, Tensor]]]):
       -1 to 1), depth a `.npy` in metres (up to 3e-5: unknown).
     - that of MTAN and LibMTL, with folders `train` and `val`, in each `image/N.npy` (H, W, 3, from
       0 to 1), `label/N.npy` (13 classes, -1: unknown), `depth/N.npy` (H, W, 1) and `normal/N.npy`
-      (H, W, 3).
+      (H, W, 3; 0: unknown).
 
     Either way an example is an image `(3, H, W)` in [0, 1], and targets as
     [`torch_adapmtl.tasks`][torch_adapmtl.tasks] take them: `segmentation` `(H, W)` int64, 255 where
     unknown; `normal` `(3, H, W)`, of unit length, 0 where unknown; `depth` `(1, H, W)` in metres, 0
-    where unknown.
+    where unknown. Depths and normals that are not finite are unknown too.
 
     Args:
         root: The folder.
@@ -124,7 +125,7 @@ class NYUv2(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         unknown = (codes == 255).all(0)
         vectors = codes / 127.5 - 1
         return read_image(image, 3) / 255, {
-            "segmentation": self._labels(read_image(segmentation, 1)[0].long(), segmentation),
+            "segmentation": self._labels(read_image(segmentation, 1)[0], segmentation),
             "depth": _metres(read_array(depth, 1)),
             "normal": F.normalize(vectors, dim=0).masked_fill(unknown, 0.0),
         }
@@ -132,24 +133,37 @@ class NYUv2(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     def _from_arrays(
         self, image: Path, label: Path, normal: Path, depth: Path
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        labels = read_array(label, None).long()
+        labels = read_array(label, None)
         vectors = read_array(normal, 3)
-        known = vectors.square().sum(0) > 1e-6
-        return read_array(image, 3), {
+        known = (vectors.square().sum(0) > 1e-6) & vectors.isfinite().all(0)
+        return _colours(read_array(image, 3), image), {
             "segmentation": self._labels(labels.masked_fill(labels == -1, _IGNORE), label),
             "depth": _metres(read_array(depth, 1)),
-            "normal": F.normalize(vectors, dim=0) * known,
+            # where, not a product: NaN * 0 is NaN
+            "normal": torch.where(known, F.normalize(vectors, dim=0), 0.0),
         }
 
     def _labels(self, labels: Tensor, path: Path) -> Tensor:
-        wrong = labels[(labels != _IGNORE) & ((labels < 0) | (labels >= self.classes))]
+        # a NaN is in no range
+        valid = (labels >= 0) & (labels < self.classes) & (labels % 1 == 0)
+        wrong = labels[(labels != _IGNORE) & ~valid]
         if len(wrong):
             raise ValueError(
                 f"{path} must hold classes 0 to {self.classes - 1} or unknown pixels, found "
-                f"{int(wrong[0])}"
+                f"{wrong[0].item():g}"
             )
-        return labels
+        return labels.long()
+
+
+def _colours(image: Tensor, path: Path) -> Tensor:
+    low, high = image.min().item(), image.max().item()
+    if not (low >= -_SLACK and high <= 1 + _SLACK):
+        raise ValueError(
+            f"{path} must hold numbers from 0 to 1, found {low:g} to {high:g}; divide those of "
+            "8 bits by 255"
+        )
+    return image.clamp(0, 1)
 
 
 def _metres(depth: Tensor) -> Tensor:
-    return torch.where(depth > _NO_DEPTH, depth, 0.0)
+    return torch.where((depth > _NO_DEPTH) & depth.isfinite(), depth, 0.0)

@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from torch_adapmtl.datasets._files import check_files, check_size, listed, read_image, resized
+from torch_adapmtl.datasets._files import (
+    check_files,
+    check_size,
+    listed,
+    read_image,
+    read_numbers,
+    resized,
+)
 
 __all__ = ["TinyTaskonomy"]
 
@@ -89,12 +96,10 @@ class TinyTaskonomy(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         self[0]
 
     def _weights(self) -> Tensor:
-        import numpy
-
         path = self.root / _PRIOR
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; it holds the weight of each class")
-        weights = torch.from_numpy(numpy.load(path).astype("float32"))
+        weights = read_numbers(path)
         if weights.shape != (self.classes,):
             raise ValueError(
                 f"{path} must hold {self.classes} numbers, one a class, found the shape "
