@@ -236,6 +236,28 @@ def test_lowest_is_a_stable_sort(
     assert torch.equal(torch.cat(marked), expected)
 
 
+def test_lowest_takes_what_is_gone_before_nan_and_nan_before_the_rest() -> None:
+    scores = torch.tensor([3.0, torch.nan, -torch.inf, -1e38, torch.inf, torch.nan, -torch.inf])
+    order = [2, 6, 1, 5, 3, 0, 4]
+    for count in range(len(order) + 1):
+        (marked,) = lowest([scores], count)
+        assert marked.nonzero().flatten().tolist() == sorted(order[:count])
+
+
+@pytest.mark.parametrize("name", ["global", "Taylor"])
+def test_nan_revives_nothing(name: str) -> None:
+    model = TwoTasks()
+    prune.random_unstructured(model.body, "weight", amount=40)
+    gone = model.body.weight_mask == 0
+    pruner = prepare(model, mode=MODES[name])
+    pruner.budget.scores = lambda scores=pruner.budget.scores: [
+        own.masked_fill(own != -torch.inf, torch.nan) for own in scores()
+    ]
+    pruner.budget.freeze()
+    assert zeros(pruner) == 134
+    assert not model.body.weight[gone].any()
+
+
 def test_dynamic_masks_move_and_hide_the_gradient_of_what_is_gone() -> None:
     torch.manual_seed(0)
     model = TwoTasks()

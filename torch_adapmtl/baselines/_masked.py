@@ -21,13 +21,16 @@ def lowest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
     """Mark the `count` lowest of all scores together; of equal ones the first in order.
 
     Args:
-        scores: Any shapes; NaN counts as the lowest.
+        scores: Any shapes; -inf, for what is gone already, comes first, then NaN.
         count: How many to mark.
 
     Returns:
         Boolean tensors, flat, one for each of `scores`.
     """
-    flat = torch.cat([part.flatten() for part in scores]).nan_to_num(nan=-torch.inf)
+    flat = torch.cat([part.flatten() for part in scores])
+    # Above -inf, or a NaN could take the place of a weight that is gone, which would return.
+    least = torch.finfo(flat.dtype).min
+    flat = flat.nan_to_num(nan=least, posinf=torch.inf, neginf=-torch.inf)
     if count == 0:
         marked = torch.zeros_like(flat, dtype=torch.bool)
     else:
