@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ MODES: dict[str, Any] = {
     "SNIP, 3 batches": SNIP(batches=3),
     "DiSparse": DiSparse(),
     "DiSparse dynamic": DiSparse(dynamic=True),
+    "DiSparse, every 4 steps": DiSparse(dynamic=True, interval=4),
     "IMP": IterativeMagnitude(rounds=3),
     "LTH": IterativeMagnitude(rounds=3, rewind=True),
 }
@@ -48,10 +50,11 @@ class Plain:
         self.optimizer = torch.optim.SGD(self.model.parameters(), **SGD)
         self.saliency = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
 
-    def losses(self, step: int) -> dict[str, Tensor]:
-        masked = {f"{n}.weight": self.weights[n] * self.masks[n] for n in NAMES}
+    def losses(self, step: int, seen: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """On the batch of a step, with the weights that the net is to see: by default, the masked."""
+        seen = seen or {name: w * self.masks[name] for name, w in self.weights.items()}
         x, targets = batch(step)
-        outputs = functional_call(self.model, masked, x)
+        outputs = functional_call(self.model, {f"{n}.weight": w for n, w in seen.items()}, x)
         return {task: (outputs[task] - y).square().mean() for task, y in targets.items()}
 
     def step(self, step: int) -> None:
@@ -71,6 +74,54 @@ class Plain:
                 order.append((-1.0 if gone else score, place, i, name))
         for _, _, i, name in sorted(order)[:count]:
             self.masks[name].view(-1)[i] = 0
+
+    def gradients(self, step: int) -> dict[str, dict[str, Tensor]]:
+        """Of each task's loss for the weights it depends on as the net sees them, the gone too."""
+        found = {}
+        for task in ("a", "b"):
+            names = [n for n in self.weights if not n.startswith("heads") or n == f"heads.{task}"]
+            seen = {
+                n: (w * self.masks[n]).detach().requires_grad_() for n, w in self.weights.items()
+            }
+            loss = self.losses(step, seen)[task]
+            gradients = torch.autograd.grad(loss, [seen[n] for n in names])
+            found[task] = dict(zip(names, gradients, strict=True))
+        return found
+
+    def sensitivities(self) -> dict[str, dict[str, Tensor]]:
+        """Of each task on the first batch, with nothing gone yet."""
+        return {
+            task: {n: (self.weights[n] * gradient).abs().detach() for n, gradient in own.items()}
+            for task, own in self.gradients(0).items()
+        }
+
+    def highest_ranks(self, scores: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The share of a task's other weights that score lower; of all tasks the highest."""
+        best = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+        for own in scores.values():
+            pool = torch.cat([score.flatten() for score in own.values()])
+            for name, score in own.items():
+                for i, value in enumerate(score.flatten()):
+                    rank = int((pool < value).sum()) / (len(pool) - 1)
+                    best[name].view(-1)[i] = max(float(best[name].view(-1)[i]), rank)
+        return best
+
+    @torch.no_grad()
+    def move(self, name: str, wanted: Tensor, share: float) -> None:
+        """Drop a share of a layer's smallest weights; of those gone before, grow the most wanted.
+
+        As many as go, from zero.
+        """
+        mask, weight = self.masks[name].view(-1), self.weights[name].view(-1)
+        alive = [i for i in range(len(mask)) if mask[i] == 1]
+        gone = [i for i in range(len(mask)) if mask[i] == 0]
+        count = min(int(share * len(alive)), len(gone))
+        dropped = sorted(alive, key=lambda i: abs(float(weight[i])))[:count]
+        grown = sorted(gone, key=lambda i: -float(wanted.view(-1)[i]))[:count]
+        for i in dropped:
+            mask[i], weight[i] = 0, 0
+        for i in grown:
+            mask[i], weight[i] = 1, 0
 
     def magnitudes(self) -> dict[str, Tensor]:
         return {name: weight.detach().abs() for name, weight in self.weights.items()}
@@ -108,23 +159,28 @@ def plain_snip(plain: Plain) -> None:
 
 
 def plain_disparse(plain: Plain) -> None:
-    best = {name: torch.zeros_like(weight) for name, weight in plain.weights.items()}
-    for task, loss in plain.losses(0).items():
-        names = ["body", f"heads.{task}"]
-        found = torch.autograd.grad(loss, [plain.weights[n] for n in names], retain_graph=True)
-        sizes = torch.cat([
-            (plain.weights[n] * gradient).abs().flatten()
-            for n, gradient in zip(names, found, strict=True)
-        ])  # fmt: skip
-        ranks = torch.tensor([int((sizes < size).sum()) / (len(sizes) - 1) for size in sizes])
-        at = 0
-        for name in names:
-            own = ranks[at : at + best[name].numel()].view_as(best[name])
-            best[name], at = torch.maximum(best[name], own), at + own.numel()
+    best = plain.highest_ranks(plain.sensitivities())
     plain.step(0)
     plain.prune(best, due(STEPS, SparsitySchedule()))
     for step in range(1, STEPS):
         plain.step(step)
+
+
+def plain_disparse_dynamic(plain: Plain, interval: int) -> None:
+    for step in range(STEPS):
+        by_gradient = plain.highest_ranks({
+            task: {name: gradient.abs() for name, gradient in own.items()}
+            for task, own in plain.gradients(step).items()
+        })  # fmt: skip
+        by_sensitivity = plain.highest_ranks(plain.sensitivities()) if step == 0 else {}
+        plain.step(step)
+        if step == 0:
+            plain.prune(by_sensitivity, due(STEPS, SparsitySchedule()))
+        end = 0.75 * STEPS
+        if (step + 1) % interval == 0 and step + 1 < end:
+            share = 0.3 * (1 + math.cos(math.pi * (step + 1) / end)) / 2
+            for name in NAMES:
+                plain.move(name, by_gradient[name], share)
 
 
 def plain_iterative(plain: Plain, rewind: bool) -> None:
@@ -149,6 +205,8 @@ ORACLES: dict[str, Callable[[Plain], None]] = {
     "Taylor": lambda p: plain_gradual(p, GRADUAL, uniform=False, taylor=True),
     "SNIP": plain_snip,
     "DiSparse": plain_disparse,
+    "DiSparse dynamic": lambda p: plain_disparse_dynamic(p, interval=1),
+    "DiSparse, every 4 steps": lambda p: plain_disparse_dynamic(p, interval=4),
     "IMP": lambda p: plain_iterative(p, rewind=False),
     "LTH": lambda p: plain_iterative(p, rewind=True),
 }

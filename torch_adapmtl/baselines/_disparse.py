@@ -96,12 +96,15 @@ class DiSparseMasks(OneShot):
 
     def due(self, step: int) -> bool:
         """Whether masks move after `step` steps."""
-        moves = self.mode.dynamic and step % self.every == 0
-        return step == self.total_steps or (moves and step < self._END * self.total_steps)
+        return step == self.total_steps or self._moves(step)
+
+    def _moves(self, step: int) -> bool:
+        due = self.mode.dynamic and step % self.every == 0
+        return due and step < self._END * self.total_steps
 
     def wake(self, step: int) -> None:
         """Open the masks for the gradients of a step after which they move."""
-        opened = not self.frozen and self.due(step + 1) and step + 1 < self.total_steps
+        opened = not self.frozen and self._seen == self.batches and self._moves(step + 1)
         for layer in self.layers:
             assert isinstance(layer.threshold, _Window)
             layer.threshold.open = opened
@@ -115,10 +118,11 @@ class DiSparseMasks(OneShot):
 
     def observe(self, losses: Mapping[str, Tensor]) -> None:
         """Rank the first batch's weights; later, where masks move, the gradients."""
+        first = not self.frozen and self._seen < self.batches  # no mask hides its gradients yet
         super().observe(losses)
         threshold = self.layers[0].threshold
         assert isinstance(threshold, _Window)
-        if threshold.open:
+        if threshold.open or (first and self._moves(1)):
             self._value = self._ranks(losses, by_weight=False)
 
     def score(self, losses: Mapping[str, Tensor]) -> None:
