@@ -27,7 +27,8 @@ class DiSparse(Mode):
     Every task ranks the weights it depends on, shared and its own, by its own connection
     sensitivity `|w * dL_t/dw|` on the first batch. A weight is as valuable as the task that ranks
     it highest finds it, so that a shared one is pruned only when every task agrees; the least
-    valuable ones go, as many as the target asks for.
+    valuable ones go, as many as the target asks for. Equal sensitivities have the same rank, that
+    of the lowest; where it is the last to go or to grow, those first in the model's order do.
 
     With `dynamic`, the masks move while the model trains: every `interval` steps each layer drops
     the smallest of its weights and grows as many others, those whose gradient some task ranks
@@ -123,11 +124,11 @@ class DiSparseMasks(OneShot):
         threshold = self.layers[0].threshold
         assert isinstance(threshold, _Window)
         if threshold.open or (first and self._moves(1)):
-            self._value = self._ranks(losses, by_weight=False)
+            self._value = self._highest(losses, by_weight=False)
 
     def score(self, losses: Mapping[str, Tensor]) -> None:
         """Rank the weights by connection sensitivity."""
-        self._value = self._ranks(losses, by_weight=True)
+        self._value = self._highest(losses, by_weight=True)
 
     def scores(self) -> list[Tensor]:
         """The highest rank that a task gives each weight."""
@@ -135,7 +136,7 @@ class DiSparseMasks(OneShot):
             return self.unmasked(lambda layer, _: layer.weight.abs())
         return self.unmasked(lambda _, i: self._value[i])
 
-    def _ranks(self, losses: Mapping[str, Tensor], *, by_weight: bool) -> list[Tensor]:
+    def _highest(self, losses: Mapping[str, Tensor], *, by_weight: bool) -> list[Tensor]:
         weights = [layer.weight for layer in self.layers]
         best = [torch.zeros(weight.numel(), device=weight.device) for weight in weights]
         for gradients in task_gradients(losses, self.layers).values():
@@ -146,9 +147,7 @@ class DiSparseMasks(OneShot):
                 assert gradient is not None
                 size = gradient * weights[i] if by_weight else gradient
                 parts.append(size.detach().abs().float().flatten())
-            order = torch.cat(parts).argsort(stable=True)
-            rank = torch.empty(len(order), device=order.device)
-            rank[order] = torch.linspace(0, 1, len(order), device=order.device)
+            rank = _ranks(torch.cat(parts))
             for i, own in zip(reached, rank.split([len(part) for part in parts]), strict=True):
                 best[i] = torch.maximum(best[i], own)
         return best
@@ -187,3 +186,14 @@ class DiSparseMasks(OneShot):
             return
         alive = self.unmasked(lambda layer, _: torch.ones_like(layer.weight))
         self.hold([~flat for flat in lowest(alive, self.zeros)])
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    """The share of the others that each score exceeds: equal ones have the same.
+
+    Args:
+        scores: Non-negative, of shape (N,); NaN counts as the lowest.
+    """
+    scores = scores.nan_to_num(nan=-1.0, posinf=torch.inf)
+    lower = torch.searchsorted(scores.sort().values, scores)
+    return torch.linspace(0, 1, len(scores), device=scores.device)[lower]
