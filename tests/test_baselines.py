@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import math
+import re
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
+import toys
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import prune
-from toys import TwoTasks, batch, losses, prepare, tensors, train, weights, zeros
+from toys import TwoTasks, batch, initialise, losses, prepare, tensors, train, weights, zeros
 
 from torch_adapmtl import SparsitySchedule
 from torch_adapmtl.baselines import SNIP, DiSparse, IterativeMagnitude, Magnitude, Taylor
@@ -256,6 +259,7 @@ def test_equals_the_plain_version(name: str) -> None:
 
 @pytest.mark.parametrize("target", [0.45, TARGET])  # of 312: less than the branch, and more
 @pytest.mark.parametrize("name", [name for name in ORACLES if "SNIP" in name or "Di" in name])
+@pytest.mark.filterwarnings("ignore:46% of the prunable weights")
 def test_equals_the_plain_version_where_a_whole_layer_ties_at_zero(
     name: str, target: float
 ) -> None:
@@ -373,6 +377,68 @@ def test_dynamic_masks_move_and_hide_the_gradient_of_what_is_gone() -> None:
         if step:
             assert sum(int((~layer.threshold.mask).sum()) for layer in layers) == 134
     assert 10 < len(seen) < 40  # they move, and come to rest
+
+
+def scored(model: nn.Module, mode: Any, **options: Any) -> list[str]:
+    """What scoring the first three batches warns of."""
+    pruner = prepare(model, mode=mode, **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(model, pruner, torch.optim.SGD(model.parameters(), lr=0.1), range(3))
+    assert all(warning.category is UserWarning for warning in caught)
+    assert all(warning.filename == toys.__file__ for warning in caught)  # the caller's line
+    return [str(warning.message) for warning in caught]
+
+
+ONE_SHOT = pytest.mark.parametrize(
+    "mode", [SNIP(), DiSparse(), DiSparse(dynamic=True)], ids=["SNIP", "DiSparse", "dynamic"]
+)
+
+
+@ONE_SHOT
+def test_a_branch_that_starts_at_zero_is_warned_of_once(mode: Any) -> None:
+    (text,) = scored(Branched(), mode)
+    assert re.search(
+        r"^46% of the prunable weights score exactly zero .*zero_init_last=False", text
+    )
+    masked = Branched()
+    prune.random_unstructured(masked.body, "weight", amount=40)  # 144 of the 272 that are left
+    (text,) = scored(masked, mode)
+    assert text.startswith("53% of")
+
+
+@ONE_SHOT
+def test_what_has_an_effect_is_not_warned_of(mode: Any) -> None:
+    assert scored(TwoTasks(), mode) == []
+    assert scored(Branched(), mode, target_sparsity=0.0) == []  # nothing is pruned
+    started = Branched()
+    nn.init.ones_(started.norm.weight)
+    assert scored(started, mode) == []
+    little = TwoTasks()
+    nn.init.zeros_(little.body.weight[:2])  # 12 of 168
+    assert scored(little, mode) == []
+    tied = TwoTasks()
+    initialise(tied, "constant")  # ties, and none of them at zero
+    assert scored(tied, mode) == []
+
+
+def test_later_batches_find_a_branch_that_started_at_zero() -> None:
+    assert scored(Branched(), SNIP(batches=2)) == []
+
+
+def test_disparse_passes_over_a_task_without_prunable_weights() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.shift = nn.Linear(6, 5), nn.Parameter(torch.ones(3))
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"a": self.head(x), "b": x[:, 3:] + self.shift}
+
+    model = Model()
+    pruner = prepare(model, mode=DiSparse())
+    train(model, pruner, torch.optim.SGD(model.parameters(), lr=0.1), range(STEPS))
+    assert zeros(pruner) == 24
 
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +43,11 @@ class DiSparse(Mode):
     Raises:
         ValueError: If an argument is out of range.
         TypeError: If `fraction` is no number.
+
+    Warns:
+        UserWarning: When the scores are read, if a tenth of the weights or more score exactly zero,
+            as all do in residual branches whose last scale starts at zero (timm's
+            `zero_init_last`): they would be pruned whole. Start those scales at 1.
 
     Example:
         >>> from torch_adapmtl.baselines import DiSparse
@@ -89,7 +94,10 @@ class DiSparseMasks(OneShot):
         super().__init__(layers, target=target, total_steps=total_steps, batches=1)
         self.mode = mode
         self.every = mode.interval or max(1, total_steps // 50)
-        self._value: list[Tensor] = []  # of each weight: the highest rank a task gives it
+        # Of each weight, the highest rank that a task gives it: by sensitivity, and by gradient.
+        self._value: list[Tensor] = []
+        self._wanted: list[Tensor] = []
+        self._effects: list[Tensor] = []
         self._hooks = GradientHooks(self.layers, self._close)
         for layer in layers:
             weight = layer.weight
@@ -117,18 +125,36 @@ class DiSparseMasks(OneShot):
         if mask is not None and parameter.grad is not None:
             parameter.grad.mul_(mask)
 
-    def observe(self, losses: Mapping[str, Tensor]) -> None:
-        """Rank the first batch's weights; later, where masks move, the gradients."""
-        first = not self.frozen and self._seen < self.batches  # no mask hides its gradients yet
-        super().observe(losses)
-        threshold = self.layers[0].threshold
-        assert isinstance(threshold, _Window)
-        if threshold.open or (first and self._moves(1)):
-            self._value = self._highest(losses, by_weight=False)
-
+    @torch.no_grad()
     def score(self, losses: Mapping[str, Tensor]) -> None:
         """Rank the weights by connection sensitivity."""
-        self._value = self._highest(losses, by_weight=True)
+        gradients = list(task_gradients(losses, self.layers).values())
+        weights = [layer.weight for layer in self.layers]
+        sensitivities = [
+            [None if g is None else g * w for g, w in zip(own, weights, strict=True)]
+            for own in gradients
+        ]
+        self._value = self._highest(sensitivities)
+        self._effects = [torch.zeros_like(value) for value in self._value]
+        for own in sensitivities:
+            for total, part in zip(self._effects, own, strict=True):
+                if part is not None:
+                    total += part.abs().float().flatten()
+        if self._moves(1):  # no mask hides a gradient of the first batch
+            self._wanted = self._highest(gradients)
+
+    @torch.no_grad()
+    def follow(self, losses: Mapping[str, Tensor]) -> None:
+        """Rank the gradients where masks move."""
+        self._value, self._effects = [], []  # the masks are made
+        threshold = self.layers[0].threshold
+        assert isinstance(threshold, _Window)
+        if threshold.open:
+            self._wanted = self._highest(task_gradients(losses, self.layers).values())
+
+    def effects(self) -> list[Tensor]:
+        """The connection sensitivities, summed over the tasks."""
+        return self.unmasked(lambda _, i: self._effects[i])
 
     def scores(self) -> list[Tensor]:
         """The highest rank that a task gives each weight."""
@@ -136,27 +162,25 @@ class DiSparseMasks(OneShot):
             return self.unmasked(lambda layer, _: layer.weight.abs())
         return self.unmasked(lambda _, i: self._value[i])
 
-    def _highest(self, losses: Mapping[str, Tensor], *, by_weight: bool) -> list[Tensor]:
+    def _highest(self, scores: Iterable[Sequence[Tensor | None]]) -> list[Tensor]:
+        """Rank each task's scores by their size; of all tasks the highest rank, flat."""
         weights = [layer.weight for layer in self.layers]
         best = [torch.zeros(weight.numel(), device=weight.device) for weight in weights]
-        for gradients in task_gradients(losses, self.layers).values():
-            reached = [i for i, gradient in enumerate(gradients) if gradient is not None]
-            parts = []
-            for i in reached:
-                gradient = gradients[i]
-                assert gradient is not None
-                size = gradient * weights[i] if by_weight else gradient
-                parts.append(size.detach().abs().float().flatten())
-            rank = _ranks(torch.cat(parts))
-            for i, own in zip(reached, rank.split([len(part) for part in parts]), strict=True):
-                best[i] = torch.maximum(best[i], own)
+        for own in scores:
+            found = {i: score for i, score in enumerate(own) if score is not None}
+            if not found:
+                continue
+            parts = [score.abs().float().flatten() for score in found.values()]
+            ranks = _ranks(torch.cat(parts)).split([len(part) for part in parts])
+            for i, rank in zip(found, ranks, strict=True):
+                best[i] = torch.maximum(best[i], rank)
         return best
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Drop the smallest weights of every layer, and grow the most wanted others."""
         share = (1 + math.cos(math.pi * step / (self._END * self.total_steps))) / 2
-        for layer, value in zip(self.layers, self._value, strict=False):
+        for layer, value in zip(self.layers, self._wanted, strict=False):
             mask = layer.threshold.mask
             if mask is None:
                 continue
@@ -176,7 +200,7 @@ class DiSparseMasks(OneShot):
             layer.weight.copy_(
                 layer.weight.masked_fill(shaped_like(layer.weight, grown | dropped), 0.0)
             )
-        self._value = []
+        self._wanted = []
 
     @torch.no_grad()
     def freeze(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 
@@ -152,6 +153,8 @@ class OneShot(Masked):
         batches: How many batches to score; the masks come with the last of them.
     """
 
+    _MANY = 0.1  # a share of weights without any effect that is worth a warning
+
     def __init__(
         self, layers: Sequence[Layer], *, target: float, total_steps: int, batches: int
     ) -> None:
@@ -167,6 +170,13 @@ class OneShot(Masked):
     def score(self, losses: Mapping[str, Tensor]) -> None:
         """Add what the losses of one batch say to the scores."""
 
+    def effects(self) -> list[Tensor]:
+        """How much the losses depend on each weight, by layer; zero if they do not at all."""
+        return self.scores()
+
+    def follow(self, losses: Mapping[str, Tensor]) -> None:
+        """See the losses of a batch that comes after those."""
+
     def due(self, step: int) -> bool:
         """Whether the weights are looked at after `step` steps: at the end."""
         return step == self.total_steps
@@ -178,10 +188,28 @@ class OneShot(Masked):
 
     def observe(self, losses: Mapping[str, Tensor]) -> None:
         """Score the first batches, then prune: the masks hold from the next forward pass on."""
-        if not self.frozen and self._seen < self.batches:
-            self.score(losses)
-            self.seen += 1
-            self._seen += 1
-            if self._seen == self.batches:
-                with torch.no_grad():
-                    self.mask(self.chosen(self.zeros))
+        if self.frozen or self._seen == self.batches:
+            self.follow(losses)
+            return
+        self.score(losses)
+        self.seen += 1
+        self._seen += 1
+        if self._seen == self.batches:
+            with torch.no_grad():
+                share = self._share_without_effect()
+                self.mask(self.chosen(self.zeros))
+            if share >= self._MANY and self.zeros > self._least:
+                warnings.warn(
+                    f"{share:.0%} of the prunable weights score exactly zero on the batches that "
+                    f"were scored, since no loss depends on them yet, and go first, whole layers "
+                    f"of them. So do all residual branches whose last scale starts at zero, as "
+                    f"timm's zero_init_last has them: start it at 1 (zero_init_last=False in "
+                    f"timm). Otherwise look for dead units, or for a task without a loss in these "
+                    f"batches",
+                    stacklevel=3,
+                )
+
+    def _share_without_effect(self) -> float:
+        effects = torch.cat(self.effects())
+        left = (effects != -torch.inf).sum().clamp(min=1)
+        return float((effects == 0).sum() / left)

@@ -31,6 +31,11 @@ class SNIP(Mode):
     Raises:
         ValueError: If `batches` is no integer >= 1.
 
+    Warns:
+        UserWarning: When the scores are read, if a tenth of the weights or more score exactly zero,
+            as all do in residual branches whose last scale starts at zero (timm's
+            `zero_init_last`): they would be pruned whole. Start those scales at 1.
+
     Example:
         >>> from torch_adapmtl.baselines import SNIP
         >>> SNIP()
