@@ -14,7 +14,9 @@ def dilated_resnet34(in_chans: int = 3) -> nn.Module:
     """The paper's ResNet34 encoder: stage strides 1, 2, 1, 1 and dilations 1, 1, 2, 4.
 
     With the stem the output stride is 8; the output is one map of 512 channels. Every 3x3
-    convolution of a stage has the stage's dilation. Weights are random; nothing is downloaded.
+    convolution of a stage has the stage's dilation. Weights are random, and no norm starts at zero
+    (methods that look at gradients before the first step would see none behind it); nothing is
+    downloaded.
 
     Args:
         in_chans: Channels of the images.
@@ -34,6 +36,7 @@ def dilated_resnet34(in_chans: int = 3) -> nn.Module:
     encoder: nn.Module = _timm().create_model(
         "resnet34",
         pretrained=False,
+        zero_init_last=False,
         features_only=True,
         out_indices=(4,),
         output_stride=8,
