@@ -55,6 +55,13 @@ def _resnet18(*channels: int, **options: Any) -> Callable[[], nn.Module]:
     return make
 
 
+def _digit_resnet18() -> nn.Module:
+    """Without the pooling: maps of one pixel would show a 3x3 convolution little but padding."""
+    encoder = _resnet18(16, 32, 64, 128, num_classes=0, in_chans=1)()
+    encoder.maxpool = nn.Identity()
+    return encoder
+
+
 def _mobilenet() -> nn.Module:
     import timm
 
@@ -288,12 +295,7 @@ PROBLEMS: Mapping[str, Problem] = {
     for problem in (
         _rooms("rooms3", _THREE, _NARROW, _aspp(96)),
         _rooms("rooms5", (*_THREE, "edges", "keypoints"), _NARROW, _aspp(64)),
-        _digits(
-            "digits",
-            _resnet18(16, 32, 64, 128, num_classes=0, in_chans=1),
-            steps=600,
-            lr=2e-3,
-        ),
+        _digits("digits", _digit_resnet18, steps=600, lr=2e-3),
         _words(),
         _rooms("rooms3 wide", _THREE, _dense_resnet18(64, 128, 256, 512), _aspp(256, (1, 2, 3, 4))),
         _rooms("rooms3 mobilenet", _THREE, _mobilenet, DenseHead),
