@@ -16,6 +16,7 @@ from typing import Any
 from torch_adapmtl.benchmark import (
     BASELINES,
     DENSE,
+    PROBLEMS,
     TEACHERS,
     Row,
     allocation_figure,
@@ -36,6 +37,15 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "results.md"
 # How far AdapMTL should be ahead of the best baseline, in points, by sparsity.
 AIMS = {0.8: 0.0, 0.9: 2.0, 0.95: 0.0, 0.97: 5.0}
 DRAWN = ("AdapMTL", "Taylor", "IMP", "global magnitude", "DiSparse dynamic", "uniform magnitude")
+
+
+def in_order(lines: Sequence[dict[str, Any]]) -> list[Row]:
+    """What the lines say, by problem: lines are in the order in which runs happened to end."""
+    order = list(PROBLEMS)
+    return sorted(
+        summarize(lines),
+        key=lambda row: order.index(row.problem) if row.problem in order else len(order),
+    )
 
 
 def problems(rows: Sequence[Row]) -> list[str]:
@@ -61,7 +71,7 @@ def details(rows: Sequence[Row], sparsity: float) -> str:
 
 def blocks(lines: dict[str, list[dict[str, Any]]]) -> dict[str, Callable[[], str]]:
     """What makes each block of the page; `lines` by the name of their file."""
-    rows = {name: summarize(own) for name, own in lines.items()}
+    rows = {name: in_order(own) for name, own in lines.items()}
     made: dict[str, Callable[[], str]] = {}
     for study, own in rows.items():
         made[f"{study}: runs"] = lambda study=study: provenance(lines[study])
@@ -104,7 +114,7 @@ def main() -> None:
     if args.quick:
         args.lines = folder / "sensitivities.jsonl"
     if args.lines:
-        rows = summarize(read(args.lines))
+        rows = in_order(read(args.lines))
         if not rows:
             parser.error(
                 f"--lines {args.lines}: no runs there that can be compared with dense ones"
@@ -117,7 +127,7 @@ def main() -> None:
     lines = committed(folder)
     args.page.write_text(fill(args.page.read_text(), blocks(lines)))
     if args.figures:
-        draw(summarize(lines["comparison"]), folder)
+        draw(in_order(lines["comparison"]), folder)
     print(f"{args.page}: {sum(map(len, lines.values()))} runs")
 
 
