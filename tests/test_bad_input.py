@@ -956,7 +956,10 @@ THRESHOLDS = [
 TABLE = [*ARGUMENTS, *MODELS, *LOSSES, *HANDLE, *LATE, *STATES, *SETTINGS, *THRESHOLDS]
 
 
-@pytest.mark.filterwarnings("ignore:.*(quantiz|torch.jit.script|Sparse CSR|Complex modules).*")
+@pytest.mark.filterwarnings(
+    "ignore:.*(quantiz|torch.jit.script|Sparse CSR|Complex modules).*",
+    "ignore:no weight is left",  # SNIP, of a dozen weights
+)
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row.id)
 def test_refused(row: Row) -> None:
     refused(row)

@@ -13,10 +13,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from toys import TwoTasks, losses, prepare, weights, zeros
+from toys import TwoTasks, losses, prepare, train, weights, zeros
 
 from torch_adapmtl import AdapMTL, apply_adapmtl
 from torch_adapmtl._health import LossTrace, signs
+from torch_adapmtl.baselines import Magnitude
 from torch_adapmtl.report import ComponentRow, Report
 from torch_adapmtl.weighting import EqualWeighting, StabilityWeighting
 
@@ -122,6 +123,26 @@ def test_components_that_are_equally_sparse(options: dict[str, Any], expected: i
     said = finished(pruner)
     assert len(said) == expected
     assert all("all components are equally sparse (75.00%)" in text for text in said)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"mode": Magnitude()}, 1),
+        ({"mode": Magnitude("uniform")}, 0),
+        ({}, 0),
+    ],
+)
+def test_a_layer_without_weights(options: dict[str, Any], expected: int) -> None:
+    torch.manual_seed(0)
+    model = TwoTasks()
+    with torch.no_grad():
+        model.heads["b"].weight.mul_(1e-3)
+    pruner = prepare(model, **options)
+    train(model, pruner, torch.optim.SGD(pruner.param_groups(lr=1e-3)), range(20))
+    said = [text for text in finished(pruner) if "no weight" in text]
+    assert len(said) == expected
+    assert all("in 1 of 3 layers, such as 'heads.b.weight'" in text for text in said)
 
 
 @pytest.mark.parametrize(("bounds", "expected"), [(None, 1), ((0.5, 1.5), 0)])

@@ -222,6 +222,13 @@ def signs(
             f"Their weights may not have been trained (look at their gradients), or the run was "
             f"too short; if they really are alike, this is as it should be"
         )
+    emptied = [row.name for row in report.layers if row.weights == row.zeros > 0]
+    if emptied:
+        found.append(
+            f"no weight is left in {len(emptied)} of {len(report.layers)} layers, such as "
+            f"{emptied[0]!r}: what they give is constant, and a task may be lost for it. Prune to "
+            f"less, or by a method that leaves every layer some weights, as AdapMTL's default does"
+        )
     total = sum(task_weights.values())
     for task, weight in task_weights.items():
         if len(task_weights) > 1 and weight > _DOMINANT * total:
