@@ -203,6 +203,10 @@ def _index(change: Callable[[Any], Any], name: str) -> Callable[[Path], None]:
     return write
 
 
+def _cut(path: Path, end: int) -> None:
+    path.write_bytes(path.read_bytes()[:end])
+
+
 def _archive(root: Path) -> None:
     np.savez(root / "depth.npz", DEPTH)
     (root / "depth.npz").replace(root / "train/0_d.npy")
@@ -274,6 +278,21 @@ NYU_FAULTS: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         lambda root: np.save(root / "train/0_d.npy", np.array([["far", "near"]])),
         ValueError,
         "0_d.npy is no .npy file of numbers: its elements are of <U4",
+    ),
+    "no image": (
+        lambda root: (root / "train/0_n.png").write_text("normals"),
+        ValueError,
+        "0_n.png is no image that can be read",
+    ),
+    "half an image": (
+        lambda root: _cut(root / "train/0_n.png", -30),
+        ValueError,
+        "0_n.png is no image that can be read",
+    ),
+    "a broken image": (
+        lambda root: _cut(root / "train/0_n.png", 12),
+        ValueError,
+        "0_n.png is no image that can be read",
     ),
 }
 
@@ -365,6 +384,14 @@ TASKONOMY_FAULTS: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] 
         ValueError,
         r"must hold 17 numbers, one a class, found the shape \(16,\)",
     ),
+    **{
+        f"weight {value}": (
+            lambda root, value=value: np.save(root / "semseg_prior_factor.npy", np.full(17, value)),
+            ValueError,
+            f"semseg_prior_factor.npy must hold numbers of 0 or more, found {value:g}",
+        )
+        for value in (-1.0, math.nan, math.inf)
+    },
     "unreadable": (
         lambda root: (root / "semseg_prior_factor.npy").write_text("weights"),
         ValueError,

@@ -227,3 +227,6 @@ def test_metrics_are_chosen_by_name() -> None:
         Depth(metrics=["mIoU"])
     with pytest.raises(ValueError, match=r"one number for each of 3 classes, got the shape \(2,\)"):
         Segmentation(3, class_weights=torch.ones(2))
+    for wrong in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=rf"finite and >= 0, got \[1.0, {wrong}\]"):
+            Segmentation(2, class_weights=torch.tensor([1.0, wrong]))

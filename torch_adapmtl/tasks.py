@@ -122,7 +122,8 @@ class Segmentation(_Dense):
             `"cross_entropy"` (as for Tiny-Taskonomy).
 
     Raises:
-        ValueError: If a metric is unknown, or the weights are not one for each class.
+        ValueError: If a metric is unknown, or the weights are not one for each class, finite and
+            >= 0.
 
     Example:
         >>> task = Segmentation(2)
@@ -143,11 +144,16 @@ class Segmentation(_Dense):
         class_weights: Tensor | None = None,
         metrics: Sequence[str] | None = None,
     ) -> None:
-        if class_weights is not None and class_weights.shape != (classes,):
-            raise ValueError(
-                f"class_weights must be one number for each of {classes} classes, got the shape "
-                f"{tuple(class_weights.shape)}"
-            )
+        if class_weights is not None:
+            if class_weights.shape != (classes,):
+                raise ValueError(
+                    f"class_weights must be one number for each of {classes} classes, got the "
+                    f"shape {tuple(class_weights.shape)}"
+                )
+            if not (class_weights.isfinite() & (class_weights >= 0)).all():
+                raise ValueError(
+                    f"class_weights must be finite and >= 0, got {class_weights.tolist()}"
+                )
         self.classes, self.ignore_index = classes, ignore_index
         self.class_weights = class_weights
         super().__init__(metrics)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from torch_adapmtl.datasets.transforms import resize_nearest
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 __all__ = [
     "check_files",
@@ -66,28 +70,35 @@ def read_image(path: Path, channels: int, bits: int = 8) -> Tensor:
     """The pixels of an image file, `(channels, H, W)`, int32.
 
     Raises:
-        ValueError: If it has other channels or another depth.
+        ValueError: If it is no image, or a damaged one, or has other channels or another depth.
     """
     import numpy
     from PIL import Image
 
-    with Image.open(path) as file:
-        image: Image.Image = file
-        deep = image.mode in ("I;16", "I;16B", "I")
-        if deep != (bits == 16):
-            raise ValueError(f"{path} must be an image of {bits} bits, found mode {image.mode!r}")
-        if not deep:
-            wanted = "L" if channels == 1 else "RGB"
-            if image.mode == "P" and channels == 1:
-                wanted = "P"  # an index is a class, whatever its colour
-            elif image.mode not in (wanted, "RGBA" if channels == 3 else wanted):
-                raise ValueError(
-                    f"{path} must be an image of {channels} channel(s), found mode {image.mode!r}"
-                )
-            image = image.convert(wanted) if image.mode != wanted else image
-        pixels = numpy.array(image).astype("int32")
+    try:
+        with Image.open(path) as file:
+            pixels = numpy.array(_of_mode(file, path, channels, bits)).astype("int32")
+    except (OSError, SyntaxError) as error:  # Pillow's for what is cut short, and for broken PNGs
+        raise ValueError(f"{path} is no image that can be read: {error}") from error
     found = torch.from_numpy(pixels)
     return found[None] if found.ndim == 2 else found.movedim(-1, 0)
+
+
+def _of_mode(image: Image.Image, path: Path, channels: int, bits: int) -> Image.Image:
+    """The image without a palette of colours or an alpha channel, if it is of the right kind."""
+    deep = image.mode in ("I;16", "I;16B", "I")
+    if deep != (bits == 16):
+        raise ValueError(f"{path} must be an image of {bits} bits, found mode {image.mode!r}")
+    wanted = "L" if channels == 1 else "RGB"
+    if deep or image.mode == wanted:
+        return image
+    if channels == 1 and image.mode == "P":
+        return image  # an index is a class, whatever its colour
+    if channels == 1 or image.mode != "RGBA":
+        raise ValueError(
+            f"{path} must be an image of {channels} channel(s), found mode {image.mode!r}"
+        )
+    return image.convert("RGB")
 
 
 def read_numbers(path: Path) -> Tensor:

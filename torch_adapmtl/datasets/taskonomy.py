@@ -105,6 +105,9 @@ class TinyTaskonomy(Dataset[tuple[Tensor, dict[str, Tensor]]]):
                 f"{path} must hold {self.classes} numbers, one a class, found the shape "
                 f"{tuple(weights.shape)}"
             )
+        wrong = weights[~(weights.isfinite() & (weights >= 0))]
+        if len(wrong):
+            raise ValueError(f"{path} must hold numbers of 0 or more, found {wrong[0].item():g}")
         return weights
 
     def __len__(self) -> int:
