@@ -1,0 +1,188 @@
+"""The lines of later.jsonl: leads at 97 % that patch the library, or that no study names.
+
+python docs/results/later.py 0     # those of seed 0 that are not there yet
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+from torch_adapmtl import _density
+from torch_adapmtl._sampling import positions, take
+from torch_adapmtl.baselines import Magnitude, Taylor
+from torch_adapmtl.baselines._magnitude import MagnitudeMasks
+from torch_adapmtl.baselines._masked import Masked, lowest
+from torch_adapmtl.benchmark import find_problem, read, run, runs
+from torch_adapmtl.budget import SparsitySchedule
+from torch_adapmtl.lamp import LAMPAllocation
+from torch_adapmtl.pruner import AdapMTL
+from torch_adapmtl.sensitivity import Sensitivity, SensitivityAllocation
+
+OUT = Path(__file__).with_name("later.jsonl")
+PROBLEMS = ("rooms3", "digits", "words")
+
+Patch = Callable[[], AbstractContextManager[Any]]
+
+
+def decay(value: float) -> Patch:
+    """Another weight decay of the prunable weights."""
+
+    def optimizer(problem: Any, model: nn.Module, pruner: AdapMTL) -> torch.optim.Optimizer:
+        own = {id(layer.weight) for layer in pruner._layers}
+        parameters = list(model.parameters())
+        return torch.optim.Adam(
+            [
+                {"params": [p for p in parameters if id(p) in own], "weight_decay": value},
+                {"params": [p for p in parameters if id(p) not in own]},
+            ],
+            lr=problem.lr,
+            weight_decay=problem.weight_decay,
+        )
+
+    return lambda: patch.object(runs, "_optimizer", optimizer)
+
+
+def batch_norm_anew() -> AbstractContextManager[Any]:
+    """BatchNorm's statistics taken anew at the end, from 100 batches of the training set."""
+    evaluate = runs.evaluate
+
+    def anew(model: nn.Module, problem: Any, test: Any, autocast: Any) -> Any:
+        train, _ = runs._data(problem.load, "cpu")
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.reset_running_stats()
+                module.momentum = None
+        model.train()
+        with torch.no_grad():
+            for _, (inputs, _) in zip(
+                range(100), train.shuffled(problem.batch, 12345), strict=False
+            ):
+                model(inputs)
+        return evaluate(model, problem, test, autocast)
+
+    return patch.object(runs, "evaluate", anew)
+
+
+def higher_floors() -> AbstractContextManager[Any]:
+    """Layers keep three tenths of the average density, not one."""
+    return patch.object(_density, "_LAYER_FLOOR", 0.3)
+
+
+@contextmanager
+def floors() -> Iterator[None]:
+    """A baseline's masks with the floors that AdapMTL has."""
+
+    def choose(self: Masked, zeros: int) -> list[Tensor]:
+        scores = [score.clone() for score in self.scores()]
+        none = [0] * len(scores)
+        bounds = _density.DensityBounds(self.layers, none, self.target, None, None)
+        for score, most in zip(scores, bounds._layer_max, strict=True):
+            score[score.topk(score.numel() - most).indices] = torch.inf
+        return lowest(scores, zeros)
+
+    with patch.object(Masked, "choose", choose), patch.object(MagnitudeMasks, "choose", choose):
+        yield
+
+
+@contextmanager
+def by_task() -> Iterator[None]:
+    """The saliency of each task normalised before they are added (DiSparse's idea)."""
+    gradients: list[list[Tensor | None]] = []
+    weighted = AdapMTL.loss
+
+    def loss(self: AdapMTL, losses: Mapping[str, Tensor]) -> Tensor:
+        allocator = self.budget.allocator
+        if isinstance(allocator, Sensitivity) and allocator._hooks._listening and self.training:
+            weights = [layer.weight for layer in allocator.layers]
+            gradients.clear()
+            for task in losses.values():
+                found = torch.autograd.grad(task, weights, retain_graph=True, allow_unused=True)
+                gradients.append([_sampled(g, allocator._total) for g in found])
+        return weighted(self, losses)
+
+    def collect(self: Sensitivity, sample: Any, thresholds: Tensor) -> Tensor:
+        self._gradients = {}
+        found = torch.zeros_like(self.saliency)
+        alpha = thresholds[sample.layer]
+        band = (sample.values > alpha) & (sample.values <= 2 * alpha)
+        for own in gradients:
+            gradient = torch.zeros_like(sample.values)
+            for part, values in zip(gradient.split(sample.lengths), own, strict=True):
+                if values is not None:
+                    part.copy_(values.flatten())
+            saliency = (sample.values * gradient).square().masked_fill(~band, 0.0)
+            if saliency.sum() > 0:
+                found[0].index_add_(0, sample.layer, saliency / saliency.sum() * band.sum())
+        if gradients:
+            found[1].index_add_(0, sample.layer, band.to(found.dtype))
+        gradients.clear()
+        return torch.where(found.isfinite().all(), found, 0.0)
+
+    with patch.object(AdapMTL, "loss", loss), patch.object(Sensitivity, "_collect", collect):
+        yield
+
+
+def _sampled(gradient: Tensor | None, total: int) -> Tensor | None:
+    if gradient is None:
+        return None
+    return take(gradient, positions(gradient.numel(), total, gradient.device)).clone()
+
+
+def _lamp(strength: float) -> dict[str, Any]:
+    return {"weighting": "stability", "allocation": LAMPAllocation(strength=strength)}
+
+
+LATE = SparsitySchedule(end=0.7, settled=None)
+SENSITIVITY = {"weighting": "stability", "allocation": SensitivityAllocation(bound=0.35)}
+STRENGTHS: Sequence[tuple[str, dict[str, Any], Patch]] = [
+    (f"LAMP {strength:g}, firm 1.1{said}", _lamp(strength), nullcontext)
+    for strength, said in ((0.5, ""), (0.75, " (the defaults)"), (1.0, ""))
+]
+LEADS: Sequence[tuple[str, dict[str, Any] | None, Patch]] = [
+    ("dense", None, nullcontext),
+    ("global magnitude", {"mode": Magnitude()}, nullcontext),
+    ("global magnitude, AdapMTL's floors", {"mode": Magnitude()}, floors),
+    ("Taylor", {"mode": Taylor()}, nullcontext),
+    ("Taylor, AdapMTL's floors", {"mode": Taylor()}, floors),
+    ("Taylor, pruned by 70 %", {"mode": Taylor(schedule=LATE)}, nullcontext),
+    ("Taylor, stability weighting", {"mode": Taylor(), "weighting": "stability"}, nullcontext),
+    *STRENGTHS,
+    ("LAMP 0.75, prunable weights without decay", _lamp(0.75), decay(0.0)),
+    ("LAMP 0.75, ten times the decay of prunable weights", _lamp(0.75), decay(1e-3)),
+    ("LAMP 0.75, BatchNorm estimated anew", _lamp(0.75), batch_norm_anew),
+    ("LAMP 0.75, floors of 0.3", _lamp(0.75), higher_floors),
+    ("sensitivity (0.35), firm 1.1", SENSITIVITY, nullcontext),
+    ("sensitivity (0.35) of each task, firm 1.1", SENSITIVITY, by_task),
+]
+MOBILENET = [lead for lead in LEADS if lead[0] in ("dense", "Taylor") or lead in STRENGTHS]
+
+
+def main(seed: int) -> None:
+    """Add the lines of a seed."""
+    torch.set_num_threads(1)
+    problems = dict.fromkeys(PROBLEMS, LEADS) | {"rooms3 mobilenet": MOBILENET}
+    for problem, leads in problems.items():
+        for name, options, patched in leads:
+            if problem == "words" and patched is batch_norm_anew:
+                continue  # it has none
+            done = {(line["problem"], line["method"], line["seed"]) for line in read(OUT)}
+            if (problem, name, seed) in done:
+                continue
+            with patched():
+                method = "dense" if options is None else "AdapMTL"
+                line = run(find_problem(problem), method, 0.97, seed, options=options)
+            with OUT.open("a") as file:
+                file.write(json.dumps({**line, "method": name}) + "\n")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
