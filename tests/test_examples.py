@@ -36,9 +36,8 @@ def run(script: str, folder: Path, *options: str) -> str:
 
 def load(script: str) -> ModuleType:
     """The script as a module."""
-    spec = importlib.util.spec_from_file_location(
-        f"example_{script}", ROOT / "examples" / f"{script}.py"
-    )
+    path = ROOT / "examples" / f"{script}.py"
+    spec = importlib.util.spec_from_file_location(f"example_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -167,6 +166,18 @@ def test_the_paper_preset_is_for_a_gpu(
     with pytest.raises(SystemExit):
         found(False, "--preset", "paper")
     assert "--device cpu" in capsys.readouterr().err
+
+
+def test_the_leads_of_the_results_page_can_be_run_again() -> None:
+    from torch_adapmtl.benchmark import read
+
+    later = load("../docs/results/later")
+    names = [name for name, _, _ in later.LEADS]
+    assert len(set(names)) == len(names)
+    assert {line["method"] for line in read(later.OUT)} <= set(names)
+    for _, _, patched in later.LEADS:
+        with patched():  # an AttributeError if what it patches is gone
+            pass
 
 
 def test_benchmark_writes_a_line_a_run_and_runs_none_twice(tmp_path: Path) -> None:

@@ -416,7 +416,8 @@ class AdapMTL(nn.Module):
 
         Warns:
             UserWarning: If the run went wrong: all components are equally sparse though they were
-                free to differ, one task has nearly all the weight, a loss ended far above where it
+                free to differ, a layer has no weight left, one task has nearly all the weight, a
+                task never had a loss or one that requires grad, a loss ended far above where it
                 began, or (in paper mode) the target was missed.
         """
         self._check_active("finalize")
