@@ -11,10 +11,11 @@ from .figures import allocation_figure, tradeoff_figure
 from .methods import BASELINES, DENSE, METHODS, SETTINGS, VARIANTS
 from .paper_scale import ENCODERS, paper_problem
 from .problem import Problem
-from .problems import COMPARISON, OTHERS, PROBLEMS, TEACHERS, find_problem
+from .problems import COMPARISON, OTHERS, PROBLEMS, find_problem
 from .runs import evaluate, run, settings
 from .studies import STUDIES, read, study
 from .summary import Estimate, Margin, Row, margin, summarize
+from .synthetic import TEACHERS
 from .tables import (
     delta_table,
     fill,

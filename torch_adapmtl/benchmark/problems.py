@@ -8,12 +8,12 @@ from itertools import combinations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_adapmtl.benchmark.data import Samples
 from torch_adapmtl.benchmark.paper_scale import paper_problem
 from torch_adapmtl.benchmark.problem import Problem
+from torch_adapmtl.benchmark.synthetic import teachers
 from torch_adapmtl.datasets import MultiDigits, Rooms, Words
 from torch_adapmtl.models import (
     ASPPHead,
@@ -25,7 +25,7 @@ from torch_adapmtl.models import (
 )
 from torch_adapmtl.tasks import Classification, Depth, Map, Normals, Regression, Segmentation, Task
 
-__all__ = ["COMPARISON", "OTHERS", "PROBLEMS", "TEACHERS", "WordModel", "find_problem"]
+__all__ = ["COMPARISON", "OTHERS", "PROBLEMS", "WordModel", "find_problem"]
 
 # Each `paper_start` is the one of -8, -6, -5, -4, -3.5, -3 and -2.5 that came nearest to 90 % with
 # seed 0 without a collapse (Rooms-3, digits and words; the other problems take those of the first).
@@ -229,55 +229,6 @@ def _words() -> Problem:
     )
 
 
-#: Hidden units of the networks that the tasks of the problem `teachers` are to imitate.
-TEACHERS: Mapping[str, int] = {"narrow": 2, "middle": 8, "wide": 32}
-
-
-class TeacherModel(nn.Module):
-    """A shared perceptron, and a head of the same size for each teacher."""
-
-    def __init__(self, inputs: int = 16, width: int = 64) -> None:
-        super().__init__()
-        self.shared = nn.Sequential(nn.Linear(inputs, width), nn.ReLU())
-        self.heads = nn.ModuleDict(
-            {
-                task: nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
-                for task in TEACHERS
-            }
-        )
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Take `(B, inputs)`; return `(B, 1)` by task."""
-        h = self.shared(x)
-        return {task: head(h) for task, head in self.heads.items()}
-
-
-def _teachers() -> Problem:
-    """Tasks of known difficulty: the wider its teacher, the more weights a head needs."""
-
-    def load() -> tuple[Samples, Samples]:
-        generator = torch.Generator().manual_seed(0)
-        inputs = torch.randn(10_000, 16, generator=generator)
-        targets = {}
-        for task, hidden in TEACHERS.items():
-            first = torch.randn(hidden, 16, generator=generator) / 4
-            last = torch.randn(1, hidden, generator=generator)
-            found = F.linear(F.linear(inputs, first).relu(), last)
-            targets[task] = (found - found.mean()) / found.std()
-        everything = Samples(inputs, targets)
-        return everything.at_most(8000), Samples(*everything.at(torch.arange(8000, 10_000)))
-
-    return Problem(
-        "teachers",
-        load,
-        TeacherModel,
-        lambda: {task: Regression() for task in TEACHERS},
-        steps=2000,
-        batch=64,
-        paper_start=-3.5,
-    )
-
-
 _THREE = ("segmentation", "depth", "normal")
 _NARROW = _dense_resnet18(24, 48, 96, 192)
 
@@ -304,7 +255,7 @@ PROBLEMS: Mapping[str, Problem] = {
             _rooms(f"rooms: {', '.join(pair)}", pair, _NARROW, _aspp(96))
             for pair in combinations(_THREE, 2)
         ),
-        _teachers(),
+        teachers(),
     )
 }
 
