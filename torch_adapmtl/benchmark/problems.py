@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch_adapmtl.benchmark.data import Samples
 from torch_adapmtl.benchmark.paper_scale import paper_problem
 from torch_adapmtl.benchmark.problem import Problem
-from torch_adapmtl.benchmark.synthetic import teachers
+from torch_adapmtl.benchmark.synthetic import tabular, teachers
 from torch_adapmtl.datasets import MultiDigits, Rooms, Words
 from torch_adapmtl.models import (
     ASPPHead,
@@ -236,8 +236,9 @@ _NARROW = _dense_resnet18(24, 48, 96, 192)
 COMPARISON: tuple[str, ...] = ("rooms3", "rooms5", "digits", "words")
 
 #: Other nets: one as over-parameterised as a CPU allows, one of depthwise convolutions with light
-#: heads, one with layer norms. LAMP's strength was chosen on the second, nothing on the others.
-OTHERS: tuple[str, ...] = ("rooms3 wide", "rooms3 mobilenet", "digits convnext")
+#: heads, one with layer norms, and a perceptron of which two tasks can hardly be learned. LAMP's
+#: strength was chosen on the second, nothing on the others.
+OTHERS: tuple[str, ...] = ("rooms3 wide", "rooms3 mobilenet", "digits convnext", "tabular")
 
 #: The problems of the small preset, by name: those of the comparison, other nets, pairs of the
 #: tasks of Rooms, and one whose components have known sensitivities.
@@ -255,6 +256,7 @@ PROBLEMS: Mapping[str, Problem] = {
             _rooms(f"rooms: {', '.join(pair)}", pair, _NARROW, _aspp(96))
             for pair in combinations(_THREE, 2)
         ),
+        tabular(),
         teachers(),
     )
 }

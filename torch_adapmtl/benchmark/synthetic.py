@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from torch_adapmtl.benchmark.data import Samples
 from torch_adapmtl.benchmark.problem import Problem
-from torch_adapmtl.tasks import Regression
+from torch_adapmtl.tasks import Classification, Regression
 
-__all__ = ["TEACHERS", "TeacherModel", "teachers"]
+__all__ = ["TEACHERS", "TabularModel", "TeacherModel", "tabular", "teachers"]
 
 #: Hidden units of the networks that the tasks of the problem `teachers` are to imitate.
 TEACHERS: Mapping[str, int] = {"narrow": 2, "middle": 8, "wide": 32}
@@ -58,6 +58,91 @@ def teachers() -> Problem:
         lambda: {task: Regression() for task in TEACHERS},
         steps=2000,
         batch=64,
+        paper_start=-3.5,
+    )
+
+
+class TabularModel(nn.Module):
+    """A residual perceptron over rows of numbers, with a two-layer head for each task.
+
+    Args:
+        outputs: What each task predicts: so many numbers.
+        inputs: Columns.
+        width: Of all hidden layers.
+        blocks: Residual blocks.
+    """
+
+    def __init__(
+        self, outputs: Mapping[str, int], *, inputs: int = 32, width: int = 192, blocks: int = 4
+    ) -> None:
+        super().__init__()
+        self.first = nn.Linear(inputs, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.LayerNorm(width), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)
+            )
+            for _ in range(blocks)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.heads = nn.ModuleDict(
+            {
+                task: nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, count))
+                for task, count in outputs.items()
+            }
+        )
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Take `(B, inputs)`; return `(B, outputs)` by task."""
+        x = self.first(x)
+        for block in self.blocks:
+            x = x + block(x)
+        x = self.norm(x)
+        return {task: head(x) for task, head in self.heads.items()}
+
+
+def tabular() -> Problem:
+    """Two tasks that can be learned and two that are mostly noise.
+
+    The loss of a task that cannot be learned is flat, which is what stable looks like.
+    """
+    outputs = {"class": 8, "value": 1, "noisy_class": 4, "noisy_value": 1}
+
+    def load() -> tuple[Samples, Samples]:
+        generator = torch.Generator().manual_seed(0)
+        inputs = torch.randn(24_000, 32, generator=generator)
+
+        def taught(count: int, hidden: int = 24) -> Tensor:
+            x = inputs
+            for _ in range(2):
+                weight = torch.randn(hidden, x.shape[1], generator=generator)
+                x = F.linear(x, 1.5 * weight / x.shape[1] ** 0.5).tanh()
+            return F.linear(x, torch.randn(count, hidden, generator=generator))
+
+        kind, value = taught(8).argmax(1), _standardized(taught(1))
+        noisy_kind, noisy_value = taught(4).argmax(1), _standardized(taught(1))
+        noise = torch.randint(4, noisy_kind.shape, generator=generator)
+        random = torch.rand(noise.shape, generator=generator) < 0.85
+        targets = {
+            "class": kind,
+            "value": value,
+            "noisy_class": torch.where(random, noise, noisy_kind),
+            "noisy_value": 0.3 * noisy_value + torch.randn(value.shape, generator=generator),
+        }
+        return _split(Samples(inputs, targets), 20_000)
+
+    return Problem(
+        "tabular",
+        load,
+        lambda: TabularModel(outputs),
+        lambda: {
+            "class": Classification(outputs["class"]),
+            "value": Regression(),
+            "noisy_class": Classification(outputs["noisy_class"]),
+            "noisy_value": Regression(),
+        },
+        steps=1500,
+        batch=128,
+        lr=1e-3,
         paper_start=-3.5,
     )
 
