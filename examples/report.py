@@ -1,9 +1,10 @@
-"""Fill the tables and figures of the results page from the lines of the studies.
+"""Fill the tables of the results page and of the README from the lines of the studies.
 
-    python examples/report.py                       # docs/results.md, from docs/results/*.jsonl
+    python examples/report.py                       # from docs/results/*.jsonl
+    python examples/report.py --figures             # the page's figures too
     python examples/report.py --lines my.jsonl      # print the tables of other lines
 
-The page's blocks, between `<!-- NAME -->` and `<!-- end -->`, are replaced; its text is not.
+The blocks of a page, between `<!-- NAME -->` and `<!-- end -->`, are replaced; its text is not.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ from torch_adapmtl.benchmark import (
     tradeoff_figure,
 )
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "results.md"
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "docs" / "results"
+PAGES = (FOLDER.with_suffix(".md"), ROOT / "README.md")
 # How far AdapMTL should be ahead of the best baseline, in points, by sparsity.
 AIMS = {0.8: 0.0, 0.9: 2.0, 0.95: 0.0, 0.97: 5.0}
 DRAWN = ("AdapMTL", "Taylor", "IMP", "global magnitude", "DiSparse dynamic", "uniform magnitude")
@@ -85,34 +88,32 @@ def blocks(lines: dict[str, list[dict[str, Any]]]) -> dict[str, Callable[[], str
     return made
 
 
-def committed(folder: Path) -> dict[str, list[dict[str, Any]]]:
+def committed() -> dict[str, list[dict[str, Any]]]:
     """The lines of every file, by its name."""
-    return {path.stem: read(path) for path in sorted(folder.glob("*.jsonl"))}
+    return {path.stem: read(path) for path in sorted(FOLDER.glob("*.jsonl"))}
 
 
-def draw(rows: Sequence[Row], folder: Path) -> None:
+def draw(rows: Sequence[Row]) -> None:
     """Write the page's figures."""
     figures = {"tradeoff.png": tradeoff_figure(rows, DRAWN)}
     for sparsity in (0.9, 0.97):
         own = [row for row in rows if row.method in DRAWN]
         figures[f"allocation{100 * sparsity:g}.png"] = allocation_figure(own, sparsity, DRAWN)
     for name, figure in figures.items():
-        figure.savefig(folder / name, dpi=120)
+        figure.savefig(FOLDER / name, dpi=120)
 
 
 def main() -> None:
-    """Fill the page, or print the tables of a file."""
+    """Fill the pages, or print the tables of a file."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--lines", type=Path, help="print the tables of this file instead")
     parser.add_argument("--figures", action="store_true", help="draw the page's figures too")
     parser.add_argument("--quick", action="store_true", help="print tables of few committed lines")
     args = parser.parse_args()
-    folder = args.page.with_suffix("")
     if args.quick:
-        args.lines = folder / "sensitivities.jsonl"
+        args.lines = FOLDER / "sensitivities.jsonl"
     if args.lines:
         rows = in_order(read(args.lines))
         if not rows:
@@ -124,11 +125,13 @@ def main() -> None:
             f"\n{margin_table(rows, AIMS)}" if any(row.method in BASELINES for row in rows) else ""
         )
         return
-    lines = committed(folder)
-    args.page.write_text(fill(args.page.read_text(), blocks(lines)))
+    lines = committed()
+    made = blocks(lines)
+    for page in PAGES:
+        page.write_text(fill(page.read_text(encoding="utf-8"), made), encoding="utf-8")
     if args.figures:
-        draw(in_order(lines["comparison"]), folder)
-    print(f"{args.page}: {sum(map(len, lines.values()))} runs")
+        draw(in_order(lines["comparison"]))
+    print(f"{sum(map(len, lines.values()))} runs")
 
 
 if __name__ == "__main__":

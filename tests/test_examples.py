@@ -120,11 +120,13 @@ def test_rooms_metrics_leave_out_invalid_pixels() -> None:
     assert found == pytest.approx({"mean angle (°)": 30.0, "median angle (°)": 0.0}, abs=0.1)
 
 
-def test_the_results_page_says_what_the_lines_say() -> None:
+def test_the_pages_say_what_the_lines_say() -> None:
     report = load("report")
-    page = report.PAGE.read_text(encoding="utf-8")
-    made = report.blocks(report.committed(report.PAGE.with_suffix("")))
-    assert report.fill(page, made) == page, "run python examples/report.py"
+    made = report.blocks(report.committed())
+    for path in report.PAGES:
+        page = path.read_text(encoding="utf-8")
+        assert "<!-- comparison: margin -->" in page
+        assert report.fill(page, made) == page, "run python examples/report.py"
 
 
 def test_quick_runs_stay_out_of_the_committed_lines(monkeypatch: pytest.MonkeyPatch) -> None:
