@@ -155,6 +155,7 @@ LEADS: Sequence[tuple[str, dict[str, Any] | None, Patch]] = [
     ("Taylor, AdapMTL's floors", {"mode": Taylor()}, floors),
     ("Taylor, pruned by 70 %", {"mode": Taylor(schedule=LATE)}, nullcontext),
     ("Taylor, stability weighting", {"mode": Taylor(), "weighting": "stability"}, nullcontext),
+    ("Taylor, ten times the decay of prunable weights", {"mode": Taylor()}, decay(1e-3)),
     *STRENGTHS,
     ("LAMP 0.75, prunable weights without decay", _lamp(0.75), decay(0.0)),
     ("LAMP 0.75, ten times the decay of prunable weights", _lamp(0.75), decay(1e-3)),
