@@ -1,9 +1,9 @@
 """What AdapMTL is compared with, under the same handle, loop and exact budget.
 
 Each is passed as `mode` to [`apply_adapmtl`][torch_adapmtl.apply_adapmtl]; the loss weighting is
-still that of `weighting=`, and `"equal"` is what the papers behind them use. All put hard masks on
-the weights, without shrinkage: a pruned weight gets no gradient and stays pruned unless said
-otherwise. All end with exactly `round(target_sparsity * N)` zeros; none keeps a floor of weights.
+still that of `weighting=`. All put hard masks on the weights, without shrinkage: a pruned weight
+gets no gradient and stays pruned unless said otherwise. All end with exactly
+`round(target_sparsity * N)` zeros; none keeps a floor of weights.
 """
 
 from __future__ import annotations

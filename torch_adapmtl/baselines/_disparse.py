@@ -35,6 +35,11 @@ class DiSparse(Mode):
     highest (from zero). The share that moves decays by a cosine to nothing at three quarters of the
     run.
 
+    The authors' code (github.com/SHI-Labs/DiSparse-Multitask-Model-Compression) differs: it scores
+    50 batches, on weights drawn for the purpose; the share that every task keeps of its weights,
+    solved here for the target, is a number found for each data set; dynamic masks start at random;
+    and the losses are multiplied by numbers of the data set.
+
     Args:
         dynamic: Whether the masks move.
         fraction: The share of a layer's remaining weights that moves at first; in (0, 1).
