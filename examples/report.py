@@ -39,7 +39,10 @@ FOLDER = ROOT / "docs" / "results"
 PAGES = (FOLDER.with_suffix(".md"), ROOT / "README.md")
 # How far AdapMTL should be ahead of the best baseline, in points, by sparsity.
 AIMS = {0.8: 0.0, 0.9: 2.0, 0.95: 0.0, 0.97: 5.0}
-DRAWN = ("AdapMTL", "Taylor", "IMP", "global magnitude", "DiSparse dynamic", "uniform magnitude")
+DRAWN = (
+    *("AdapMTL", "Taylor", "IMP", "SNIP", "global magnitude"),
+    *("DiSparse dynamic", "uniform magnitude"),
+)
 
 
 def in_order(lines: Sequence[dict[str, Any]]) -> list[Row]:

@@ -202,6 +202,21 @@ def test_a_run_that_fails_says_so_and_stops_no_other(
     assert ["failed" in line for line in read(path)] == [True, True, False]  # tried again
 
 
+def test_methods_that_no_target_steers_are_run_once(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch_adapmtl.benchmark import studies
+    from torch_adapmtl.benchmark.methods import UNAIMED
+
+    for method in UNAIMED:
+        some, more = (run(tiny, method, sparsity, 0) for sparsity in (0.5, 0.9))
+        assert (some["zeros"], some["metrics"]) == (more["zeros"], more["metrics"])
+    monkeypatch.setattr(studies, "find_problem", lambda _: tiny)
+    path = tmp_path / "runs.jsonl"
+    study(problems=["tiny"], methods=UNAIMED, sparsities=[0.5, 0.9], seeds=[0], out=path)
+    assert [line["method"] for line in read(path)] == list(UNAIMED)
+
+
 @pytest.mark.parametrize(
     ("method", "phases"), [("Taylor", [0]), ("LTH", [0, 6]), ("IMP", [0, 2, 5, 7, 10])]
 )
@@ -218,7 +233,7 @@ def test_every_phase_starts_with_a_new_optimiser_at_the_full_rate(
             rates.append(self.param_groups[0]["lr"])
             return super().step(closure)
 
-    def optimizer(problem: Any, model: Any, pruner: Any) -> torch.optim.Optimizer:
+    def optimizer(problem: Any, model: Any, pruner: Any, _: float) -> torch.optim.Optimizer:
         made.append(Recording(model.parameters(), lr=problem.lr))
         return made[-1]
 
@@ -230,6 +245,25 @@ def test_every_phase_starts_with_a_new_optimiser_at_the_full_rate(
     for start, end in zip(phases, [*phases[1:], tiny.steps], strict=True):
         assert rates[start:end] == sorted(rates[start:end], reverse=True)
         assert rates[end - 1] < tiny.lr or end - start == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "own"), [("AdapMTL, by gradient", "lr"), ("AdapMTL, paper mode", "threshold_lr")]
+)
+def test_thresholds_learn_at_the_rate_that_the_line_says(
+    tiny: Any, method: str, own: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[list[float]] = []
+
+    class Recording(torch.optim.Adam):
+        def __init__(self, groups: Any, **options: Any) -> None:
+            super().__init__(groups, **options)
+            made.append([group["lr"] for group in self.param_groups])
+
+    monkeypatch.setattr(torch.optim, "Adam", Recording)
+    line = run(tiny, method, 0.9, seed=0)
+    assert made == [[tiny.lr, line["threshold_lr"]]]
+    assert line["threshold_lr"] == getattr(tiny, own)
 
 
 @pytest.mark.parametrize("name", module.COMPARISON)

@@ -176,6 +176,7 @@ def test_the_leads_of_the_results_page_can_be_run_again() -> None:
     later = load("../docs/results/later")
     names = [name for name, _, _ in later.LEADS]
     assert len(set(names)) == len(names)
+    names += [f"paper mode, start {start:g}" for start in later.STARTS]
     assert {line["method"] for line in read(later.OUT)} <= set(names)
     for _, _, patched in later.LEADS:
         with patched():  # an AttributeError if what it patches is gone

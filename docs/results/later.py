@@ -1,4 +1,4 @@
-"""The lines of later.jsonl: leads at 97 % that patch the library, or that no study names.
+"""The lines of later.jsonl: leads that no study names, and the paper's mode by its start.
 
 python docs/results/later.py 0     # those of seed 0 that are not there yet
 """
@@ -24,6 +24,7 @@ from torch_adapmtl.baselines._masked import Masked, lowest
 from torch_adapmtl.benchmark import find_problem, read, run, runs
 from torch_adapmtl.budget import SparsitySchedule
 from torch_adapmtl.lamp import LAMPAllocation
+from torch_adapmtl.paper import PaperMode
 from torch_adapmtl.pruner import AdapMTL
 from torch_adapmtl.sensitivity import Sensitivity, SensitivityAllocation
 
@@ -36,7 +37,9 @@ Patch = Callable[[], AbstractContextManager[Any]]
 def decay(value: float) -> Patch:
     """Another weight decay of the prunable weights."""
 
-    def optimizer(problem: Any, model: nn.Module, pruner: AdapMTL) -> torch.optim.Optimizer:
+    def optimizer(
+        problem: Any, model: nn.Module, pruner: AdapMTL, threshold_lr: float
+    ) -> torch.optim.Optimizer:
         own = {id(layer.weight) for layer in pruner._layers}
         parameters = list(model.parameters())
         return torch.optim.Adam(
@@ -165,24 +168,43 @@ LEADS: Sequence[tuple[str, dict[str, Any] | None, Patch]] = [
     ("sensitivity (0.35) of each task, firm 1.1", SENSITIVITY, by_task),
 ]
 MOBILENET = [lead for lead in LEADS if lead[0] in ("dense", "Taylor") or lead in STRENGTHS]
+STARTED = ("rooms3", "rooms5", "digits", "words", "teachers")
+STARTS = (-3.5, -3.25, -3.0, -2.75, -2.5)
 
 
 def main(seed: int) -> None:
     """Add the lines of a seed."""
-    torch.set_num_threads(1)
     problems = dict.fromkeys(PROBLEMS, LEADS) | {"rooms3 mobilenet": MOBILENET}
     for problem, leads in problems.items():
         for name, options, patched in leads:
             if problem == "words" and patched is batch_norm_anew:
                 continue  # it has none
-            done = {(line["problem"], line["method"], line["seed"]) for line in read(OUT)}
-            if (problem, name, seed) in done:
-                continue
             with patched():
-                method = "dense" if options is None else "AdapMTL"
-                line = run(find_problem(problem), method, 0.97, seed, options=options)
-            with OUT.open("a") as file:
-                file.write(json.dumps({**line, "method": name}) + "\n")
+                add(problem, name, options, 0.97, seed)
+    for problem in STARTED:
+        starts(problem, seed)
+
+
+def starts(problem: str, seed: int) -> None:
+    """Add the lines of the paper's mode from each start."""
+    add(problem, "dense", None, 0.97, seed)
+    for start in STARTS:
+        options = {"mode": PaperMode(start=start), "weighting": "stability"}
+        add(problem, f"paper mode, start {start:g}", options, 0.9, seed)
+
+
+def add(
+    problem: str, name: str, options: dict[str, Any] | None, sparsity: float, seed: int
+) -> None:
+    """Add the line of a run that is not there yet."""
+    done = {(line["problem"], line["method"], line["seed"]) for line in read(OUT)}
+    if (problem, name, seed) in done:
+        return
+    torch.set_num_threads(1)
+    method = "dense" if options is None else "AdapMTL"
+    line = run(find_problem(problem), method, sparsity, seed, options=options)
+    with OUT.open("a") as file:
+        file.write(json.dumps({**line, "method": name}) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch_adapmtl.lamp import LAMPAllocation
 from torch_adapmtl.paper import PaperMode
 from torch_adapmtl.weighting import StabilityWeighting, make_weighting
 
-__all__ = ["BASELINES", "DENSE", "METHODS", "SETTINGS", "VARIANTS"]
+__all__ = ["BASELINES", "DENSE", "METHODS", "SETTINGS", "UNAIMED", "VARIANTS"]
 
 Options = dict[str, Any]
 
@@ -25,7 +25,7 @@ OURS = "AdapMTL"
 
 _ONCE = SparsitySchedule(start=0.5, end=0.5)
 
-#: Methods of others, with equal task weights, as in their papers.
+#: Methods of others, with equal task weights.
 BASELINES: Mapping[str, Callable[[Problem], Options]] = {
     "uniform magnitude": lambda _: {"mode": Magnitude("uniform")},
     "global magnitude": lambda _: {"mode": Magnitude()},
@@ -60,6 +60,10 @@ VARIANTS: Mapping[str, Callable[[Problem], Options]] = {
     "AdapMTL, common threshold, equal weights": lambda _: {"allocation": "common"},
     "AdapMTL, code's weighting": lambda _: {"weighting": "deviation"},
 }
+
+
+#: Methods that end where they end, whatever sparsity is asked for.
+UNAIMED = (DENSE, "AdapMTL, paper mode", "AdapMTL, paper mode, code's weighting")
 
 
 def _with(**options: Any) -> Callable[[Problem], Options]:

@@ -26,7 +26,7 @@ class Problem:
         batch: Samples in a batch.
         lr: Learning rate of Adam at the start; it falls to 0 along a cosine.
         weight_decay: Of Adam (L2).
-        threshold_lr: Learning rate of thresholds that are trained by gradient.
+        threshold_lr: Learning rate of the paper's thresholds.
         paper_start: `PaperMode.start`, which has to be found for each problem and number of steps.
     """
 

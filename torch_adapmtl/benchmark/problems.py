@@ -1,4 +1,4 @@
-"""The problems that methods are compared on, in sizes that two CPU cores train in a minute."""
+"""The problems that methods are compared on, in sizes that a CPU core trains in a minute or so."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from torch_adapmtl.tasks import Classification, Depth, Map, Normals, Regression,
 
 __all__ = ["COMPARISON", "OTHERS", "PROBLEMS", "WordModel", "find_problem"]
 
-# Each `paper_start` is the one of -8, -6, -5, -4, -3.5, -3 and -2.5 that came nearest to 90 % with
-# seed 0 without a collapse (Rooms-3, digits and words; the other problems take those of the first).
+# Each `paper_start` is the one of -3.5, -3.25, -3, -2.75 and -2.5 that came nearest to 90 % with
+# seed 0 without a collapse (docs/results/later.jsonl; other nets take that of the same data).
 _ROOM_TASKS: Mapping[str, Callable[[], Task]] = {
     "segmentation": lambda: Segmentation(5),
     "depth": Depth,
@@ -168,7 +168,7 @@ def _digits(name: str, make_encoder: Callable[[], nn.Module], *, steps: int, lr:
         steps=steps,
         batch=32,
         lr=lr,
-        paper_start=-3.5,
+        paper_start=-2.75,
     )
 
 
@@ -225,7 +225,7 @@ def _words() -> Problem:
         steps=1000,
         batch=64,
         lr=1e-3,
-        paper_start=-3.0,
+        paper_start=-2.75,
     )
 
 
@@ -251,7 +251,8 @@ PROBLEMS: Mapping[str, Problem] = {
         _words(),
         _rooms("rooms3 wide", _THREE, _dense_resnet18(64, 128, 256, 512), _aspp(256, (1, 2, 3, 4))),
         _rooms("rooms3 mobilenet", _THREE, _mobilenet, DenseHead),
-        _digits("digits convnext", _convnext, steps=600, lr=2e-3),
+        # With 2e-3 the dense ConvNeXt learns nothing from some seeds.
+        _digits("digits convnext", _convnext, steps=600, lr=1e-3),
         *(
             _rooms(f"rooms: {', '.join(pair)}", pair, _NARROW, _aspp(96))
             for pair in combinations(_THREE, 2)

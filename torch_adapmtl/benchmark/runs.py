@@ -7,7 +7,7 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -45,19 +45,18 @@ def settings(
     The library's defaults are among them, so that a line made before a default changed is known.
     """
     own = METHODS[method](problem) if options is None else options
-    if method != DENSE:
-        own = in_full({"weighting": "equal", **own})
+    full = {} if method == DENSE else in_full({"weighting": "equal", **own})
     return {
         "problem": problem.name,
         "method": method,
         "sparsity": 0.0 if method == DENSE else sparsity,
         "seed": seed,
-        "options": {name: repr(value) for name, value in own.items()},
+        "options": {name: repr(value) for name, value in full.items()},
         "steps": problem.steps,
         "batch": problem.batch,
         "lr": problem.lr,
         "weight_decay": problem.weight_decay,
-        "threshold_lr": problem.threshold_lr,
+        "threshold_lr": _threshold_lr(problem, own),
         "device": torch.device(device).type,
         "bf16": bf16,
     }
@@ -116,7 +115,7 @@ def run(
     ):
         if step in phases:
             following = [*phases, problem.steps][phases.index(step) + 1]
-            optimizer = _optimizer(problem, model, pruner)
+            optimizer = _optimizer(problem, model, pruner, _threshold_lr(problem, own))
             schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(following - step))
         assert optimizer is not None
         with autocast:
@@ -178,11 +177,18 @@ def _data(load: Callable[[], tuple[Data, Data]], device: str) -> tuple[Data, Dat
     return train.to(device), test.to(device)
 
 
-def _optimizer(problem: Problem, model: nn.Module, pruner: AdapMTL | None) -> torch.optim.Optimizer:
+def _threshold_lr(problem: Problem, options: Mapping[str, Any]) -> float:
+    """The paper's thresholds need a high rate; offsets learned by gradient take the weights'."""
+    return problem.lr if options.get("allocation") == "gradient" else problem.threshold_lr
+
+
+def _optimizer(
+    problem: Problem, model: nn.Module, pruner: AdapMTL | None, threshold_lr: float
+) -> torch.optim.Optimizer:
     options: dict[str, Any] = {"lr": problem.lr, "weight_decay": problem.weight_decay}
     if pruner is None:
         return torch.optim.Adam(model.parameters(), **options)
-    return torch.optim.Adam(pruner.param_groups(threshold_lr=problem.threshold_lr, **options))
+    return torch.optim.Adam(pruner.param_groups(threshold_lr=threshold_lr, **options))
 
 
 def _cosine(steps: int) -> Callable[[int], float]:

@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from torch_adapmtl.benchmark.methods import BASELINES, DENSE, OURS, SETTINGS, VARIANTS
+from torch_adapmtl.benchmark.methods import (
+    BASELINES,
+    DENSE,
+    OURS,
+    SETTINGS,
+    UNAIMED,
+    VARIANTS,
+)
 from torch_adapmtl.benchmark.paper_scale import ENCODERS
 from torch_adapmtl.benchmark.problem import Problem
 from torch_adapmtl.benchmark.problems import COMPARISON, OTHERS, PROBLEMS, find_problem
@@ -50,7 +57,7 @@ STUDIES: Mapping[str, Mapping[str, Any]] = {
     },
     "others": {
         "problems": OTHERS,
-        "methods": (DENSE, "global magnitude", "IMP", "Taylor", OURS),
+        "methods": (DENSE, "global magnitude", "IMP", "Taylor", OURS, "AdapMTL, equal weights"),
         "sparsities": (0.9, 0.97),
         "out": "docs/results/others.jsonl",
     },
@@ -117,7 +124,8 @@ def study(
 
     Args:
         problems: Names from `PROBLEMS`, or `paper/ENCODER/DATA`.
-        methods: Names from `METHODS`; the dense model is trained once for each seed.
+        methods: Names from `METHODS`; those that no target steers (the dense model, the paper's
+            mode) are run at the first sparsity only.
         sparsities: Zeros among the prunable weights, as fractions.
         seeds: Seeds.
         out: The file of lines; runs that are in it with the same settings are left out.
@@ -152,7 +160,7 @@ def _missing(
         for problem in problems:
             for sparsity in sparsities:
                 for method in methods:
-                    if method == DENSE and sparsity != sparsities[0]:
+                    if method in UNAIMED and sparsity != sparsities[0]:
                         continue
                     wanted = settings(problem, method, sparsity, seed, device=device, bf16=bf16)
                     if _identity(wanted) not in known:

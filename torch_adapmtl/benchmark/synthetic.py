@@ -58,7 +58,7 @@ def teachers() -> Problem:
         lambda: {task: Regression() for task in TEACHERS},
         steps=2000,
         batch=64,
-        paper_start=-3.5,
+        paper_start=-2.5,
     )
 
 
