@@ -124,5 +124,5 @@ def _legend(figure: Figure, axes: Sequence[Any]) -> None:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     figure.legend(
-        handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8
+        handles.values(), handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8
     )
