@@ -211,6 +211,7 @@ def test_methods_that_no_target_steers_are_run_once(
     for method in UNAIMED:
         some, more = (run(tiny, method, sparsity, 0) for sparsity in (0.5, 0.9))
         assert (some["zeros"], some["metrics"]) == (more["zeros"], more["metrics"])
+        assert method == DENSE or 0 < some["zeros"] < some["weights"]
     monkeypatch.setattr(studies, "find_problem", lambda _: tiny)
     path = tmp_path / "runs.jsonl"
     study(problems=["tiny"], methods=UNAIMED, sparsities=[0.5, 0.9], seeds=[0], out=path)

@@ -28,7 +28,8 @@ from torch_adapmtl.tasks import Classification, Depth, Map, Normals, Regression,
 __all__ = ["COMPARISON", "OTHERS", "PROBLEMS", "WordModel", "find_problem"]
 
 # Each `paper_start` is the one of -3.5, -3.25, -3, -2.75 and -2.5 that came nearest to 90 % with
-# seed 0 without a collapse (docs/results/later.jsonl; other nets take that of the same data).
+# seed 0 without a collapse (docs/results/later.jsonl); other nets take that of the same data,
+# tabular that of Rooms.
 _ROOM_TASKS: Mapping[str, Callable[[], Task]] = {
     "segmentation": lambda: Segmentation(5),
     "depth": Depth,
