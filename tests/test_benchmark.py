@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -301,6 +303,32 @@ def test_two_at_a_time(tmp_path: Path) -> None:
         steps=3, jobs=2,
     )  # fmt: skip
     assert sorted(line["method"] for line in read(path)) == ["AdapMTL", DENSE]
+
+
+_ENDLESS = """
+from torch_adapmtl.benchmark import study
+
+if __name__ == "__mp_main__":
+    print("working", flush=True)
+if __name__ == "__main__":
+    study(
+        problems=["teachers"], methods=["dense", "AdapMTL"], sparsities=[0.9], seeds=[0],
+        out="runs.jsonl", steps=10**9, jobs=2,
+    )
+"""
+
+
+def test_a_killed_study_leaves_no_process_behind(tmp_path: Path) -> None:
+    (tmp_path / "endless.py").write_text(_ENDLESS)
+    with subprocess.Popen(
+        [sys.executable, "endless.py"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == b"working"
+        process.kill()
+        # The workers have the other end of the pipe too: it ends when the last of them does.
+        assert process.stdout.read().strip() in (b"", b"working")
 
 
 def test_a_line_holds_the_defaults(tiny: Any) -> None:
