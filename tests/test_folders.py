@@ -155,10 +155,19 @@ def test_taskonomy_by_hand(taskonomy: Path) -> None:
     assert list(TinyTaskonomy(taskonomy, tasks=["edges", "depth"])[0][1]) == ["edges", "depth"]
 
 
+def test_no_zoom_divides_the_logarithm_of_a_depth(taskonomy: Path) -> None:
+    with pytest.raises(ValueError, match=r"logarithms of them; pass .* same_camera=False"):
+        TinyTaskonomy(taskonomy, transform=RandomScaleCrop(2))
+    plain = TinyTaskonomy(taskonomy)[0][1]["depth"]
+    crop = RandomScaleCrop(2 * HEIGHT, scale=(2.0, 2.0), same_camera=False)
+    zoomed = TinyTaskonomy(taskonomy, transform=crop)[0][1]["depth"]
+    assert set(zoomed.unique().tolist()) <= set(plain.unique().tolist())
+
+
 def test_the_tasks_take_what_the_data_sets_give(taskonomy: Path) -> None:
     """Also after a crop that pads: unknown pixels count in neither loss nor metric."""
     torch.manual_seed(0)
-    crop = RandomScaleCrop(6, scale=(1.0, 1.0))
+    crop = RandomScaleCrop(6, scale=(1.0, 1.0), same_camera=False)
     data = TinyTaskonomy(taskonomy, transform=crop)
     _, targets = data[0]
     tasks = {

@@ -127,6 +127,13 @@ def test_a_target_of_nan_is_unknown_to_the_gradient_too(task: Task) -> None:
     assert prediction.grad[..., 1].all()
 
 
+@pytest.mark.filterwarnings("ignore:The ..compute.. method:UserWarning")  # torchmetrics'
+def test_angles_of_nothing_are_not_perfect() -> None:
+    task = Normals()
+    task.update(torch.randn(1, 3, 2, 2), torch.zeros(1, 3, 2, 2))
+    assert all(math.isnan(value) for value in task.compute().values())
+
+
 def test_the_median_angle_is_that_of_all_batches() -> None:
     generator = torch.Generator().manual_seed(0)
     task = Normals(metrics=["angle_median"])

@@ -431,10 +431,11 @@ class _MedianAngle(Metric):
         self.counts += torch.bincount(index.flatten(), minlength=len(self.counts))
 
     def compute(self) -> Tensor:
-        """The middle of the bin that the (lower) median lies in."""
+        """The middle of the bin that the (lower) median lies in; NaN if there was nothing."""
         upto = self.counts.cumsum(0)
         middle = torch.div(upto[-1] + 1, 2, rounding_mode="floor")
-        return (torch.searchsorted(upto, middle) + 0.5) * self._BIN
+        median = (torch.searchsorted(upto, middle) + 0.5) * self._BIN
+        return torch.where(upto[-1] > 0, median, torch.nan)
 
 
 def _known(normals: Tensor) -> Tensor:

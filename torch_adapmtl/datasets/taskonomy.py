@@ -19,6 +19,7 @@ from torch_adapmtl.datasets._files import (
     read_numbers,
     resized,
 )
+from torch_adapmtl.datasets.transforms import RandomScaleCrop
 
 __all__ = ["TinyTaskonomy"]
 
@@ -56,7 +57,9 @@ class TinyTaskonomy(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         tasks: Which targets to give, in which order.
         size: Height and width that every example is resized to (targets by nearest pixel); None to
             leave them.
-        transform: Called with image and targets last, for instance a `RandomFlip`.
+        transform: Called with image and targets last, for instance a `RandomFlip`. A
+            `RandomScaleCrop` must have `same_camera=False`: these depths are logarithms, which no
+            zoom divides.
 
     Attributes:
         class_weights: The weight of each class, float32 `(17,)`, for
@@ -86,6 +89,12 @@ class TinyTaskonomy(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     ) -> None:
         if isinstance(tasks, str) or not tasks or any(task not in _TASKS for task in tasks):
             raise ValueError(f"tasks must be names out of {list(_TASKS)}, got {tasks!r}")
+        if isinstance(transform, RandomScaleCrop) and transform.same_camera:
+            raise ValueError(
+                "transform: RandomScaleCrop would divide depths by the zoom, but these are "
+                "logarithms of them; pass RandomScaleCrop(..., same_camera=False), which leaves "
+                "depths and normals as they are"
+            )
         self.root = Path(root)
         self.tasks = tuple(tasks)
         self.size = (size, size) if isinstance(size, int) else size
