@@ -5,13 +5,15 @@
     python examples/benchmark.py --preset paper --data rooms      # the paper's nets, on a GPU
     python examples/benchmark.py --quick      # three runs of a few steps, to see that it runs
 
-A run that is in the file already is not run again, so that a study can be stopped and resumed.
+Without --study, --preset or --problems it is the whole comparison, which takes hours. A run that is
+in the file already is not run again, so that a study can be stopped and resumed.
 `examples/report.py` makes tables and figures of the lines.
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,23 +21,40 @@ import torch
 from torch_adapmtl.benchmark import (
     ENCODERS,
     METHODS,
+    PROBLEMS,
     STUDIES,
-    find_problem,
     read,
     study,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = "\n".join(
+    [
+        "problems (quote those with spaces), or paper/ENCODER/DATA:",
+        *(f"  {name}" for name in PROBLEMS),
+        "methods:",
+        *(f"  {name}" for name in METHODS),
+    ]
 )
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        description=__doc__, epilog=NAMES, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--study", choices=STUDIES, help="one of the results page's, as a whole")
-    parser.add_argument("--preset", choices=("cpu", "paper"), default="cpu", help="which problems")
-    parser.add_argument("--data", nargs="+", default=["rooms"], help="of the paper preset: folders")
-    parser.add_argument("--problems", nargs="+", help="in place of the preset's")
-    parser.add_argument("--methods", nargs="+", choices=METHODS)
-    parser.add_argument("--sparsities", nargs="+", type=float)
+    parser.add_argument(
+        "--preset",
+        choices=("cpu", "paper"),
+        default="cpu",
+        help="cpu: small nets, a minute or two a run; paper: the paper's nets, on a GPU",
+    )
+    parser.add_argument(
+        "--data", nargs="+", help="of the paper preset: rooms (the default) or folders"
+    )
+    parser.add_argument("--problems", nargs="+", metavar="PROBLEM", help="in place of the preset's")
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="in place of all")
+    parser.add_argument("--sparsities", nargs="+", type=float, help="fractions, such as 0.9")
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=[3, 4, 5], help="0 and 1 chose the defaults"
     )
@@ -53,6 +72,8 @@ def arguments() -> argparse.Namespace:
     paper = args.preset == "paper" or args.study == "paper"
     if args.study and args.preset == "paper":
         parser.error("--preset paper has problems of its own: leave out --study")
+    if args.data and args.preset != "paper":
+        parser.error("--data is of the paper's nets: add --preset paper")
     if args.bf16 is None:
         args.bf16 = paper
     if args.device is None:
@@ -65,8 +86,10 @@ def arguments() -> argparse.Namespace:
 def wanted(args: argparse.Namespace) -> dict[str, Any]:
     """Which runs: the study's or the preset's, but for what is given."""
     chosen = dict(STUDIES[args.study or ("paper" if args.preset == "paper" else "comparison")])
+    chosen["out"] = str(ROOT / chosen["out"])
     if args.preset == "paper":
-        chosen["problems"] = [f"paper/{e}/{data}" for data in args.data for e in ENCODERS]
+        folders = args.data or ["rooms"]
+        chosen["problems"] = [f"paper/{e}/{data}" for data in folders for e in ENCODERS]
     if args.quick:
         chosen.update(problems=["digits"], methods=["dense", "AdapMTL", "Taylor"], sparsities=[0.9])
         args.seeds, args.steps = [0], 3
@@ -81,16 +104,17 @@ def main() -> None:
     """Run what is missing."""
     args = arguments()
     chosen = wanted(args)
-    for name in chosen["problems"]:
-        find_problem(name)  # an unknown one is an error before the first run, not at its turn
-    study(
-        **chosen,
-        seeds=args.seeds,
-        steps=args.steps,
-        jobs=args.jobs,
-        device=args.device,
-        bf16=args.bf16,
-    )
+    try:
+        study(
+            **chosen,
+            seeds=args.seeds,
+            steps=args.steps,
+            jobs=args.jobs,
+            device=args.device,
+            bf16=args.bf16,
+        )
+    except (ValueError, FileNotFoundError) as error:  # of the arguments: a run's are in its line
+        raise SystemExit(f"benchmark.py: {error}") from None
     print(f"{len(read(chosen['out']))} runs in {chosen['out']}")
 
 

@@ -2,7 +2,8 @@
 
     python examples/report.py                       # from docs/results/*.jsonl
     python examples/report.py --figures             # the page's figures too
-    python examples/report.py --lines my.jsonl      # print the tables of other lines
+    python examples/report.py --lines my.jsonl      # print the tables of other lines; with
+                                                    # --figures, figures beside them
 
 The blocks of a page, between `<!-- NAME -->` and `<!-- end -->`, are replaced; its text is not.
 """
@@ -63,14 +64,18 @@ def sections(rows: Sequence[Row], table: Callable[[str], str], level: str = "###
     return "\n\n".join(f"{level} {name}\n\n{table(name)}" for name in problems(rows))
 
 
+def paper_form(rows: Sequence[Row], problem: str, sparsity: float) -> str:
+    return paper_table(rows, problem, sparsity) + "\n\n" + metric_tables(rows, problem, sparsity)
+
+
 def details(rows: Sequence[Row], sparsity: float) -> str:
     """Every problem's tables of the paper's form at one sparsity, folded."""
     parts = []
     for name in problems(rows):
         if all(row.sparsity != sparsity for row in rows if row.problem == name):
             continue
-        both = paper_table(rows, name, sparsity) + "\n\n" + metric_tables(rows, name, sparsity)
-        indented = "\n".join(f"    {line}".rstrip() for line in both.split("\n"))
+        tables = paper_form(rows, name, sparsity).split("\n")
+        indented = "\n".join(f"    {line}".rstrip() for line in tables)
         parts.append(f'??? note "{name}, {100 * sparsity:g} %"\n\n{indented}')
     return "\n\n".join(parts)
 
@@ -96,14 +101,28 @@ def committed() -> dict[str, list[dict[str, Any]]]:
     return {path.stem: read(path) for path in sorted(FOLDER.glob("*.jsonl"))}
 
 
-def draw(rows: Sequence[Row]) -> None:
-    """Write the page's figures."""
-    figures = {"tradeoff.png": tradeoff_figure(rows, DRAWN)}
-    for sparsity in (0.9, 0.97):
-        own = [row for row in rows if row.method in DRAWN]
-        figures[f"allocation{100 * sparsity:g}.png"] = allocation_figure(own, sparsity, DRAWN)
+def draw(
+    rows: Sequence[Row], methods: Sequence[str], sparsities: Sequence[float], folder: Path
+) -> None:
+    """Write trade-off curves, and the allocations at some sparsities."""
+    figures = {"tradeoff.png": tradeoff_figure(rows, methods)}
+    for sparsity in sparsities:
+        own = [row for row in rows if row.method in methods]
+        figures[f"allocation{100 * sparsity:g}.png"] = allocation_figure(own, sparsity, methods)
     for name, figure in figures.items():
-        figure.savefig(FOLDER / name, dpi=120)
+        figure.savefig(folder / name, dpi=120)
+
+
+def show(rows: Sequence[Row]) -> str:
+    """All tables of a file of lines."""
+    sparse = [row for row in rows if row.delta is not None]
+    parts = [sections(sparse, lambda name: delta_table(rows, name), level="##")]
+    if any(row.method in BASELINES for row in sparse):
+        parts.append(margin_table(rows, AIMS))
+    for sparsity in sorted({row.sparsity for row in sparse}):
+        for name in problems([row for row in sparse if row.sparsity == sparsity]):
+            parts.append(f"## {name}, {100 * sparsity:g} %\n\n{paper_form(rows, name, sparsity)}")
+    return "\n\n".join(parts)
 
 
 def main() -> None:
@@ -118,22 +137,25 @@ def main() -> None:
     if args.quick:
         args.lines = FOLDER / "sensitivities.jsonl"
     if args.lines:
+        if not args.lines.is_file():
+            parser.error(f"--lines {args.lines}: there is no such file")
         rows = in_order(read(args.lines))
-        if not rows:
+        methods = list(dict.fromkeys(row.method for row in rows if row.method != DENSE))
+        if not methods:
             parser.error(
                 f"--lines {args.lines}: no runs there that can be compared with dense ones"
             )
-        print(sections(rows, lambda name: delta_table(rows, name), level="##"))
-        print(
-            f"\n{margin_table(rows, AIMS)}" if any(row.method in BASELINES for row in rows) else ""
-        )
+        print(show(rows))
+        if args.figures:
+            found = sorted({row.sparsity for row in rows if row.method != DENSE})
+            draw(rows, methods, found, args.lines.parent)
         return
     lines = committed()
     made = blocks(lines)
     for page in PAGES:
         page.write_text(fill(page.read_text(encoding="utf-8"), made), encoding="utf-8")
     if args.figures:
-        draw(in_order(lines["comparison"]))
+        draw(in_order(lines["comparison"]), DRAWN, (0.9, 0.97), FOLDER)
     print(f"{sum(map(len, lines.values()))} runs")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import json
 import subprocess
@@ -182,8 +183,86 @@ def test_a_study_is_resumed_and_leaves_no_half_line(
     assert read(path) == lines[:-1]
     study(**wanted)
     assert [line["metrics"] for line in read(path)] == [line["metrics"] for line in lines]
+    before = path.read_text()
+    path.write_text(before[:-1])  # an editor took the last newline
+    assert len(read(path)) == 3
+    study(**wanted)
+    assert path.read_text() == before
     study(**wanted, bf16=True)  # is another study
     assert [line["bf16"] for line in read(path)] == [False] * 3 + [True] * 3
+
+
+def test_a_damaged_line_is_named_before_anything_is_run(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    path.write_text('{"a": 1}\n{"a":\n{"a": 2}\n')
+    with pytest.raises(ValueError, match=r"runs\.jsonl, line 2 is not the JSON of a run"):
+        study(problems=["teachers"], methods=[DENSE], sparsities=[0.9], seeds=[0], out=path)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"methods": ["SNAP"]}, r"methods must be some of .*, got 'SNAP'"),
+        ({"sparsities": [90]}, "sparsities must be fractions between 0 and 1, got 90"),
+        ({"problems": ["digit"]}, "problem must be one of .*, got 'digit'"),
+        ({"jobs": 0}, "jobs must be at least 1, got 0"),
+    ],
+)
+def test_a_study_of_nothing_is_refused_at_once(
+    wrong: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "folder" / "runs.jsonl"
+    right = {"problems": ["digits"], "methods": [DENSE], "sparsities": [0.9], "seeds": [0]}
+    with pytest.raises(ValueError, match=said):
+        study(**{**right, "out": path, **wrong})
+    assert not path.parent.exists()
+
+
+def test_the_bar_counts_steps(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch_adapmtl.benchmark import studies
+
+    monkeypatch.setattr(studies, "find_problem", lambda _: tiny)
+    call = ("tiny", DENSE, 0.9, 0, None, "cpu", False)
+    monkeypatch.setattr(studies, "ProcessPoolExecutor", _Here)
+    for jobs in (1, 2):
+        told: list[int] = []
+        lines = list(studies._lines([call, call], jobs, told.append))
+        assert len(lines) == 2
+        assert sum(told) == 2 * tiny.steps
+        assert max(told) == (1 if jobs == 1 else tiny.steps)
+
+
+class _Here(concurrent.futures.ThreadPoolExecutor):
+    """A pool of one thread of this process."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        super().__init__(1)
+
+
+def test_another_machine_makes_its_own_dense_runs(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch_adapmtl.benchmark import runs, studies
+
+    monkeypatch.setattr(studies, "find_problem", lambda _: tiny)
+    path = tmp_path / "runs.jsonl"
+
+    def on(name: str, *methods: str) -> None:
+        monkeypatch.setattr(runs, "machine", lambda _: name)
+        monkeypatch.setattr(studies, "machine", lambda _: name)
+        study(problems=["tiny"], methods=methods, sparsities=[0.5], seeds=[0], out=path)
+
+    on("old", DENSE, "Taylor")
+    on("new", DENSE, "Taylor")  # there is nothing left to do
+    on("new", DENSE, "Taylor", "AdapMTL")
+    on("new", DENSE, "Taylor", "AdapMTL", "SNIP")
+    assert [(line["machine"], line["method"]) for line in read(path)] == [
+        ("old", DENSE),
+        ("old", "Taylor"),
+        ("new", DENSE),
+        ("new", "AdapMTL"),
+        ("new", "SNIP"),
+    ]
 
 
 def test_a_run_that_fails_says_so_and_stops_no_other(
@@ -198,8 +277,17 @@ def test_a_run_that_fails_says_so_and_stops_no_other(
     lines = read(path)
     assert [line["method"] for line in lines] == ["Taylor", "IMP"]
     assert all("NaN or infinite" in line["failed"] for line in lines)
-    monkeypatch.setattr(studies, "find_problem", lambda _: dataclasses.replace(diverging, lr=1e-3))
     path.write_text(path.read_text().replace('"lr": 1e+30', '"lr": 0.001'))
+
+    def unreadable() -> Any:
+        raise FileNotFoundError("depth/3.npy")
+
+    broken = dataclasses.replace(tiny, name="broken", load=unreadable)
+    monkeypatch.setattr(studies, "find_problem", lambda _: broken)
+    other = tmp_path / "other.jsonl"
+    study(problems=["broken"], methods=[DENSE], sparsities=[0.9], seeds=[0], out=other)
+    assert read(other)[0]["failed"] == "FileNotFoundError: depth/3.npy"
+    monkeypatch.setattr(studies, "find_problem", lambda _: dataclasses.replace(diverging, lr=1e-3))
     study(problems=["tiny"], methods=["Taylor"], sparsities=[0.9], seeds=[0], out=path)
     assert ["failed" in line for line in read(path)] == [True, True, False]  # tried again
 

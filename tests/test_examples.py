@@ -129,6 +129,41 @@ def test_the_pages_say_what_the_lines_say() -> None:
         assert report.fill(page, made) == page, "run python examples/report.py"
 
 
+def test_lines_of_others_get_all_tables_and_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = load("report")
+
+    def printed(*options: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["report.py", *options])
+        report.main()
+        return capsys.readouterr().out
+
+    mine = tmp_path / "mine.jsonl"
+    kept = [  # the tables are also those of the page, but for the order
+        line
+        for line in (report.FOLDER / "comparison.jsonl").read_text().splitlines()
+        if '"problem": "digits"' in line and '"sparsity": 0.8' not in line
+    ]
+    mine.write_text("\n".join(kept) + "\n")
+    found = printed("--lines", str(mine), "--figures")
+    page = report.PAGES[0].read_text(encoding="utf-8")
+    table = page[page.index('??? note "digits, 90 %"') :].split("\n\n")[1]
+    assert table.replace("\n    ", "\n").strip() in found
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    assert pictures == {
+        "tradeoff.png",
+        "allocation90.png",
+        "allocation95.png",
+        "allocation97.png",
+    }
+    for wrong, said in (("no such", "no such file"), ("dense", "compared with dense ones")):
+        mine.write_text("\n".join(line for line in kept if '"method": "dense"' in line) + "\n")
+        with pytest.raises(SystemExit):
+            printed("--lines", str(mine if wrong == "dense" else tmp_path / wrong))
+        assert said in capsys.readouterr().err
+
+
 def test_quick_runs_stay_out_of_the_committed_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     benchmark = load("benchmark")
 
@@ -136,8 +171,9 @@ def test_quick_runs_stay_out_of_the_committed_lines(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(sys, "argv", ["benchmark.py", *options])
         return str(benchmark.wanted(benchmark.arguments())["out"])
 
-    assert out("--study", "settings") == "docs/results/settings.jsonl"
-    assert out("--study", "settings", "--methods", "dense") == "docs/results/settings.jsonl"
+    committed = str(benchmark.ROOT / "docs" / "results" / "settings.jsonl")  # wherever it is called
+    assert out("--study", "settings") == committed
+    assert out("--study", "settings", "--methods", "dense") == committed
     for options in (
         ["--quick"],
         [],
@@ -168,6 +204,32 @@ def test_the_paper_preset_is_for_a_gpu(
     with pytest.raises(SystemExit):
         found(False, "--preset", "paper")
     assert "--device cpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--data", "rooms"], "add --preset paper"),
+        (["--problems", "digit"], "problem must be one of"),
+        (["--methods", "SNAP"], "got 'SNAP'"),
+        (["--sparsities", "90"], "got 90.0"),
+        (["--jobs", "0"], "jobs must be at least 1"),
+        (["--preset", "paper", "--device", "cpu", "--data", "no/such"], "no/such"),
+    ],
+)
+def test_benchmark_says_what_is_wrong_before_the_first_run(
+    options: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *options])
+    with pytest.raises(SystemExit) as refused:
+        load("benchmark").main()
+    assert said in str(refused.value) + capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_leads_of_the_results_page_can_be_run_again() -> None:

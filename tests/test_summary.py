@@ -68,6 +68,22 @@ LINES = [
 ]
 
 
+def test_each_run_is_compared_with_the_dense_one_of_its_machine() -> None:
+    other = {"machine": "Other CPU, 2 cores"}
+    lines = [
+        *LINES[:2],
+        line("Taylor", 0.9, 0, 80.0, 0.5),
+        line("Taylor", 0.9, 1, 45.0, 0.4, **other),
+        line("dense", 0.0, 1, 45.0, 0.4, **other),
+        line("SNIP", 0.9, 0, 80.0, 0.5, **other),  # no dense run of its machine
+    ]
+    dense, taylor = summarize(lines)
+    assert (dense.method, dense.seeds) == ("dense", (0, 1))
+    assert (taylor.method, dict(taylor.by_seed)) == ("Taylor", {0: 0.0, 1: 0.0})
+    with pytest.raises(ValueError, match="two runs of 'dense'"):
+        summarize([*lines, line("dense", 0.0, 1, 45.0, 0.4, **other)])
+
+
 @given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=8))
 def test_estimates(values: list[float]) -> None:
     found = Estimate.of(values)

@@ -25,7 +25,7 @@ from torch_adapmtl.benchmark.data import Data
 from torch_adapmtl.benchmark.methods import DENSE, METHODS
 from torch_adapmtl.benchmark.problem import Problem
 
-__all__ = ["run", "settings"]
+__all__ = ["machine", "run", "settings"]
 
 Progress = Callable[[int], object]
 
@@ -150,7 +150,7 @@ def run(
         "metrics": metrics,
         "lower_is_better": problem.lower_is_better,
         "warnings": [str(warning.message) for warning in caught],
-        "machine": _machine(device),
+        "machine": machine(device),
         "threads": torch.get_num_threads(),
         "versions": _versions(),
     }
@@ -208,8 +208,16 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _machine(device: str) -> str:
-    """The name of the processor that does the work."""
+def machine(device: str) -> str:
+    """The name of the processor that does the work.
+
+    Args:
+        device: A device as torch names it.
+
+    Example:
+        >>> machine("cpu").endswith("cores")
+        True
+    """
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")

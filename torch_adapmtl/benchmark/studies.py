@@ -6,7 +6,7 @@ import json
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from torch_adapmtl.benchmark.methods import (
     BASELINES,
     DENSE,
+    METHODS,
     OURS,
     SETTINGS,
     UNAIMED,
@@ -26,7 +27,7 @@ from torch_adapmtl.benchmark.methods import (
 from torch_adapmtl.benchmark.paper_scale import ENCODERS
 from torch_adapmtl.benchmark.problem import Problem
 from torch_adapmtl.benchmark.problems import COMPARISON, OTHERS, PROBLEMS, find_problem
-from torch_adapmtl.benchmark.runs import run, settings
+from torch_adapmtl.benchmark.runs import machine, run, settings
 
 __all__ = ["STUDIES", "read", "study"]
 
@@ -100,13 +101,28 @@ def read(path: str | Path) -> list[dict[str, Any]]:
 
     A last line that a killed process left unfinished is not among them.
 
+    Args:
+        path: The file.
+
+    Raises:
+        ValueError: If a line, other than an unfinished last one, is not JSON.
+
     Example:
         >>> read("no such file")
         []
     """
     file = Path(path)
+    found = []
     lines = file.read_text().split("\n") if file.exists() else []
-    return [json.loads(line) for line in lines[:-1]]  # what follows the last newline is unfinished
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(
+                    f"{path}, line {number} is not the JSON of a run: {error}; take it out"
+                ) from error
+    return found
 
 
 def study(
@@ -123,27 +139,51 @@ def study(
 ) -> None:
     """Run every method at every sparsity and seed on every problem, and add a line for each run.
 
+    A run that fails has a line that says so, keeps no other run from being made, and is made anew
+    the next time. A bar on standard error counts the steps.
+
     Args:
         problems: Names from `PROBLEMS`, or `paper/ENCODER/DATA`.
         methods: Names from `METHODS`; those that no target steers (the dense model, the paper's
             mode) are run at the first sparsity only.
         sparsities: Zeros among the prunable weights, as fractions.
         seeds: Seeds.
-        out: The file of lines; runs that are in it with the same settings are left out.
+        out: The file of lines; runs that are in it with the same settings are left out. The dense
+            run of a seed is made again on a machine that others of the seed are missing on.
         steps: Optimiser steps, in place of the problem's own.
         jobs: How many runs at a time, each with one thread.
         device: Where to train.
         bf16: Whether the forward pass runs under autocast to bfloat16.
+
+    Raises:
+        ValueError: If a problem, a method, a sparsity or the number of jobs is none, or a line of
+            the file is damaged; before the first run.
+
+    Example:
+        >>> from torch_adapmtl.benchmark import study
+        >>> study(problems=["digits"], methods=["SNAP"], sparsities=[0.9], seeds=[0], out="x.jsonl")
+        Traceback (most recent call last):
+        ValueError: methods must be some of ['dense', 'uniform magnitude', ...], got 'SNAP'
     """
+    chosen = {name: _shortened(find_problem(name), steps) for name in problems}
+    for method in methods:
+        if method not in METHODS:
+            raise ValueError(f"methods must be some of {list(METHODS)}, got {method!r}")
+    for sparsity in sparsities:
+        if not 0 < sparsity < 1:
+            raise ValueError(f"sparsities must be fractions between 0 and 1, got {sparsity!r}")
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs!r}")
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _cut_unfinished(path)
-    chosen = {name: _shortened(find_problem(name), steps) for name in problems}
+    end_line(path)
     missing = _missing(read(path), list(chosen.values()), methods, sparsities, seeds, device, bf16)
     calls = [(*key, steps, device, bf16) for key in missing]
-    with tqdm(total=len(calls), unit="run", smoothing=0.1) as bar:
-        for line in _lines(calls, jobs):
-            _write(path, line, bar)
+    lengths = [chosen[name].steps for name, *_ in calls]
+    with tqdm(total=sum(lengths), unit="step", smoothing=0.1) as bar:
+        for done, line in enumerate(_lines(calls, jobs, bar.update), 1):
+            _write(path, line)
+            bar.set_postfix_str(f"{done} of {len(calls)} runs")
 
 
 def _missing(
@@ -155,17 +195,33 @@ def _missing(
     device: str,
     bf16: bool,
 ) -> Iterable[Key]:
-    """The runs that are not done yet, or failed; all methods of one seed before the next seed."""
+    """The runs that are not done yet, or failed; all methods of one seed before the next seed.
+
+    Where runs of a seed are missing, so is the dense run of this machine.
+    """
+    here = machine(device)
     known = {_identity(line) for line in done if "failed" not in line}
+    known_here = {
+        _identity(line) for line in done if "failed" not in line and line.get("machine") == here
+    }
+
+    def missing(problem: Problem, method: str, sparsity: float, seed: int, known: set[str]) -> bool:
+        wanted = settings(problem, method, sparsity, seed, device=device, bf16=bf16)
+        return _identity(wanted) not in known
+
     for seed in seeds:
         for problem in problems:
-            for sparsity in sparsities:
-                for method in methods:
-                    if method in UNAIMED and sparsity != sparsities[0]:
-                        continue
-                    wanted = settings(problem, method, sparsity, seed, device=device, bf16=bf16)
-                    if _identity(wanted) not in known:
-                        yield problem.name, method, sparsity, seed
+            keys = [
+                (problem.name, method, sparsity, seed)
+                for sparsity in sparsities
+                for method in methods
+                if (method not in UNAIMED or sparsity == sparsities[0])
+                and missing(problem, method, sparsity, seed, known)
+            ]
+            again = keys and DENSE in methods and all(key[1] != DENSE for key in keys)
+            if again and missing(problem, DENSE, 0.0, seed, known_here):
+                yield problem.name, DENSE, sparsities[0], seed
+            yield from keys
 
 
 def _identity(line: dict[str, Any]) -> str:
@@ -177,33 +233,44 @@ def _shortened(problem: Problem, steps: int | None) -> Problem:
     return problem if steps is None else replace(problem, steps=steps)
 
 
-def _one(call: Call) -> str:
+def _one(call: Call, advance: Callable[[int], object] = lambda steps: None) -> str:
     """Run a call, and say in its line if it fails: the others are not to wait for it."""
     name, method, sparsity, seed, steps, device, bf16 = call
     problem = _shortened(find_problem(name), steps)
+    known = settings(problem, method, sparsity, seed, device=device, bf16=bf16)
+    taken = 0
+
+    def progress(step: int) -> None:
+        nonlocal taken
+        advance(step - taken)
+        taken = step
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # with any number of jobs: threads change the order of sums
     try:
-        line = run(problem, method, sparsity, seed, device=device, bf16=bf16)
-    except RuntimeError as error:
-        known = settings(problem, method, sparsity, seed, device=device, bf16=bf16)
-        line = {**known, "failed": str(error)}
+        line = run(problem, method, sparsity, seed, device=device, bf16=bf16, progress=progress)
+    except Exception as error:
+        line = {**known, "failed": f"{type(error).__name__}: {error}"}
     finally:
         torch.set_num_threads(threads)
+    progress(problem.steps)  # those that a failed run has not taken
     return json.dumps(line)
 
 
-def _lines(calls: Sequence[Call], jobs: int) -> Iterator[str]:
-    """The lines of the calls, as they come."""
+def _lines(calls: Sequence[Call], jobs: int, advance: Callable[[int], object]) -> Iterator[str]:
+    """The lines of the calls, as they come; `advance` is told of the steps that were taken."""
     if jobs == 1:
-        yield from map(_one, calls)
+        for call in calls:
+            yield _one(call, advance)
         return
     # Not a Pool: its processes may have none of their own, which read data.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, initializer=_end_with_parent) as pool:
         try:
             for done in as_completed([pool.submit(_one, call) for call in calls]):
-                yield done.result()
+                line = done.result()
+                advance(json.loads(line)["steps"])
+                yield line
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -220,17 +287,24 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _write(path: Path, line: str, bar: Any) -> None:
+def _write(path: Path, line: str) -> None:
     with open(path, "a") as file:
         file.write(line + "\n")
         file.flush()
         os.fsync(file.fileno())
-    bar.update()
 
 
-def _cut_unfinished(path: Path) -> None:
-    """Take off what a killed process wrote after the last whole line."""
-    if path.exists():
-        whole = path.read_bytes().rpartition(b"\n")
-        if whole[2]:
-            path.write_bytes(whole[0] + whole[1])
+def end_line(path: Path) -> None:
+    """End a file that is to be added to with a whole line.
+
+    What a killed process left of a line is taken off; a whole one that lost its newline gets it.
+    """
+    whole, newline, last = path.read_bytes().rpartition(b"\n") if path.exists() else (b"",) * 3
+    if not last:
+        return
+    try:
+        json.loads(last)
+    except ValueError:
+        path.write_bytes(whole + newline)
+    else:
+        path.write_bytes(whole + newline + last + b"\n")

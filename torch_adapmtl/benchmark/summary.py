@@ -14,6 +14,9 @@ __all__ = ["Estimate", "Margin", "Row", "margin", "summarize"]
 
 Run = Mapping[str, Any]
 
+# A problem, a seed and a machine.
+_Place = tuple[str, int, str]
+
 # What runs must share to be compared.
 _TRAINING = ("problem", "steps", "batch", "lr", "weight_decay", "device", "bf16")
 
@@ -65,7 +68,7 @@ class Row:
         problem: Name of the problem.
         method: Name of the method.
         sparsity: What was asked for, as a fraction.
-        seeds: The seeds that have a dense run to compare with, in order.
+        seeds: The seeds that have a dense run of the same machine to compare with, in order.
         delta: Delta_T against the dense model of the same seed, in percent; None for the dense
             model.
         by_seed: The same for each of `seeds`.
@@ -97,7 +100,9 @@ class Row:
 def summarize(runs: Iterable[Run]) -> list[Row]:
     """Group the runs by problem, method and sparsity, in the order in which they first come.
 
-    Runs that failed, or whose dense run is missing, are left out.
+    Each is compared with the dense run of its seed on its machine: processors sum in orders of
+    their own, and a training run makes much of a last bit. Runs that failed, or whose dense run is
+    missing, are left out.
 
     Args:
         runs: Lines of a study, as `read` returns them.
@@ -105,7 +110,7 @@ def summarize(runs: Iterable[Run]) -> list[Row]:
     Raises:
         ValueError: If a run is there twice, or the runs of a problem were not trained alike.
     """
-    dense: dict[tuple[str, int], Run] = {}
+    dense: dict[_Place, Run] = {}
     groups: dict[tuple[str, str, float], dict[int, Run]] = {}
     training: dict[str, list[Any]] = {}
     for run in runs:
@@ -117,24 +122,30 @@ def summarize(runs: Iterable[Run]) -> list[Row]:
                 f"the runs of {run['problem']!r} were not trained alike: {_TRAINING} are "
                 f"{training[run['problem']]} and {shared}"
             )
-        if run["method"] == DENSE:
-            dense[run["problem"], run["seed"]] = run
         group = groups.setdefault((run["problem"], run["method"], run["sparsity"]), {})
-        if run["seed"] in group:
+        is_dense = run["method"] == DENSE
+        other = dense.get(_place(run)) if is_dense else group.get(run["seed"])
+        if other is not None:
             raise ValueError(
                 f"two runs of {run['method']!r} on {run['problem']!r} at {run['sparsity']} have "
-                f"the seed {run['seed']}, with the options {group[run['seed']]['options']} and "
+                f"the seed {run['seed']}, with the options {other['options']} and "
                 f"{run['options']}: take the lines of one of them out of the file"
             )
-        group[run["seed"]] = run
+        if is_dense:
+            dense[_place(run)] = run
+        group.setdefault(run["seed"], run)
     rows = []
     for (problem, method, sparsity), group in groups.items():
-        seeds = tuple(sorted(seed for seed in group if (problem, seed) in dense))
+        seeds = tuple(sorted(seed for seed, run in group.items() if _place(run) in dense))
         if seeds:
             own = [group[seed] for seed in seeds]
-            against = [dense[problem, seed] for seed in seeds]
+            against = [dense[_place(run)] for run in own]
             rows.append(_row(problem, method, sparsity, seeds, own, against))
     return rows
+
+
+def _place(run: Run) -> _Place:
+    return run["problem"], run["seed"], run.get("machine", "")
 
 
 def _row(
