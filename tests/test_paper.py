@@ -152,6 +152,17 @@ def test_ends_with_what_it_has_reached() -> None:
     assert all(torch.equal(before[task], out) for task, out in model(x).items())
 
 
+@pytest.mark.parametrize("target", [0.3, 0.6])
+def test_a_target_that_was_passed_by_far_is_told(target: float) -> None:
+    model = TwoTasks()
+    pruner = _paper(model, target_sparsity=target, mode=PaperMode(start=-1.0))
+    optimizer = torch.optim.Adam(pruner.param_groups(threshold_lr=5e-2, **ADAM))
+    train(model, pruner, optimizer, range(5))
+    assert zeros(pruner) > (target + 0.01) * weights(pruner)
+    with pytest.warns(UserWarning, match=f"not {target:.2%}: .* Lower PaperMode's start"):
+        pruner.finalize()
+
+
 def test_state_resumes_bit_for_bit() -> None:
     model = TwoTasks()
     fresh = copy.deepcopy(model)

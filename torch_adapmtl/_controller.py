@@ -102,8 +102,12 @@ class Controller(KeepsPrecision):
     def observe(self, losses: Mapping[str, Tensor]) -> None:
         """See the task losses before they are weighted."""
 
-    def shortfall(self) -> str:
-        """Why a run that is not exact ended below its target, and what to do about it."""
+    def missed(self, sparsity: float) -> str:
+        """Why a run that is not exact ended at this sparsity and what to do; empty if it is fine.
+
+        Args:
+            sparsity: Zeros among all weights of the layers, as a fraction.
+        """
         return ""
 
     def refresh(self) -> None:

@@ -18,19 +18,28 @@ from .thresholds import SoftThreshold
 __all__ = ["PaperBudget", "PaperMode"]
 
 
+# How far above its target a run may end, as a fraction of the weights: more than a step makes.
+_ABOVE = 0.01
+
+
 @dataclass(frozen=True)
 class PaperMode(Mode):
     """Settings of the paper's mechanism (AdapMTL, arXiv 2408.03913, and the authors' code).
 
     Each component has one trained number s and the threshold `alpha = sigmoid(s)`. It starts low;
     the optimiser's weight decay pulls s toward 0, which raises the threshold. When the overall
-    sparsity reaches the target, the thresholds stay as they are. The target is passed by up to one
-    step, or missed if s does not rise fast enough: the pair of `start` and `weight_decay` has to be
-    found for each model, which is why it is not the default mode.
+    sparsity reaches the target, the thresholds stay as they are; the weights do not, and with a
+    threshold that is high from the start most of them can follow each other below it. The target is
+    missed if s does not rise fast enough: the pair of `start` and `weight_decay` has to be found
+    for each model and length of training, which is why it is not the default mode. `finalize` warns
+    of a target that was missed, or passed by more than a percent.
 
     Args:
-        start: Initial value of s; the authors suggest -20.
+        start: Initial value of s; the authors suggest -20, for 20,000 steps. It should prune
+            nothing yet.
         weight_decay: Weight decay of s in `AdapMTL.param_groups`; the authors use 5e-8 to 1e-4.
+            Shorter runs need more: with Adam s moves by up to the learning rate in a step, as far
+            as its decay outweighs the gradient of the loss.
 
     Raises:
         ValueError: If `start` is not finite or `weight_decay` is negative.
@@ -157,8 +166,16 @@ class PaperBudget(Controller):
             "finalize() to keep the sparsity it has reached"
         )
 
-    def shortfall(self) -> str:
-        """Why the run ended below its target, and what to do about it."""
+    def missed(self, sparsity: float) -> str:
+        """Why the run ended below its target or well above it, and what to do about it."""
+        if sparsity > self.target + _ABOVE:
+            return (
+                "mode='paper' held its thresholds when the target was reached, but weights went on "
+                "to fall below them. Lower PaperMode's start, so that fewer are gone before they "
+                "have learned anything, and raise weight_decay, or use mode='adaptive'"
+            )
+        if sparsity >= self.target:
+            return ""
         if bool(self.reached):
             return (
                 "mode='paper' held its thresholds when the target was reached, and some weights "

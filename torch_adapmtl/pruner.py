@@ -456,10 +456,10 @@ class AdapMTL(nn.Module):
             allocated=self.budget.allocates,
             task_weights=report.task_weights if adaptive else {},
         )
-        if not self.budget.exact and report.sparsity < self.target_sparsity:
+        if reason := self.budget.missed(report.sparsity):
             found.append(
                 f"the run ended at a sparsity of {report.sparsity:.2%}, not "
-                f"{self.target_sparsity:.2%}: {self.budget.shortfall()}"
+                f"{self.target_sparsity:.2%}: {reason}"
             )
         for text in found:
             warnings.warn(text, stacklevel=3)

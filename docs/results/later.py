@@ -22,6 +22,8 @@ from torch_adapmtl.baselines import Magnitude, Taylor
 from torch_adapmtl.baselines._magnitude import MagnitudeMasks
 from torch_adapmtl.baselines._masked import Masked, lowest
 from torch_adapmtl.benchmark import find_problem, read, run, runs
+from torch_adapmtl.benchmark.runs import machine
+from torch_adapmtl.benchmark.studies import end_line
 from torch_adapmtl.budget import SparsitySchedule
 from torch_adapmtl.lamp import LAMPAllocation
 from torch_adapmtl.paper import PaperMode
@@ -169,7 +171,13 @@ LEADS: Sequence[tuple[str, dict[str, Any] | None, Patch]] = [
 ]
 MOBILENET = [lead for lead in LEADS if lead[0] in ("dense", "Taylor") or lead in STRENGTHS]
 STARTED = ("rooms3", "rooms5", "digits", "words", "teachers")
-STARTS = (-3.5, -3.25, -3.0, -2.75, -2.5)
+STARTS = [
+    *(PaperMode(start=start) for start in (-3.5, -3.25, -3.0, -2.75, -2.5)),
+    *(PaperMode(start=-8.0, weight_decay=decay) for decay in (1e-3, 1e-2, 1e-1, 1.0)),
+    *(PaperMode(start=-6.0, weight_decay=decay) for decay in (1e-3, 1e-2, 1e-1, 1.0)),
+    *(PaperMode(start=-5.0, weight_decay=decay) for decay in (1e-1, 1.0)),
+    *(PaperMode(start=-4.0, weight_decay=decay) for decay in (1e-1, 1.0)),
+]
 
 
 def main(seed: int) -> None:
@@ -186,23 +194,28 @@ def main(seed: int) -> None:
 
 
 def starts(problem: str, seed: int) -> None:
-    """Add the lines of the paper's mode from each start."""
+    """Add the lines of the paper's mode with each pair of start and decay."""
     add(problem, "dense", None, 0.97, seed)
-    for start in STARTS:
-        options = {"mode": PaperMode(start=start), "weighting": "stability"}
-        add(problem, f"paper mode, start {start:g}", options, 0.9, seed)
+    for mode in STARTS:
+        add(problem, named(mode), {"mode": mode, "weighting": "stability"}, 0.9, seed)
+
+
+def named(mode: PaperMode) -> str:
+    """What the lines of a pair are called."""
+    return f"paper mode, start {mode.start:g}, decay {mode.weight_decay:g}"
 
 
 def add(
     problem: str, name: str, options: dict[str, Any] | None, sparsity: float, seed: int
 ) -> None:
     """Add the line of a run that is not there yet."""
-    done = {(line["problem"], line["method"], line["seed"]) for line in read(OUT)}
-    if (problem, name, seed) in done:
+    lines = [line for line in read(OUT) if options is not None or line["machine"] == machine("cpu")]
+    if (problem, name, seed) in {(line["problem"], line["method"], line["seed"]) for line in lines}:
         return
     torch.set_num_threads(1)
     method = "dense" if options is None else "AdapMTL"
     line = run(find_problem(problem), method, sparsity, seed, options=options)
+    end_line(OUT)
     with OUT.open("a") as file:
         file.write(json.dumps({**line, "method": name}) + "\n")
 

@@ -10,7 +10,6 @@ from torch_adapmtl.baselines import SNIP, DiSparse, IterativeMagnitude, Magnitud
 from torch_adapmtl.benchmark.problem import Problem
 from torch_adapmtl.budget import SparsitySchedule
 from torch_adapmtl.lamp import LAMPAllocation
-from torch_adapmtl.paper import PaperMode
 from torch_adapmtl.weighting import StabilityWeighting, make_weighting
 
 __all__ = ["BASELINES", "DENSE", "METHODS", "SETTINGS", "UNAIMED", "VARIANTS"]
@@ -22,6 +21,9 @@ DENSE = "dense"
 
 #: The method that is compared with the others.
 OURS = "AdapMTL"
+
+#: The same with zeros that settle later, which is better wherever it was tried.
+LATER = "AdapMTL, settled at 90 %"
 
 _ONCE = SparsitySchedule(start=0.5, end=0.5)
 
@@ -42,13 +44,14 @@ BASELINES: Mapping[str, Callable[[Problem], Options]] = {
 VARIANTS: Mapping[str, Callable[[Problem], Options]] = {
     OURS: lambda _: {"weighting": "stability"},
     "AdapMTL, paper mode": lambda problem: {
-        "mode": PaperMode(start=problem.paper_start),
+        "mode": problem.paper,
         "weighting": "stability",
     },
     "AdapMTL, paper mode, code's weighting": lambda problem: {
-        "mode": PaperMode(start=problem.paper_start),
+        "mode": problem.paper,
         "weighting": "deviation",
     },
+    LATER: lambda _: {"schedule": SparsitySchedule(settled=0.9), "weighting": "stability"},
     "AdapMTL, common threshold": lambda _: {"allocation": "common", "weighting": "stability"},
     "AdapMTL, strength 0.5": lambda _: {
         "allocation": LAMPAllocation(strength=0.5),
@@ -97,7 +100,7 @@ SETTINGS: Mapping[str, Callable[[Problem], Options]] = {
     "pruned by 35 %": _with(schedule=SparsitySchedule(end=0.35)),
     "pruned by 65 %": _with(schedule=SparsitySchedule(end=0.65)),
     "settled at 50 %": _with(schedule=SparsitySchedule(settled=0.5)),
-    "settled at 90 %": _with(schedule=SparsitySchedule(settled=0.9)),
+    "settled at 90 %": VARIANTS[LATER],
     "rate 0.1": _with(allocation=LAMPAllocation(rate=0.1)),
     "rate 1": _with(allocation=LAMPAllocation(rate=1.0)),
     "strength 1": _with(allocation=LAMPAllocation(strength=1.0)),

@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from torch_adapmtl.benchmark.data import Data
+from torch_adapmtl.paper import PaperMode
 from torch_adapmtl.tasks import Task
 
 __all__ = ["Problem"]
+
+
+_AUTHORS = PaperMode()
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,8 @@ class Problem:
         lr: Learning rate of Adam at the start; it falls to 0 along a cosine.
         weight_decay: Of Adam (L2).
         threshold_lr: Learning rate of the paper's thresholds.
-        paper_start: `PaperMode.start`, which has to be found for each problem and number of steps.
+        paper: Start and decay of the paper's thresholds, a pair that has to be found for each
+            problem and number of steps.
     """
 
     name: str
@@ -39,7 +44,7 @@ class Problem:
     lr: float = 2e-3
     weight_decay: float = 1e-4
     threshold_lr: float = 2e-2
-    paper_start: float = -20.0
+    paper: PaperMode = _AUTHORS
 
     @property
     def lower_is_better(self) -> list[tuple[str, str]]:

@@ -23,6 +23,7 @@ from torch_adapmtl.models import (
     RegressionHead,
     feature_channels,
 )
+from torch_adapmtl.paper import PaperMode
 from torch_adapmtl.tasks import Classification, Depth, Map, Normals, Regression, Segmentation, Task
 
 __all__ = ["COMPARISON", "OTHERS", "PROBLEMS", "WordModel", "find_problem"]
@@ -110,7 +111,7 @@ def _rooms(
         lambda: {task: _ROOM_TASKS[task]() for task in tasks},
         steps=500,
         batch=16,
-        paper_start=-3.5,
+        paper=PaperMode(start=-6.0, weight_decay=1.0),
     )
 
 
@@ -169,7 +170,7 @@ def _digits(name: str, make_encoder: Callable[[], nn.Module], *, steps: int, lr:
         steps=steps,
         batch=32,
         lr=lr,
-        paper_start=-2.75,
+        paper=PaperMode(start=-5.0, weight_decay=0.1),
     )
 
 
@@ -226,7 +227,7 @@ def _words() -> Problem:
         steps=1000,
         batch=64,
         lr=1e-3,
-        paper_start=-2.75,
+        paper=PaperMode(start=-5.0, weight_decay=0.1),
     )
 
 

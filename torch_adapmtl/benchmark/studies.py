@@ -18,6 +18,7 @@ from tqdm import tqdm
 from torch_adapmtl.benchmark.methods import (
     BASELINES,
     DENSE,
+    LATER,
     METHODS,
     OURS,
     SETTINGS,
@@ -53,7 +54,7 @@ _PARTS = (
 STUDIES: Mapping[str, Mapping[str, Any]] = {
     "comparison": {
         "problems": COMPARISON,
-        "methods": (DENSE, *BASELINES, OURS),
+        "methods": (DENSE, *BASELINES, OURS, LATER),
         "sparsities": _SPARSITIES,
         "out": "docs/results/comparison.jsonl",
     },

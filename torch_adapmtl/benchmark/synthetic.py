@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from torch_adapmtl.benchmark.data import Samples
 from torch_adapmtl.benchmark.problem import Problem
+from torch_adapmtl.paper import PaperMode
 from torch_adapmtl.tasks import Classification, Regression
 
 __all__ = ["TEACHERS", "TabularModel", "TeacherModel", "tabular", "teachers"]
@@ -58,7 +59,7 @@ def teachers() -> Problem:
         lambda: {task: Regression() for task in TEACHERS},
         steps=2000,
         batch=64,
-        paper_start=-2.5,
+        paper=PaperMode(start=-4.0, weight_decay=1.0),
     )
 
 
@@ -143,7 +144,7 @@ def tabular() -> Problem:
         steps=1500,
         batch=128,
         lr=1e-3,
-        paper_start=-3.5,
+        paper=PaperMode(start=-6.0, weight_decay=1.0),
     )
 
 
