@@ -27,7 +27,8 @@ class DiSparse(Mode):
     Every task ranks the weights it depends on, shared and its own, by its own connection
     sensitivity `|w * dL_t/dw|` on the first batch. A weight is as valuable as the task that ranks
     it highest finds it, so that a shared one is pruned only when every task agrees; the least
-    valuable ones go, as many as the target asks for. Equal sensitivities have the same rank, that
+    valuable ones go, as many as the target asks for, in the first `step()` (the optimiser's first
+    step is still that of the dense model). Equal sensitivities have the same rank, that
     of the lowest; where it is the last to go or to grow, those first in the model's order do.
 
     With `dynamic`, the masks move while the model trains: every `interval` steps each layer drops

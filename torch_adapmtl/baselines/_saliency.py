@@ -23,7 +23,8 @@ class SNIP(Mode):
     """Single-shot pruning by connection sensitivity (Lee et al., arXiv 1810.02340).
 
     The score of a weight is `|w * dL/dw|` on the first batch, at initialisation; L is the sum of
-    the task losses. The masks are made from it before the first step and stay.
+    the task losses. The masks are made from it by the first `step()` and stay: the optimiser's
+    first step, which comes before it, is still that of the dense model.
 
     Args:
         batches: How many batches to score; with more than one, the weights train meanwhile.

@@ -38,6 +38,12 @@ class Samples:
     Attributes:
         inputs: All inputs, `(N, …)`.
         targets: The targets of each task, `(N, …)`.
+
+    Example:
+        >>> samples = Samples(torch.rand(10, 3), {"kind": torch.arange(10)})
+        >>> inputs, targets = next(samples.shuffled(4, seed=0))
+        >>> inputs.shape, targets["kind"].shape
+        (torch.Size([4, 3]), torch.Size([4]))
     """
 
     inputs: Tensor

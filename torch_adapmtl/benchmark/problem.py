@@ -33,6 +33,13 @@ class Problem:
         threshold_lr: Learning rate of the paper's thresholds.
         paper: Start and decay of the paper's thresholds, a pair that has to be found for each
             problem and number of steps.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> from torch_adapmtl.benchmark import find_problem
+        >>> shorter = replace(find_problem("digits"), steps=100)  # or make one of your own
+        >>> list(shorter.make_tasks())
+        ['left', 'right', 'distance']
     """
 
     name: str

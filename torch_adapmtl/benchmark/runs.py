@@ -43,6 +43,20 @@ def settings(
     """What decides on a run's outcome, as JSON can hold it: runs of equal settings are one run.
 
     The library's defaults are among them, so that a line made before a default changed is known.
+
+    Args:
+        problem: What on.
+        method: A name from `METHODS`.
+        sparsity: Zeros among the prunable weights, as a fraction.
+        seed: Of the initial weights and the order of batches.
+        options: Options of `apply_adapmtl` in place of the method's own.
+        device: Where.
+        bf16: Whether the forward pass runs under autocast to bfloat16.
+
+    Example:
+        >>> from torch_adapmtl.benchmark import find_problem, settings
+        >>> settings(find_problem("digits"), "SNIP", 0.9, seed=0)["options"]
+        {'weighting': "'equal'", 'mode': 'SNIP(batches=1)'}
     """
     own = METHODS[method](problem) if options is None else options
     full = {} if method == DENSE else in_full({"weighting": "equal", **own})
@@ -88,6 +102,18 @@ def run(
     Returns:
         Settings, versions, seconds, the sparsity reached overall and by component, the metrics by
         task, and what `finalize` warned of: one JSON line.
+
+    Raises:
+        KeyError: If there is no method of that name.
+        RuntimeError: If the run diverges.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> from torch_adapmtl.benchmark import find_problem, run
+        >>> short = replace(find_problem("teachers"), steps=10)
+        >>> line = run(short, "AdapMTL", sparsity=0.9, seed=0)
+        >>> line["zeros"], line["weights"], list(line["metrics"])
+        (12154, 13504, ['narrow', 'middle', 'wide'])
     """
     own = METHODS[method](problem) if options is None else options
     train, test = _data(problem.load, device)
@@ -160,7 +186,25 @@ def run(
 def evaluate(
     model: nn.Module, problem: Problem, test: Data, autocast: Any
 ) -> dict[str, dict[str, float]]:
-    """The metrics of every task on the test set."""
+    """The metrics of every task on the test set.
+
+    Args:
+        model: The model, which is left in evaluation mode.
+        problem: What it was trained on.
+        test: The test set.
+        autocast: The context of the forward passes.
+
+    Returns:
+        By task and metric, in the units that [the task][torch_adapmtl.tasks] says.
+
+    Example:
+        >>> from contextlib import nullcontext
+        >>> from torch_adapmtl.benchmark import evaluate, find_problem
+        >>> problem = find_problem("teachers")
+        >>> _, test = problem.load()
+        >>> sorted(evaluate(problem.make_model(), problem, test, nullcontext()))
+        ['middle', 'narrow', 'wide']
+    """
     tasks = problem.make_tasks()
     model.eval()
     for inputs, targets in test.in_order(max(problem.batch, 100)):

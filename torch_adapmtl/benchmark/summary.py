@@ -109,6 +109,14 @@ def summarize(runs: Iterable[Run]) -> list[Row]:
 
     Raises:
         ValueError: If a run is there twice, or the runs of a problem were not trained alike.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> from torch_adapmtl.benchmark import find_problem, run, summarize
+        >>> short = replace(find_problem("teachers"), steps=10)
+        >>> rows = summarize(run(short, name, 0.9, seed=0) for name in ("dense", "Taylor"))
+        >>> [(row.method, row.seeds, round(row.reached.mean, 3)) for row in rows]
+        [('dense', (0,), 0.0), ('Taylor', (0,), 0.9)]
     """
     dense: dict[_Place, Run] = {}
     groups: dict[tuple[str, str, float], dict[int, Run]] = {}
