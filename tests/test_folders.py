@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -16,7 +18,7 @@ pytest.importorskip("torchmetrics")
 import numpy as np
 from PIL import Image
 
-from torch_adapmtl.benchmark import paper_problem
+from torch_adapmtl.benchmark import paper_problem, paper_scale, run
 from torch_adapmtl.datasets import NYUv2, RandomFlip, RandomScaleCrop, TinyTaskonomy
 from torch_adapmtl.tasks import Depth, Map, Normals, Segmentation
 
@@ -442,7 +444,7 @@ def test_unknown_tasks_of_taskonomy(taskonomy: Path) -> None:
         ("taskonomy", {"segmentation": 17, "depth": 1, "normal": 3, "keypoints": 1, "edges": 1}),
     ],
 )
-def test_the_benchmark_trains_on_folders(
+def test_the_benchmark_takes_what_folders_hold(
     layout: str, channels: dict[str, int], workers: int, request: pytest.FixtureRequest
 ) -> None:
     folder = request.getfixturevalue(layout)
@@ -461,3 +463,20 @@ def test_the_benchmark_trains_on_folders(
         model = problem.make_model()
         shapes = {name: out.shape[1] for name, out in model(torch.zeros(1, 3, 33, 33)).items()}
     assert shapes == channels
+
+
+@pytest.mark.parametrize("layout", ["listed", "taskonomy"])
+def test_the_benchmark_trains_on_folders(
+    layout: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow = functools.partial(paper_scale.ASPPHead, hidden=8)
+    monkeypatch.setattr(paper_scale, "ASPPHead", narrow)
+    folder = request.getfixturevalue(layout)
+    (index,) = folder.glob("*.json")
+    rows = json.loads(index.read_text())
+    index.write_text(json.dumps({split: own * 2 for split, own in rows.items()}))
+    problem = paper_problem("mobilenetv2", str(folder), size=33, workers=0)
+    short = dataclasses.replace(problem, steps=3, batch=2)
+    line = run(short, "AdapMTL", 0.9, seed=0, bf16=True)
+    assert line["zeros"] == round(0.9 * line["weights"])
+    assert list(line["metrics"]) == list(problem.make_tasks())

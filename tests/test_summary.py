@@ -212,6 +212,8 @@ def test_provenance() -> None:
         "7 runs, 3.5 hours of training in all; seeds [0, 1]; machine: Some CPU, 2 cores; "
         "threads: 1; torch 2.0."
     )
+    newer = line("IMP", 0.9, 0, 80.0, 0.5, versions={"torch": "2.1", "timm": "1.0"})
+    assert provenance([*LINES, newer]).endswith("torch 2.0, 2.1; timm 1.0 (as 1 of the lines say).")
     failed = {"method": "Taylor", "seed": 2, "failed": "NaN"}
     assert provenance([*LINES, failed]).startswith(
         "8 runs, 3.5 hours of training in all; seeds [0, 1, 2], 1 of which failed;"

@@ -1,4 +1,7 @@
-"""The problems that methods are compared on, in sizes that a CPU core trains in a minute or so."""
+"""The problems that methods are compared on, in sizes that a CPU core trains in a minute or so.
+
+But for `rooms3 wide`, which takes three or four.
+"""
 
 from __future__ import annotations
 

@@ -164,10 +164,11 @@ def provenance(runs: Sequence[Mapping[str, Any]]) -> str:
         parts[0] += f", {len(failed)} of which failed"
     for key in ("machine", "threads"):
         parts.append(f"{key}: {', '.join(sorted({str(r[key]) for r in runs if key in r}))}")
-    versions = [run["versions"] for run in runs if "versions" in run]
+    versions = [run.get("versions", {}) for run in runs if "failed" not in run]
     for name in dict.fromkeys(name for found in versions for name in found):
-        known = sorted({found[name] for found in versions if name in found})
-        parts.append(f"{name} {', '.join(known)}")
+        known = [found[name] for found in versions if name in found]
+        said = "" if len(known) == len(versions) else f" (as {len(known)} of the lines say)"
+        parts.append(f"{name} {', '.join(sorted(set(known)))}{said}")
     return "; ".join(parts) + "."
 
 
