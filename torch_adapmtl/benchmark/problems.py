@@ -31,9 +31,9 @@ from torch_adapmtl.tasks import Classification, Depth, Map, Normals, Regression,
 
 __all__ = ["COMPARISON", "OTHERS", "PROBLEMS", "WordModel", "find_problem"]
 
-# Each `paper` is the pair with the best Delta_T, with seed 0, of those that end within two points of
-# 90 % (docs/results/later.jsonl has all that were tried); other nets take that of the same data,
-# tabular that of Rooms.
+# Each `paper` is the pair with the best Delta_T, with seed 0, of those that end within two points
+# of 90 % (docs/results/later.jsonl has all that were tried); other nets take that of the same
+# data, tabular that of Rooms.
 _ROOM_TASKS: Mapping[str, Callable[[], Task]] = {
     "segmentation": lambda: Segmentation(5),
     "depth": Depth,
