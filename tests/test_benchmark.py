@@ -255,13 +255,16 @@ def test_another_machine_makes_its_own_dense_runs(
     on("old", DENSE, "Taylor")
     on("new", DENSE, "Taylor")  # there is nothing left to do
     on("new", DENSE, "Taylor", "AdapMTL")
-    on("new", DENSE, "Taylor", "AdapMTL", "SNIP")
+    on("new", "SNIP")
+    on("newer", "IMP")
     assert [(line["machine"], line["method"]) for line in read(path)] == [
         ("old", DENSE),
         ("old", "Taylor"),
         ("new", DENSE),
         ("new", "AdapMTL"),
         ("new", "SNIP"),
+        ("newer", DENSE),
+        ("newer", "IMP"),
     ]
 
 

@@ -152,6 +152,14 @@ STRENGTHS: Sequence[tuple[str, dict[str, Any], Patch]] = [
     (f"LAMP {strength:g}, firm 1.1{said}", _lamp(strength), nullcontext)
     for strength, said in ((0.5, ""), (0.75, " (the defaults)"), (1.0, ""))
 ]
+SETTLED: Sequence[tuple[str, dict[str, Any], Patch]] = [
+    (
+        f"LAMP 0.75, settled at {percent} %",
+        {**_lamp(0.75), "schedule": SparsitySchedule(settled=percent / 100)},
+        nullcontext,
+    )
+    for percent in (80, 90, 100)
+]
 LEADS: Sequence[tuple[str, dict[str, Any] | None, Patch]] = [
     ("dense", None, nullcontext),
     ("global magnitude", {"mode": Magnitude()}, nullcontext),
@@ -162,6 +170,7 @@ LEADS: Sequence[tuple[str, dict[str, Any] | None, Patch]] = [
     ("Taylor, stability weighting", {"mode": Taylor(), "weighting": "stability"}, nullcontext),
     ("Taylor, ten times the decay of prunable weights", {"mode": Taylor()}, decay(1e-3)),
     *STRENGTHS,
+    *SETTLED,
     ("LAMP 0.75, prunable weights without decay", _lamp(0.75), decay(0.0)),
     ("LAMP 0.75, ten times the decay of prunable weights", _lamp(0.75), decay(1e-3)),
     ("LAMP 0.75, BatchNorm estimated anew", _lamp(0.75), batch_norm_anew),

@@ -198,7 +198,7 @@ def _missing(
 ) -> Iterable[Key]:
     """The runs that are not done yet, or failed; all methods of one seed before the next seed.
 
-    Where runs of a seed are missing, so is the dense run of this machine.
+    Where runs of a seed are missing whose dense run is another machine's, so is that of this one.
     """
     here = machine(device)
     known = {_identity(line) for line in done if "failed" not in line}
@@ -219,8 +219,8 @@ def _missing(
                 if (method not in UNAIMED or sparsity == sparsities[0])
                 and missing(problem, method, sparsity, seed, known)
             ]
-            again = keys and DENSE in methods and all(key[1] != DENSE for key in keys)
-            if again and missing(problem, DENSE, 0.0, seed, known_here):
+            dense = problem, DENSE, 0.0, seed
+            if keys and missing(*dense, known_here) and not missing(*dense, known):
                 yield problem.name, DENSE, sparsities[0], seed
             yield from keys
 
