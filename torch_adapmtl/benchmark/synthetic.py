@@ -59,7 +59,7 @@ def teachers() -> Problem:
         lambda: {task: Regression() for task in TEACHERS},
         steps=2000,
         batch=64,
-        paper=PaperMode(start=-6.0, weight_decay=0.1),
+        paper=PaperMode(start=-8.0, weight_decay=1.0),
     )
 
 
