@@ -22,7 +22,7 @@ DENSE = "dense"
 #: The method that is compared with the others.
 OURS = "AdapMTL"
 
-#: The same with zeros that settle later, which is better wherever it was tried.
+#: The same with zeros that settle later.
 LATER = "AdapMTL, settled at 90 %"
 
 _ONCE = SparsitySchedule(start=0.5, end=0.5)
