@@ -43,6 +43,7 @@ BASELINES: Mapping[str, Callable[[Problem], Options]] = {
 #: AdapMTL with the library's defaults, and with one part of it changed.
 VARIANTS: Mapping[str, Callable[[Problem], Options]] = {
     OURS: lambda _: {"weighting": "stability"},
+    LATER: lambda _: {"schedule": SparsitySchedule(settled=0.9), "weighting": "stability"},
     "AdapMTL, paper mode": lambda problem: {
         "mode": problem.paper,
         "weighting": "stability",
@@ -51,7 +52,6 @@ VARIANTS: Mapping[str, Callable[[Problem], Options]] = {
         "mode": problem.paper,
         "weighting": "deviation",
     },
-    LATER: lambda _: {"schedule": SparsitySchedule(settled=0.9), "weighting": "stability"},
     "AdapMTL, common threshold": lambda _: {"allocation": "common", "weighting": "stability"},
     "AdapMTL, strength 0.5": lambda _: {
         "allocation": LAMPAllocation(strength=0.5),
