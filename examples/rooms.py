@@ -27,10 +27,16 @@ from torch_adapmtl import AdapMTL, apply_adapmtl
 from torch_adapmtl.datasets import Rooms
 from torch_adapmtl.metrics import relative_performance, size
 from torch_adapmtl.models import ASPPHead, MultiTaskModel, feature_channels
+from torch_adapmtl.tasks import Depth, Normals, Segmentation
 
 Metrics = dict[str, dict[str, float]]
 BATCH = 16
-LOWER_IS_BETTER = ["abs. error (m)", "rel. error (%)", "mean angle (°)", "median angle (°)"]
+# Losses and metrics are over the pixels that are known: depths in metres, angles in degrees.
+TASKS = {
+    "segmentation": Segmentation(5),
+    "depth": Depth(metrics=["abs_error", "rel_error"]),
+    "normal": Normals(metrics=["angle_mean", "angle_median"]),
+}
 PALETTE = ListedColormap(["#c9b79c", "#dfe6ee", "#8fa9c4", "#e07a3f", "#5b8c5a"])
 
 
@@ -54,16 +60,8 @@ def make_model(channels: Mapping[str, int], seed: int) -> MultiTaskModel:
 
 
 def task_losses(outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Cross-entropy, L1, and one minus the cosine; over the valid pixels, as in the metrics."""
-    valid = targets["depth"] > 0
-    cosine = F.cosine_similarity(outputs["normal"], targets["normal"])[valid[:, 0]]
-    return {
-        "segmentation": F.cross_entropy(
-            outputs["segmentation"], targets["segmentation"], ignore_index=255
-        ),
-        "depth": F.l1_loss(outputs["depth"][valid], targets["depth"][valid]),
-        "normal": 1 - cosine.mean(),
-    }
+    """Cross-entropy, L1, and one minus the cosine."""
+    return {name: task.loss(outputs[name], targets[name]) for name, task in TASKS.items()}
 
 
 def train(
@@ -95,46 +93,20 @@ def predict(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     return {task: torch.cat([part[task] for part in parts]) for task in parts[0]}
 
 
-def segmentation_metrics(logits: Tensor, target: Tensor) -> dict[str, float]:
-    """Mean intersection over union (over the classes that occur), and pixel accuracy."""
-    valid = target != 255
-    found, true, classes = logits.argmax(1)[valid], target[valid], logits.shape[1]
-    counts = torch.bincount(true * classes + found, minlength=classes**2).view(classes, classes)
-    hits, union = counts.diag(), counts.sum(0) + counts.sum(1) - counts.diag()
-    return {
-        "mIoU (%)": 100 * (hits / union)[union > 0].mean().item(),
-        "pixel acc. (%)": 100 * (hits.sum() / counts.sum()).item(),
-    }
-
-
-def depth_metrics(depth: Tensor, target: Tensor) -> dict[str, float]:
-    """Mean absolute error in metres, and relative to the true depth."""
-    valid = target > 0
-    error = (depth[valid] - target[valid]).abs()
-    relative = 100 * (error / target[valid]).mean().item()
-    return {"abs. error (m)": error.mean().item(), "rel. error (%)": relative}
-
-
-def normal_metrics(normal: Tensor, target: Tensor) -> dict[str, float]:
-    """Mean and median angle to the true normal, in degrees."""
-    valid = target.square().sum(1) > 0.5  # not where there is no surface
-    cosine = F.cosine_similarity(normal, target)[valid].clamp(-1, 1)
-    angle = cosine.acos().rad2deg()
-    return {"mean angle (°)": angle.mean().item(), "median angle (°)": angle.median().item()}
-
-
 def evaluate(outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Metrics:
     """All metrics of all tasks."""
-    return {
-        "segmentation": segmentation_metrics(outputs["segmentation"], targets["segmentation"]),
-        "depth": depth_metrics(outputs["depth"], targets["depth"]),
-        "normal": normal_metrics(outputs["normal"], targets["normal"]),
-    }
+    found = {}
+    for name, task in TASKS.items():
+        task.reset()
+        task.update(outputs[name], targets[name])
+        found[name] = task.compute()
+    return found
 
 
 def print_comparison(dense: Metrics, sparse: Metrics) -> None:
     """Both models' metrics side by side; a positive change is for the better."""
-    relative = relative_performance(sparse, dense, lower_is_better=LOWER_IS_BETTER)
+    lower = [metric for task in TASKS.values() for metric in task.lower_is_better]
+    relative = relative_performance(sparse, dense, lower_is_better=lower)
     print(f"{'task':<14}{'metric':<18}{'dense':>9}{'sparse':>9}{'change':>10}")
     for task, metrics in dense.items():
         for name, value in metrics.items():

@@ -12,7 +12,6 @@ from types import ModuleType
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.stem for path in (ROOT / "examples").glob("[!_]*.py"))
@@ -74,50 +73,6 @@ def test_runs(script: str, tmp_path: Path) -> None:
 
 def test_both_trainings_are_covered() -> None:
     assert set(TRAINING) <= set(SCRIPTS)
-
-
-def test_rooms_metrics_of_a_perfect_prediction() -> None:
-    rooms = load("rooms")
-    _, targets = rooms.Rooms(4, image_size=16).tensors()
-    outputs = {**targets, "segmentation": F.one_hot(targets["segmentation"], 5).movedim(3, 1)}
-    found = rooms.evaluate(outputs, targets)
-    assert found["segmentation"] == {"mIoU (%)": 100, "pixel acc. (%)": 100}
-    assert found["depth"] == {"abs. error (m)": 0, "rel. error (%)": 0}
-    assert max(found["normal"].values()) < 0.1  # acos near 1 magnifies float32's rounding
-
-
-def test_rooms_segmentation_metrics_are_those_of_a_plain_count() -> None:
-    rooms = load("rooms")
-    logits, target = torch.randn(2, 5, 8, 8), torch.randint(0, 4, (2, 8, 8))  # class 4: never true
-    target[0, 0] = 255
-    found, shares = logits.argmax(1), []
-    for label in range(5):
-        pairs = [
-            (bool(f == label), bool(t == label))
-            for f, t in zip(found.flatten(), target.flatten(), strict=True)
-            if t != 255
-        ]
-        if any(a or b for a, b in pairs):
-            shares.append(sum(a and b for a, b in pairs) / sum(a or b for a, b in pairs))
-    correct = (found == target)[target != 255].float().mean()
-    metrics = rooms.segmentation_metrics(logits, target)
-    assert metrics["mIoU (%)"] == pytest.approx(100 * sum(shares) / len(shares))
-    assert metrics["pixel acc. (%)"] == pytest.approx(100 * float(correct))
-
-
-def test_rooms_metrics_leave_out_invalid_pixels() -> None:
-    rooms = load("rooms")
-    depth, normal = torch.full((1, 1, 2, 2), 2.0), torch.zeros(1, 3, 2, 2)
-    normal[:, 2] = -1.0
-    target_depth, target_normal = depth.clone(), normal.clone()
-    target_depth[..., 0, 0] = 0.0
-    target_depth[..., 0, 1] = 4.0
-    target_normal[..., 0, 0] = 0.0
-    target_normal[..., 0, 1] = torch.tensor([1.0, 0.0, 0.0])
-    found = rooms.depth_metrics(depth, target_depth)
-    assert found == pytest.approx({"abs. error (m)": 2 / 3, "rel. error (%)": 50 / 3})
-    found = rooms.normal_metrics(normal, target_normal)
-    assert found == pytest.approx({"mean angle (°)": 30.0, "median angle (°)": 0.0}, abs=0.1)
 
 
 def test_the_pages_say_what_the_lines_say() -> None:

@@ -237,3 +237,16 @@ def test_metrics_are_chosen_by_name() -> None:
     for wrong in (-1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match=rf"finite and >= 0, got \[1.0, {wrong}\]"):
             Segmentation(2, class_weights=torch.tensor([1.0, wrong]))
+
+
+@pytest.mark.parametrize(
+    ("task", "lower"),
+    [
+        (Segmentation(3), set()),
+        (Segmentation(3, metrics=["mIoU", "cross_entropy"]), {"cross_entropy"}),
+        (Normals(metrics=["angle_mean", "within_30"]), {"angle_mean"}),
+        (Map(), {"abs_error"}),
+    ],
+)
+def test_of_the_computed_metrics_only_some_are_better_lower(task: Task, lower: set[str]) -> None:
+    assert task.lower_is_better == lower <= set(task.metrics)

@@ -27,7 +27,7 @@ class Task(ABC):
         metrics: Names of the metrics to compute; all that the task has if None.
 
     Attributes:
-        lower_is_better: The metrics of which less is better.
+        lower_is_better: Those of the computed metrics of which less is better.
 
     Raises:
         ValueError: If a metric is not one of the task's.
@@ -41,6 +41,7 @@ class Task(ABC):
         if not names or any(name not in known for name in names):
             raise ValueError(f"metrics must be some of {list(known)}, got {metrics!r}")
         self._metrics = {name: known[name] for name in names}
+        self.lower_is_better = self.lower_is_better & self._metrics.keys()
 
     _default: Sequence[str]
 
