@@ -34,7 +34,6 @@ from torch_adapmtl.benchmark import (
     summarize,
     tradeoff_figure,
 )
-from torch_adapmtl.benchmark.methods import LATER
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "results"
@@ -89,7 +88,6 @@ def blocks(lines: dict[str, list[dict[str, Any]]]) -> dict[str, Callable[[], str
         made[f"{study}: runs"] = lambda study=study: provenance(lines[study])
         made[f"{study}: delta"] = lambda own=own: sections(own, lambda name: delta_table(own, name))
         made[f"{study}: margin"] = lambda own=own: margin_table(own, AIMS)
-        made[f"{study}: margin later"] = lambda own=own: margin_table(own, AIMS, LATER)
         made[f"{study}: order"] = lambda own=own: order_table(own, list(TEACHERS))
         for sparsity in sorted({row.sparsity for row in own if row.method != DENSE}):
             at = f"at {100 * sparsity:g} %"

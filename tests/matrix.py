@@ -348,7 +348,8 @@ def two_optimizers_loop(run: Run, steps: int) -> None:
 
 
 def lbfgs_loop(run: Run, steps: int) -> None:
-    optimizer = torch.optim.LBFGS(run.net.parameters(), lr=0.1, max_iter=3)
+    # In small steps: its idea of the curvature is of thresholds that have moved on since.
+    optimizer = torch.optim.LBFGS(run.net.parameters(), lr=0.02, max_iter=3)
 
     def closure() -> Tensor:
         optimizer.zero_grad()

@@ -76,7 +76,7 @@ def test_offsets_come_to_rest() -> None:
     assert late[late > 0].diff().max() < 0  # ever less
 
 
-@pytest.mark.parametrize(("end", "settled", "last"), [(0.5, None, 70), (0.9, None, 90), (0, 0, 1)])
+@pytest.mark.parametrize(("end", "settled", "last"), [(0.5, None, 90), (0.95, None, 95), (0, 0, 1)])
 def test_zeros_are_final_when_they_are_settled(end: float, settled: Any, last: int) -> None:
     model = TwoTasks()
     schedule = SparsitySchedule(start=0.0, end=end, settled=settled)
@@ -97,11 +97,62 @@ def test_zeros_are_final_when_they_are_settled(end: float, settled: Any, last: i
         assert not layer.weight[~layer.threshold.mask].any()
 
 
+def _pruned_learn(model: TwoTasks, pruner: AdapMTL, step: int) -> bool:
+    """Whether pruned weights have gradients in the next step; the others have."""
+    model.zero_grad()
+    pruner.loss(losses(model, step)).backward()
+    gone = [layer.sparse() == 0 for layer in pruner.budget.layers]
+    gradients = [layer.weight.grad for layer in pruner.budget.layers]
+    assert all(grad[~zero].any() for grad, zero in zip(gradients, gone, strict=True))
+    assert sum(int(zero.sum()) for zero in gone) > 0.5 * weights(pruner)
+    learn = sum(int(grad[zero].count_nonzero()) for grad, zero in zip(gradients, gone, strict=True))
+    assert learn <= len(gone) or learn > 0.3 * weights(pruner)
+    return learn > len(gone)  # one a layer may lie on the threshold, where the gradient passes
+
+
+def test_a_resumed_run_and_one_with_another_target_know_whether_pruned_weights_learn() -> None:
+    options: dict[str, Any] = {"total_steps": 100, "target_sparsity": 0.7}
+    model, fresh = TwoTasks(), TwoTasks()
+    pruner, other = prepare(model, **options), prepare(fresh, **options)
+    train(model, pruner, torch.optim.SGD(model.parameters(), lr=1e-3), range(80))
+    fresh.load_state_dict(model.state_dict())
+    assert not _pruned_learn(fresh, other, 80)
+    other.retarget(0.8, total_steps=100)
+    assert _pruned_learn(fresh, other, 0)
+
+
+@pytest.mark.parametrize(("until", "last"), [(None, 70), (0.5, 50), (0.9, 90)])
+@pytest.mark.parametrize("allocation", ["lamp", "gradient"])
+def test_pruned_weights_learn_until_they_are_to_regrow_no_more(
+    until: float | None, last: int, allocation: Any
+) -> None:
+    options: dict[str, Any] = {
+        "total_steps": 100,
+        "schedule": SparsitySchedule(regrow_until=until),
+        "allocation": allocation,
+        "target_sparsity": 0.6,
+    }
+    model = TwoTasks()
+    pruner = prepare(model, **options)
+    optimizer = torch.optim.SGD(pruner.param_groups(lr=1e-3))
+    for step in range(90):
+        if step >= 50:
+            assert _pruned_learn(model, pruner, step) == (step < last)
+        train(model, pruner, optimizer, [step])
+
+
+def test_the_mask_gradient_stays_one() -> None:
+    model = TwoTasks()
+    pruner = prepare(model, total_steps=100, gradient="mask")
+    train(model, pruner, torch.optim.SGD(model.parameters(), lr=1e-3), range(55))
+    assert not _pruned_learn(model, pruner, 55)
+
+
 def test_the_last_update_moves_no_threshold() -> None:
     model = TwoTasks()
     pruner = prepare(model, total_steps=100)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    train(model, pruner, optimizer, range(69))
+    train(model, pruner, optimizer, range(89))
     before = [layer.sparse() for layer in pruner.budget.layers]
     thresholds = pruner.budget.thresholds()
     pruner.step()

@@ -734,6 +734,12 @@ SETTINGS = [
     schedule("settles before its end", "settled", "got 0.4", "between end=0.5 and 1", settled=0.4),
     schedule("settles never", "settled", "got nan", "between end=0.5 and 1", settled=NAN),
     schedule("settles at True", "settled", "True", "be a number", T, settled=True),
+    schedule("regrows before its end", "regrow_until", "got 0.4", "between end=0.5 and settled=0.9",
+             regrow_until=0.4),
+    schedule("regrows settled zeros", "regrow_until", "got 0.8", "end=0.5 and settled=0.7",
+             settled=0.7, regrow_until=0.8),
+    schedule("regrows never", "regrow_until", "got nan", "between end=0.5", regrow_until=NAN),
+    schedule("regrows until True", "regrow_until", "True", "be a number", T, regrow_until=True),
     schedule("initial 1", "initial", "got 1.0", "in [0, 1)", initial=1.0),
     schedule("initial below 0", "initial", "got -0.2", "in [0, 1)", initial=-0.2),
     schedule("initial, a tensor", "initial", "tensor(0.1", "be a number", T,
@@ -1002,22 +1008,41 @@ def test_steps(value: Any) -> None:
 def test_numbers_of_numpy_are_numbers(kind: Any) -> None:
     pruner = prepare(TwoTasks(), target_sparsity=kind(0.5), total_steps=np.int64(5), reach=kind(2))
     assert (pruner.target_sparsity, pruner.total_steps) == (0.5, 5)
-    SparsitySchedule(start=kind(0.25), end=kind(0.5), settled=kind(1), initial=kind(0))
+    SparsitySchedule(
+        start=kind(0.25), end=kind(0.5), settled=kind(1), regrow_until=kind(1), initial=kind(0)
+    )
 
 
 FRACTIONS = st.one_of(st.sampled_from([0.0, 0.5, 1.0, NAN, INF]), st.floats(-0.5, 1.5))
 
 
-@given(start=FRACTIONS, end=FRACTIONS, settled=st.none() | FRACTIONS, initial=FRACTIONS)
-def test_schedules(start: float, end: float, settled: float | None, initial: float) -> None:
+TIMES = st.none() | FRACTIONS
+
+
+@given(start=FRACTIONS, end=FRACTIONS, settled=TIMES, regrow_until=TIMES, initial=FRACTIONS)
+def test_schedules(
+    start: float, end: float, settled: float | None, regrow_until: float | None, initial: float
+) -> None:
     ordered = 0 <= start <= end <= 1
     settles = settled is None or end <= settled <= 1
-    options = {"start": start, "end": end, "settled": settled, "initial": initial}
-    if ordered and settles and 0 <= initial < 1:
+    last = max(end, 0.9) if settled is None else settled
+    regrows = regrow_until is None or end <= regrow_until <= last
+    options = {
+        "start": start, "end": end, "settled": settled, "regrow_until": regrow_until,
+        "initial": initial,
+    }  # fmt: skip
+    if ordered and settles and regrows and 0 <= initial < 1:
         schedule = SparsitySchedule(**options)
+        assert end <= schedule.regrow_until <= schedule.settled == last <= 1
         assert end * 100 <= schedule.last_update(100) <= 100 or schedule.last_update(100) == 1
+        assert [schedule.regrows(step, 100) for step in range(101)] == [
+            step < 100 * schedule.regrow_until for step in range(101)
+        ]
         return
-    wrong = "start and end" if not ordered else "settled" if not settles else "initial"
+    wrong = (
+        "start and end" if not ordered else "settled" if not settles
+        else "regrow_until" if not regrows else "initial"
+    )  # fmt: skip
     with pytest.raises(ValueError, match=f"schedule: {wrong} must .*got .*total_steps|{wrong}"):
         SparsitySchedule(**options)
 

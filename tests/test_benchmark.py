@@ -427,8 +427,10 @@ def test_a_line_holds_the_defaults(tiny: Any) -> None:
     assert found["allocation"] == "LAMPAllocation(strength=0.75, rate=0.3, bound=5.0)"
     assert found["reach"] == "1.1"
     assert found["weighting"] == "'stability'"
+    assert found["schedule"].endswith("settled=0.9, regrow_until=0.7)")
+    earlier = settings(tiny, "AdapMTL, settled at 70 %", 0.9, 0)["options"]
     changed = settings(tiny, "reach 1.5", 0.9, 0)["options"]
-    assert changed == {**found, "reach": "1.5"}
+    assert changed == {**earlier, "reach": "1.5"}
     assert settings(tiny, "Taylor", 0.9, 0)["options"].keys() == {"mode", "weighting"}
 
 

@@ -145,6 +145,7 @@ def test_a_layer_without_weights(options: dict[str, Any], expected: int) -> None
     assert all("in 1 of 3 layers, such as 'heads.b.weight'" in text for text in said)
 
 
+@pytest.mark.filterwarnings("ignore:.*no weight has changed")
 @pytest.mark.parametrize(("bounds", "expected"), [(None, 1), ((0.5, 1.5), 0)])
 def test_one_task_that_dominates(bounds: tuple[float, float] | None, expected: int) -> None:
     weighting = StabilityWeighting(["a", "b"], window=10, start=0, bounds=bounds)
@@ -161,7 +162,7 @@ def test_one_task_that_dominates(bounds: tuple[float, float] | None, expected: i
 
 
 @pytest.mark.parametrize("options", [{}, {"mode": "paper", "target_sparsity": 0.0}])
-@pytest.mark.parametrize("since", [0, 3 * STEPS // 4])  # the zeros are settled at 70 %
+@pytest.mark.parametrize("since", [0, 3 * STEPS // 4])  # pruned weights learn until 70 %
 def test_a_loss_that_diverges(since: int, options: dict[str, Any]) -> None:
     def scale(task: str, step: int) -> float:
         return 200 ** max((step - since) / (STEPS - since), 0) if task == "b" else 1.0

@@ -101,8 +101,9 @@ def apply_adapmtl(
             instance of [`LAMPAllocation`][torch_adapmtl.LAMPAllocation],
             [`SensitivityAllocation`][torch_adapmtl.SensitivityAllocation] or
             [`GradientAllocation`][torch_adapmtl.GradientAllocation].
-        gradient: Whether pruned weights keep learning (`"straight_through"`, the default) or not
-            (`"mask"`, the paper's, and the default in paper mode).
+        gradient: Whether pruned weights keep learning, until late in the run (the schedule's
+            `regrow_until`; `"straight_through"`, the default), or not (`"mask"`, the paper's, and
+            the default in paper mode).
         reach: Where the shrinkage of the remaining weights ends, in units of the threshold: 1.1 by
             default; `math.inf` for the paper's soft threshold. See
             [`soft_threshold`][torch_adapmtl.soft_threshold].

@@ -107,6 +107,7 @@ class AdaptiveBudget(Controller):
         max_density: float | Mapping[str, float] | None = None,
     ) -> None:
         self.schedule, self.allocation = schedule, allocation
+        self.straight_through = straight_through
         self._densities = min_density, max_density
         # Gradients are reduced before anything could look at them.
         self.shardable = allocation is None or isinstance(allocation, LAMPAllocation)
@@ -181,6 +182,10 @@ class AdaptiveBudget(Controller):
     def wake(self, step: int) -> None:
         """Be ready for the gradients of the step after `step`."""
         self.asleep = False
+        learn = self.straight_through and self.schedule.regrows(step, self.total_steps)
+        if self.layers[0].threshold.straight_through != learn:
+            for layer in self.layers:
+                layer.threshold.straight_through = learn
         if self.allocator is not None and not self.frozen:
             self.allocator.listen(self.due(step + 1))
 

@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 # When the choice of zeros becomes final, as a fraction of the run, unless the user says otherwise.
-_SETTLED = 0.7
+_SETTLED = 0.9
 # Bits are those of a float32, plus one: 0 is a weight that is gone in any case (its score is
 # negative), the last stands for the largest finite number and for all that is not finite.
 _MAX_BITS = 0x7F7FFFFF + 1
@@ -45,16 +45,22 @@ class SparsitySchedule:
     `target + (initial - target) * (1 - p)**3` for the cubic shape (Zhu and Gupta, arXiv
     1710.01878), the same with exponent 1 for the linear one and `(1 + cos(pi p)) / 2` in place of
     the power for the cosine one. Before `start` it is `initial`, from `end` on it is the target,
-    and at the last step it is the target in any case. Which weights are zero may still change until
-    `settled`; from then on they are held by masks, exactly as many as asked for, and the others
-    train on without a threshold.
+    and at the last step it is the target in any case.
+
+    Which weights are zero may change until `settled`; from then on they are held by masks, exactly
+    as many as asked for, and the others train on without a threshold. Before that, from
+    `regrow_until` on, pruned weights learn no more: those that go on learning while they count as
+    zero keep changing places with others, and in a net with few weights left that is noise.
 
     Args:
         start: When the sparsity begins to rise, as a fraction of `total_steps`.
         end: When it reaches the target, as a fraction of `total_steps`.
         settled: When the choice of zeros becomes final, as a fraction of `total_steps`;
-            `0 <= start <= end <= settled <= 1`, or `max(end, 0.7)` if None. Baselines, whose
-            pruned weights stay pruned, do without it.
+            `0 <= start <= end <= settled <= 1`, or `max(end, 0.9)` if None. Baselines, whose
+            pruned weights stay pruned, do without it, and without the next.
+        regrow_until: Until when pruned weights learn on, and may return, as a fraction of
+            `total_steps` between `end` and `settled`, or half way between them if None. With
+            `gradient="mask"` they never do.
         initial: Sparsity before `start`, as a fraction of the prunable weights; a model that is
             sparser already starts from there.
         shape: `"cubic"`, `"linear"` or `"cosine"`.
@@ -68,6 +74,8 @@ class SparsitySchedule:
         >>> schedule = SparsitySchedule(start=0.0, end=0.5)
         >>> [round(schedule(step, 100, target=0.8), 3) for step in (0, 25, 50, 100)]
         [0.0, 0.7, 0.8, 0.8]
+        >>> schedule.regrow_until, schedule.settled
+        (0.7, 0.9)
     """
 
     start: float = 0.05
@@ -75,20 +83,31 @@ class SparsitySchedule:
     initial: float = 0.0
     shape: Literal["cubic", "linear", "cosine"] = "cubic"
     settled: float | None = None
+    regrow_until: float | None = None
 
     def __post_init__(self) -> None:
         check_numbers("schedule: ", start=self.start, end=self.end, initial=self.initial)
-        if self.settled is not None:
-            check_numbers("schedule: ", settled=self.settled)
+        for name in ("settled", "regrow_until"):
+            value = getattr(self, name)
+            if value is not None:
+                check_numbers("schedule: ", **{name: value})
         if not 0.0 <= self.start <= self.end <= 1.0:
             raise ValueError(
                 f"schedule: start and end must satisfy 0 <= start <= end <= 1, as fractions of "
                 f"total_steps; got start={self.start}, end={self.end}"
             )
-        if self.settled is not None and not self.end <= self.settled <= 1.0:
+        settled = max(self.end, _SETTLED) if self.settled is None else self.settled
+        if not self.end <= settled <= 1.0:
             raise ValueError(
                 f"schedule: settled must lie between end={self.end} and 1, as a fraction of "
-                f"total_steps; got {self.settled}"
+                f"total_steps; got {settled}"
+            )
+        half = (self.end + settled) / 2
+        regrow_until = half if self.regrow_until is None else self.regrow_until
+        if not self.end <= regrow_until <= settled:
+            raise ValueError(
+                f"schedule: regrow_until must lie between end={self.end} and settled={settled}, as "
+                f"a fraction of total_steps; got {regrow_until}"
             )
         if not 0.0 <= self.initial < 1.0:
             raise ValueError(f"schedule: initial must lie in [0, 1), got {self.initial}")
@@ -96,11 +115,19 @@ class SparsitySchedule:
             raise ValueError(
                 f"schedule: shape must be 'cubic', 'linear' or 'cosine', got {self.shape!r}"
             )
+        # As numbers, so that a record of the schedule says them.
+        object.__setattr__(self, "settled", settled)
+        object.__setattr__(self, "regrow_until", regrow_until)
 
     def last_update(self, total_steps: int) -> int:
         """The step at which the choice of zeros becomes final."""
-        settled = max(self.end, _SETTLED) if self.settled is None else self.settled
-        return max(1, math.ceil(settled * total_steps))
+        assert self.settled is not None
+        return max(1, math.ceil(self.settled * total_steps))
+
+    def regrows(self, step: int, total_steps: int) -> bool:
+        """Whether pruned weights still learn in the step after `step` steps."""
+        assert self.regrow_until is not None
+        return step < self.regrow_until * total_steps
 
     def __call__(
         self, step: int, total_steps: int, target: float, initial: float | None = None

@@ -140,7 +140,7 @@ class AdapMTL(nn.Module):
 
         Most calls only count. Every few steps the thresholds are solved for anew, from a sample of
         the weights, which waits for the device. When the schedule says that the zeros are
-        settled (after 70 % of the steps by default), the sparse weights are written into the
+        settled (after 90 % of the steps by default), the sparse weights are written into the
         parameters, exactly `round(target_sparsity * N)` of them zero, and masks hold these zeros
         from then on, while the other weights train on without a threshold.
 

@@ -1,4 +1,7 @@
-"""The lines of later.jsonl: leads that no study names, and the paper's mode by its start.
+"""The lines of later.jsonl and settled.jsonl.
+
+The first has leads that no study names, and the paper's mode by its start; the second, schedules
+that differ in when zeros settle.
 
 python docs/results/later.py 0     # those of seed 0 that are not there yet
 """
@@ -31,6 +34,7 @@ from torch_adapmtl.pruner import AdapMTL
 from torch_adapmtl.sensitivity import Sensitivity, SensitivityAllocation
 
 OUT = Path(__file__).with_name("later.jsonl")
+WHEN = Path(__file__).with_name("settled.jsonl")
 PROBLEMS = ("rooms3", "digits", "words")
 
 Patch = Callable[[], AbstractContextManager[Any]]
@@ -142,23 +146,31 @@ def _sampled(gradient: Tensor | None, total: int) -> Tensor | None:
     return take(gradient, positions(gradient.numel(), total, gradient.device)).clone()
 
 
-def _lamp(strength: float) -> dict[str, Any]:
-    return {"weighting": "stability", "allocation": LAMPAllocation(strength=strength)}
+# The default of then.
+EARLIER = SparsitySchedule(settled=0.7, regrow_until=0.7)
 
 
-LATE = SparsitySchedule(end=0.7, settled=None)
-SENSITIVITY = {"weighting": "stability", "allocation": SensitivityAllocation(bound=0.35)}
+def _lamp(strength: float, schedule: SparsitySchedule = EARLIER) -> dict[str, Any]:
+    allocation = LAMPAllocation(strength=strength)
+    return {"weighting": "stability", "allocation": allocation, "schedule": schedule}
+
+
+LATE = SparsitySchedule(end=0.7)
+SENSITIVITY = {**_lamp(1.0), "allocation": SensitivityAllocation(bound=0.35)}
 STRENGTHS: Sequence[tuple[str, dict[str, Any], Patch]] = [
     (f"LAMP {strength:g}, firm 1.1{said}", _lamp(strength), nullcontext)
-    for strength, said in ((0.5, ""), (0.75, " (the defaults)"), (1.0, ""))
+    for strength, said in ((0.5, ""), (0.75, " (the defaults then)"), (1.0, ""))
 ]
 SETTLED: Sequence[tuple[str, dict[str, Any], Patch]] = [
-    (
-        f"LAMP 0.75, settled at {percent} %",
-        {**_lamp(0.75), "schedule": SparsitySchedule(settled=percent / 100)},
-        nullcontext,
-    )
-    for percent in (80, 90, 100)
+    *(
+        (
+            f"LAMP 0.75, settled at {100 * at:g} %",
+            _lamp(0.75, SparsitySchedule(settled=at, regrow_until=at)),
+            nullcontext,
+        )
+        for at in (0.8, 0.9, 1.0)
+    ),
+    ("the defaults", _lamp(0.75, SparsitySchedule()), nullcontext),
 ]
 LEADS: Sequence[tuple[str, dict[str, Any] | None, Patch]] = [
     ("dense", None, nullcontext),
@@ -170,7 +182,6 @@ LEADS: Sequence[tuple[str, dict[str, Any] | None, Patch]] = [
     ("Taylor, stability weighting", {"mode": Taylor(), "weighting": "stability"}, nullcontext),
     ("Taylor, ten times the decay of prunable weights", {"mode": Taylor()}, decay(1e-3)),
     *STRENGTHS,
-    *SETTLED,
     ("LAMP 0.75, prunable weights without decay", _lamp(0.75), decay(0.0)),
     ("LAMP 0.75, ten times the decay of prunable weights", _lamp(0.75), decay(1e-3)),
     ("LAMP 0.75, BatchNorm estimated anew", _lamp(0.75), batch_norm_anew),
@@ -179,6 +190,7 @@ LEADS: Sequence[tuple[str, dict[str, Any] | None, Patch]] = [
     ("sensitivity (0.35) of each task, firm 1.1", SENSITIVITY, by_task),
 ]
 MOBILENET = [lead for lead in LEADS if lead[0] in ("dense", "Taylor") or lead in STRENGTHS]
+SETTLED_ON = (("teachers", 0.97), ("rooms3", 0.97), ("digits", 0.97), ("digits", 0.9))
 STARTED = ("rooms3", "rooms5", "digits", "words", "teachers")
 STARTS = [
     *(PaperMode(start=start) for start in (-3.5, -3.25, -3.0, -2.75, -2.5)),
@@ -200,6 +212,7 @@ def main(seed: int) -> None:
                 add(problem, name, options, 0.97, seed)
     for problem in STARTED:
         starts(problem, seed)
+    settles(seed)
 
 
 def starts(problem: str, seed: int) -> None:
@@ -209,23 +222,38 @@ def starts(problem: str, seed: int) -> None:
         add(problem, named(mode), {"mode": mode, "weighting": "stability"}, 0.9, seed)
 
 
+def settles(seed: int) -> None:
+    """Add the lines of the schedules that differ in when zeros settle."""
+    for problem, sparsity in SETTLED_ON:
+        for name, options, _ in (LEADS[0], STRENGTHS[1], *SETTLED):
+            add(problem, name, options, sparsity, seed, WHEN)
+
+
 def named(mode: PaperMode) -> str:
     """What the lines of a pair are called."""
     return f"paper mode, start {mode.start:g}, decay {mode.weight_decay:g}"
 
 
 def add(
-    problem: str, name: str, options: dict[str, Any] | None, sparsity: float, seed: int
+    problem: str,
+    name: str,
+    options: dict[str, Any] | None,
+    sparsity: float,
+    seed: int,
+    out: Path = OUT,
 ) -> None:
     """Add the line of a run that is not there yet."""
-    lines = [line for line in read(OUT) if options is not None or line["machine"] == machine("cpu")]
-    if (problem, name, seed) in {(line["problem"], line["method"], line["seed"]) for line in lines}:
+    if options is None:
+        sparsity = 0.0
+    lines = [line for line in read(out) if options is not None or line["machine"] == machine("cpu")]
+    key = ("problem", "method", "sparsity", "seed")
+    if (problem, name, sparsity, seed) in {tuple(line[part] for part in key) for line in lines}:
         return
     torch.set_num_threads(1)
     method = "dense" if options is None else "AdapMTL"
     line = run(find_problem(problem), method, sparsity, seed, options=options)
-    end_line(OUT)
-    with OUT.open("a") as file:
+    end_line(out)
+    with out.open("a") as file:
         file.write(json.dumps({**line, "method": name}) + "\n")
 
 

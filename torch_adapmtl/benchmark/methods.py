@@ -22,10 +22,24 @@ DENSE = "dense"
 #: The method that is compared with the others.
 OURS = "AdapMTL"
 
-#: The same with zeros that settle later.
-LATER = "AdapMTL, settled at 90 %"
+#: The same with the schedule that it had before, which its other variants are run with.
+EARLIER = "AdapMTL, settled at 70 %"
 
 _ONCE = SparsitySchedule(start=0.5, end=0.5)
+
+
+def _earlier(
+    weighting: str = "stability",
+    *,
+    start: float = 0.05,
+    end: float = 0.5,
+    settled: float = 0.7,
+    **options: Any,
+) -> Callable[[Problem], Options]:
+    """The earlier default, whose zeros settle at 70 % and regrow until then, changed in a part."""
+    schedule = SparsitySchedule(start=start, end=end, settled=settled, regrow_until=settled)
+    return lambda _: {"schedule": schedule, "weighting": weighting, **options}
+
 
 #: Methods of others, with equal task weights.
 BASELINES: Mapping[str, Callable[[Problem], Options]] = {
@@ -40,10 +54,14 @@ BASELINES: Mapping[str, Callable[[Problem], Options]] = {
     "Taylor": lambda _: {"mode": Taylor()},
 }
 
-#: AdapMTL with the library's defaults, and with one part of it changed.
+#: AdapMTL with the library's defaults, with another schedule, in the paper's mode, and the earlier
+#: default with one part of it changed.
 VARIANTS: Mapping[str, Callable[[Problem], Options]] = {
     OURS: lambda _: {"weighting": "stability"},
-    LATER: lambda _: {"schedule": SparsitySchedule(settled=0.9), "weighting": "stability"},
+    "AdapMTL, regrow until 90 %": lambda _: {
+        "schedule": SparsitySchedule(regrow_until=0.9),
+        "weighting": "stability",
+    },
     "AdapMTL, paper mode": lambda problem: {
         "mode": problem.paper,
         "weighting": "stability",
@@ -52,16 +70,14 @@ VARIANTS: Mapping[str, Callable[[Problem], Options]] = {
         "mode": problem.paper,
         "weighting": "deviation",
     },
-    "AdapMTL, common threshold": lambda _: {"allocation": "common", "weighting": "stability"},
-    "AdapMTL, strength 0.5": lambda _: {
-        "allocation": LAMPAllocation(strength=0.5),
-        "weighting": "stability",
-    },
-    "AdapMTL, by sensitivity": lambda _: {"allocation": "sensitivity", "weighting": "stability"},
-    "AdapMTL, by gradient": lambda _: {"allocation": "gradient", "weighting": "stability"},
-    "AdapMTL, equal weights": lambda _: {},
-    "AdapMTL, common threshold, equal weights": lambda _: {"allocation": "common"},
-    "AdapMTL, code's weighting": lambda _: {"weighting": "deviation"},
+    EARLIER: _earlier(),
+    "AdapMTL, common threshold": _earlier(allocation="common"),
+    "AdapMTL, strength 0.5": _earlier(allocation=LAMPAllocation(strength=0.5)),
+    "AdapMTL, by sensitivity": _earlier(allocation="sensitivity"),
+    "AdapMTL, by gradient": _earlier(allocation="gradient"),
+    "AdapMTL, equal weights": _earlier("equal"),
+    "AdapMTL, common threshold, equal weights": _earlier("equal", allocation="common"),
+    "AdapMTL, code's weighting": _earlier("deviation"),
 }
 
 
@@ -69,45 +85,39 @@ VARIANTS: Mapping[str, Callable[[Problem], Options]] = {
 UNAIMED = (DENSE, "AdapMTL, paper mode", "AdapMTL, paper mode, code's weighting")
 
 
-def _with(**options: Any) -> Callable[[Problem], Options]:
-    return lambda _: {"weighting": "stability", **options}
-
-
 def _weighting(window: float, start: float) -> Callable[[Problem], Options]:
-    """The default's weighting, with its window and start multiplied."""
+    """The earlier default, with the window and the start of its weighting multiplied."""
 
     def make(problem: Problem) -> Options:
         tasks = list(problem.make_tasks())
         default = make_weighting("stability", tasks, problem.steps)
         assert isinstance(default, StabilityWeighting)
-        return {
-            "weighting": StabilityWeighting(
-                tasks, window=round(window * default.window), start=round(start * default.start)
-            )
-        }
+        weighting = StabilityWeighting(
+            tasks, window=round(window * default.window), start=round(start * default.start)
+        )
+        return {**_earlier()(problem), "weighting": weighting}
 
     return make
 
 
-#: The library's defaults with one number changed.
+#: The earlier default with one number changed.
 SETTINGS: Mapping[str, Callable[[Problem], Options]] = {
     "window x 1/2": _weighting(0.5, 1),
     "window x 4": _weighting(4, 1),
     "weighting from the start": _weighting(1, 0),
     "weighting from half the run": _weighting(1, 2),
-    "pruning from 0 %": _with(schedule=SparsitySchedule(start=0.0)),
-    "pruning from 20 %": _with(schedule=SparsitySchedule(start=0.2)),
-    "pruned by 35 %": _with(schedule=SparsitySchedule(end=0.35)),
-    "pruned by 65 %": _with(schedule=SparsitySchedule(end=0.65)),
-    "settled at 50 %": _with(schedule=SparsitySchedule(settled=0.5)),
-    "settled at 90 %": VARIANTS[LATER],
-    "rate 0.1": _with(allocation=LAMPAllocation(rate=0.1)),
-    "rate 1": _with(allocation=LAMPAllocation(rate=1.0)),
-    "strength 1": _with(allocation=LAMPAllocation(strength=1.0)),
-    "by component": _with(granularity="component"),
-    "reach 1.5": _with(reach=1.5),
-    "reach inf": _with(reach=math.inf),
-    "mask gradient": _with(gradient="mask"),
+    "pruning from 0 %": _earlier(start=0.0),
+    "pruning from 20 %": _earlier(start=0.2),
+    "pruned by 35 %": _earlier(end=0.35),
+    "pruned by 65 %": _earlier(end=0.65),
+    "settled at 50 %": _earlier(settled=0.5),
+    "rate 0.1": _earlier(allocation=LAMPAllocation(rate=0.1)),
+    "rate 1": _earlier(allocation=LAMPAllocation(rate=1.0)),
+    "strength 1": _earlier(allocation=LAMPAllocation(strength=1.0)),
+    "by component": _earlier(granularity="component"),
+    "reach 1.5": _earlier(reach=1.5),
+    "reach inf": _earlier(reach=math.inf),
+    "mask gradient": _earlier(gradient="mask"),
 }
 
 #: Every method by name; each makes the options of `apply_adapmtl`, `weighting="equal"` unless said.

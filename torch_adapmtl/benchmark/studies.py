@@ -18,7 +18,7 @@ from tqdm import tqdm
 from torch_adapmtl.benchmark.methods import (
     BASELINES,
     DENSE,
-    LATER,
+    EARLIER,
     METHODS,
     OURS,
     SETTINGS,
@@ -43,8 +43,9 @@ _SETTINGS = (
 
 _SPARSITIES = (0.9, 0.97, 0.8, 0.95)  # those that matter most first
 _PAIRS = tuple(name for name in PROBLEMS if name.startswith("rooms: "))
+_REGROW = "AdapMTL, regrow until 90 %"
 _PARTS = (
-    OURS,
+    EARLIER,
     "AdapMTL, common threshold",
     "AdapMTL, equal weights",
     "AdapMTL, common threshold, equal weights",
@@ -54,13 +55,15 @@ _PARTS = (
 STUDIES: Mapping[str, Mapping[str, Any]] = {
     "comparison": {
         "problems": COMPARISON,
-        "methods": (DENSE, *BASELINES, OURS, LATER),
+        "methods": (DENSE, *BASELINES, OURS, _REGROW, EARLIER),
         "sparsities": _SPARSITIES,
         "out": "docs/results/comparison.jsonl",
     },
     "others": {
         "problems": OTHERS,
-        "methods": (DENSE, "global magnitude", "IMP", "Taylor", OURS, "AdapMTL, equal weights"),
+        "methods": (
+            *(DENSE, "global magnitude", "IMP", "Taylor", OURS, EARLIER, "AdapMTL, equal weights"),
+        ),
         "sparsities": (0.9, 0.97),
         "out": "docs/results/others.jsonl",
     },
@@ -72,7 +75,7 @@ STUDIES: Mapping[str, Mapping[str, Any]] = {
     },
     "settings": {
         "problems": ("rooms3", "words"),
-        "methods": (DENSE, OURS, "AdapMTL, strength 0.5", *SETTINGS),
+        "methods": (DENSE, OURS, _REGROW, EARLIER, "AdapMTL, strength 0.5", *SETTINGS),
         "sparsities": (0.95,),
         "out": "docs/results/settings.jsonl",
     },
