@@ -70,6 +70,7 @@ def test_compiled_is_as_eager(options: dict[str, Any], compile_first: bool) -> N
 
 
 def test_compiled_gradients_follow_whether_pruned_weights_learn() -> None:
+    torch.compiler.reset()  # of the other tests' graphs of this model
     graphs: list[Any] = []
 
     def backend(graph: Any, inputs: Any) -> Any:

@@ -105,6 +105,26 @@ def test_gradients_in_every_dtype(dtype: torch.dtype, seed: int, trained: set[st
         torch.testing.assert_close(mine, theirs)
 
 
+@given(dtype=dtypes, seed=seeds, value=st.sampled_from([0.0, 0.1, 0.5, 1.0, 3.0, 1e6]))
+def test_a_known_threshold_passes_the_gradients_of_a_tensor(
+    dtype: torch.dtype, seed: int, value: float
+) -> None:
+    torch.manual_seed(seed)
+    alpha = torch.tensor(min(value, torch.finfo(dtype).max), dtype=dtype)
+    near = torch.stack([alpha, -alpha, *(alpha * scale for scale in (0.5, 0.99, 1.01, -0.99))])
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    below = (alpha.view(bits) - 1).view(dtype)[None] if value else near[:0]
+    special = torch.tensor([0.0, math.inf, -math.inf], dtype=dtype)
+    weight = torch.cat([near, below, -below, special, torch.randn(50).to(dtype)]).requires_grad_()
+    grad = torch.randn_like(weight)
+    grad[::7] = math.nan
+    known, tensor = (
+        torch.autograd.grad(soft_threshold(weight, a), weight, grad)[0] for a in (value, alpha)
+    )
+    torch.testing.assert_close(known, tensor, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(known == 0, (weight.abs() < alpha) | (grad == 0))
+
+
 @broadcast
 @pytest.mark.parametrize("fast", [False, True])
 def test_gradcheck(weight_shape: tuple[int, ...], alpha_shape: tuple[int, ...], fast: bool) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["firm", "masked", "until"]
+__all__ = ["firm", "masked", "passed", "until"]
 
 _PIECE = 2**17
 
@@ -42,6 +43,24 @@ def firm(weight: Tensor, alpha: float, reach: float) -> Tensor:
         back = torch.clamp(place, -limit, limit, out=scratch[: len(part)])
         place.add_(back, alpha=1 / (reach - 1))
     return out
+
+
+def passed(grad: Tensor, weight: Tensor, alpha: float) -> Tensor:
+    """The gradient where a weight is not below a known threshold, zero elsewhere, in one kernel."""
+    if alpha == 0.0:
+        return grad
+    # The kernel's are those above its threshold: above the number just below ours.
+    kept: Tensor = torch.ops.aten.softshrink_backward(grad, weight, _below(alpha, weight.dtype))
+    return kept
+
+
+def _below(number: float, dtype: torch.dtype) -> float:
+    """The largest number of the dtype that is below this positive one of it."""
+    info = torch.finfo(dtype)
+    fraction, exponent = math.frexp(number)
+    # Below a power of two numbers lie half as far apart.
+    spacing = math.ldexp(info.eps, exponent - (1 if fraction > 0.5 else 2))
+    return number - max(spacing, info.smallest_normal * info.eps)
 
 
 def masked(weight: Tensor, mask: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from ._checks import (
     check_threshold,
     obstacle,
 )
-from ._kernels import firm, masked, until
+from ._kernels import firm, masked, passed, until
 
 __all__ = ["SoftThreshold", "soft_threshold"]
 
@@ -57,8 +57,9 @@ class _SoftThreshold(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        weight, alpha, _, _, straight_through = inputs
+        weight, alpha, value, _, straight_through = inputs
         ctx.straight_through = straight_through
+        ctx.value = None if alpha.requires_grad else value
         if not straight_through or alpha.requires_grad:
             ctx.save_for_backward(weight, alpha)
 
@@ -67,7 +68,9 @@ class _SoftThreshold(torch.autograd.Function):
         needs_weight, needs_alpha = ctx.needs_input_grad[:2]
         grad_weight = grad if needs_weight else None
         grad_alpha = None
-        if not ctx.straight_through or needs_alpha:
+        if not ctx.straight_through and ctx.value is not None:
+            grad_weight = passed(grad, ctx.saved_tensors[0], ctx.value)
+        elif not ctx.straight_through or needs_alpha:
             weight, alpha = ctx.saved_tensors
             magnitude = weight.abs()
             threshold = alpha.to(weight.dtype)
