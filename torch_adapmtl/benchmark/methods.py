@@ -22,6 +22,9 @@ DENSE = "dense"
 #: The method that is compared with the others.
 OURS = "AdapMTL"
 
+#: The same with pruned weights that learn until the zeros settle.
+REGROW = "AdapMTL, regrow until 90 %"
+
 #: The same with the schedule that it had before, which its other variants are run with.
 EARLIER = "AdapMTL, settled at 70 %"
 
@@ -58,7 +61,7 @@ BASELINES: Mapping[str, Callable[[Problem], Options]] = {
 #: default with one part of it changed.
 VARIANTS: Mapping[str, Callable[[Problem], Options]] = {
     OURS: lambda _: {"weighting": "stability"},
-    "AdapMTL, regrow until 90 %": lambda _: {
+    REGROW: lambda _: {
         "schedule": SparsitySchedule(regrow_until=0.9),
         "weighting": "stability",
     },

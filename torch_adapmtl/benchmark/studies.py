@@ -21,6 +21,7 @@ from torch_adapmtl.benchmark.methods import (
     EARLIER,
     METHODS,
     OURS,
+    REGROW,
     SETTINGS,
     UNAIMED,
     VARIANTS,
@@ -43,7 +44,6 @@ _SETTINGS = (
 
 _SPARSITIES = (0.9, 0.97, 0.8, 0.95)  # those that matter most first
 _PAIRS = tuple(name for name in PROBLEMS if name.startswith("rooms: "))
-_REGROW = "AdapMTL, regrow until 90 %"
 _PARTS = (
     EARLIER,
     "AdapMTL, common threshold",
@@ -55,7 +55,7 @@ _PARTS = (
 STUDIES: Mapping[str, Mapping[str, Any]] = {
     "comparison": {
         "problems": COMPARISON,
-        "methods": (DENSE, *BASELINES, OURS, _REGROW, EARLIER),
+        "methods": (DENSE, *BASELINES, OURS, REGROW, EARLIER),
         "sparsities": _SPARSITIES,
         "out": "docs/results/comparison.jsonl",
     },
@@ -75,7 +75,7 @@ STUDIES: Mapping[str, Mapping[str, Any]] = {
     },
     "settings": {
         "problems": ("rooms3", "words"),
-        "methods": (DENSE, OURS, _REGROW, EARLIER, "AdapMTL, strength 0.5", *SETTINGS),
+        "methods": (DENSE, OURS, REGROW, EARLIER, "AdapMTL, strength 0.5", *SETTINGS),
         "sparsities": (0.95,),
         "out": "docs/results/settings.jsonl",
     },
