@@ -1035,9 +1035,9 @@ def test_schedules(
         schedule = SparsitySchedule(**options)
         assert end <= schedule.regrow_until <= schedule.settled == last <= 1
         assert end * 100 <= schedule.last_update(100) <= 100 or schedule.last_update(100) == 1
-        assert [schedule.regrows(step, 100) for step in range(101)] == [
-            step < 100 * schedule.regrow_until for step in range(101)
-        ]
+        learning = [schedule.regrows(step, 100) for step in range(101)]
+        assert learning == sorted(learning, reverse=True)
+        assert abs(sum(learning) - 100 * schedule.regrow_until) < 1
         return
     wrong = (
         "start and end" if not ordered else "settled" if not settles

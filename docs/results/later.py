@@ -156,7 +156,7 @@ def _lamp(strength: float, schedule: SparsitySchedule = EARLIER) -> dict[str, An
 
 
 LATE = SparsitySchedule(end=0.7)
-SENSITIVITY = {**_lamp(1.0), "allocation": SensitivityAllocation(bound=0.35)}
+SENSITIVITY = {**_lamp(0.75), "allocation": SensitivityAllocation(bound=0.35)}
 STRENGTHS: Sequence[tuple[str, dict[str, Any], Patch]] = [
     (f"LAMP {strength:g}, firm 1.1{said}", _lamp(strength), nullcontext)
     for strength, said in ((0.5, ""), (0.75, " (the defaults then)"), (1.0, ""))
