@@ -1,8 +1,9 @@
 """What a training step costs with AdapMTL: time and peak memory, as ratios to the dense model.
 
-Three copies of the paper's net (encoder and three ASPP heads) are trained on random images: dense,
-with AdapMTL, and with the paper's plain formula, its zeros counted on the host after every step as
-the authors' code does. Their steps are interleaved, so that all three meet the same machine.
+Copies of the paper's net (encoder and three ASPP heads) are trained on random images: dense, with
+AdapMTL in each of the three parts of its runs (pruned weights learn; they learn no more; the zeros
+are settled), and with the paper's plain formula, its zeros counted on the host after every step as
+the authors' code does. Their steps are interleaved, so that all meet the same machine.
 
     python examples/overhead.py --encoder resnet34 --batch 2 --size 65
 """
@@ -34,7 +35,12 @@ from torch_adapmtl.models import (
 )
 
 TASKS = {"segmentation": 40, "normal": 3, "depth": 1}
-VARIANTS = ("dense", "adapmtl", "plain")
+PARTS = {  # of a run, each from its first step to its last
+    "regrow": SparsitySchedule(start=0.0, end=0.0, regrow_until=0.9),
+    "no regrowth": SparsitySchedule(start=0.0, end=0.0, regrow_until=0.0),
+    "settled": SparsitySchedule(start=0.0, end=0.0, settled=0.0),
+}
+VARIANTS = ("dense", *PARTS, "plain")
 
 
 def build(encoder_name: str, hidden: int) -> MultiTaskModel:
@@ -74,16 +80,18 @@ def make_step(variant: str, args: argparse.Namespace) -> Callable[[], None]:
     model = build(args.encoder, args.hidden).to(args.device)
     finish: Callable[[], None] = lambda: None  # noqa: E731
     combine: Callable[[dict[str, Tensor]], Tensor] = lambda parts: sum(parts.values())  # type: ignore[return-value,assignment]  # noqa: E731
-    if variant == "adapmtl":
+    if variant in PARTS:
         pruner = apply_adapmtl(
             model,
             target_sparsity=0.9,
             total_steps=100_000,
             reach=args.reach,
-            schedule=SparsitySchedule(start=0.0, end=0.0),  # thresholds at work from the start
+            schedule=PARTS[variant],
         )
-        pruner.budget.update(1)  # else the first ten steps would be those of the dense net
         combine, finish = pruner.loss, pruner.step
+        finish()  # a run that is to have settled does so here
+        if not pruner.budget.frozen:
+            pruner.budget.update(1)  # else the first ten steps would be those of the dense net
     elif variant == "plain":
         finish = attach_plain(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
@@ -204,10 +212,10 @@ def main() -> None:
         f"{args.encoder} + ASPP heads, {weights / 1e6:.1f} M parameters, batch {args.batch} of "
         f"{args.size} px, {mode}, {args.device}, torch {torch.__version__}"
     )
-    print(f"{'':10}{'ms':>10}{'median':>10}{'total':>10}{'peak MiB':>12}{'extra / weights':>18}")
+    print(f"{'':13}{'ms':>10}{'median':>10}{'total':>10}{'peak MiB':>12}{'extra / weights':>18}")
     for variant in VARIANTS:
         row = times[variant]
-        line = f"{variant:10}{row['ms']:10.1f}{row['ratio_median']:10.3f}{row['ratio_total']:10.3f}"
+        line = f"{variant:13}{row['ms']:10.1f}{row['ratio_median']:10.3f}{row['ratio_total']:10.3f}"
         if memory:
             extra = (memory[variant] - memory["dense"]) / (4 * weights / 2**20)
             line += f"{memory[variant]:12.0f}{extra:18.2f}"
