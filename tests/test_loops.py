@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from toys import TwoTasks, batch, losses, prepare, tensors, train, weights, zeros
 
 from torch_adapmtl import AdapMTL, PaperMode, SparsitySchedule
+from torch_adapmtl.baselines import Taylor
 
 EARLY = SparsitySchedule(start=0.0, end=0.5)
 
@@ -143,15 +144,18 @@ def test_skipped_steps_leave_no_trace(allocation: Any) -> None:
     assert found[1].isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:no weight is left")  # of head a, by Taylor
+@pytest.mark.parametrize("mode", ["adaptive", Taylor(schedule=EARLY)], ids=["adaptive", "Taylor"])
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_step_that_a_scaler_skips_is_none(fused: bool) -> None:
+def test_a_step_that_a_scaler_skips_is_none(fused: bool, mode: str | Taylor) -> None:
     """The same run as one without the batches whose gradients overflow."""
     found = []
     overflowing = {0, 3, 4, 11, 17}
     for skipping in (False, True):
         torch.manual_seed(0)
         model = TwoTasks()
-        pruner = prepare(model, schedule=EARLY, weighting="equal")
+        schedule = {"schedule": EARLY} if mode == "adaptive" else {}
+        pruner = prepare(model, mode=mode, weighting="equal", **schedule)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, fused=fused)
         pruner.attach(optimizer)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4, growth_interval=10**6)

@@ -94,6 +94,8 @@ class DiSparseMasks(OneShot):
 
     _END = 0.75
 
+    asleep = True  # a copy listens to no gradients before its first loss
+
     def __init__(
         self, layers: Sequence[Layer], *, target: float, total_steps: int, mode: DiSparse
     ) -> None:
@@ -119,6 +121,7 @@ class DiSparseMasks(OneShot):
 
     def wake(self, step: int) -> None:
         """Open the masks for the gradients of a step after which they move."""
+        self.asleep = False
         opened = not self.frozen and self._seen == self.batches and self._moves(step + 1)
         for layer in self.layers:
             assert isinstance(layer.threshold, _Window)
@@ -216,6 +219,9 @@ class DiSparseMasks(OneShot):
             return
         alive = self.unmasked(lambda layer, _: torch.ones_like(layer.weight))
         self.hold([~flat for flat in lowest(alive, self.zeros)])
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "asleep": True}
 
 
 def _ranks(scores: Tensor) -> Tensor:

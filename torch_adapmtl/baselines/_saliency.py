@@ -83,7 +83,8 @@ class Taylor(Mode):
     """Gradual pruning by first-order Taylor saliency (Molchanov et al., arXiv 1906.10771).
 
     The score of a weight is `(w * dL/dw)**2`, its effect on the loss when it goes, averaged
-    exponentially over the steps.
+    exponentially over the backward passes; gradients that are not finite are left out. Where
+    several passes add up to one step, the average sees the sum as it grows.
 
     Args:
         schedule: How the sparsity rises.
@@ -150,7 +151,9 @@ class TaylorMasks(Masked):
     def _average(self, index: int, parameter: nn.Parameter) -> None:
         assert parameter.grad is not None
         effect = (parameter * parameter.grad).float().square_()
-        self.stored("saliency", index).lerp_(effect, 1 - self.decay)
+        average = self.stored("saliency", index)
+        # A gradient scaler leaves out a step whose gradients overflow; so does the average.
+        average.lerp_(torch.where(effect.isfinite().all(), effect, average), 1 - self.decay)
 
     def scores(self) -> list[Tensor]:
         """The averaged saliencies."""
