@@ -69,18 +69,22 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="three runs of a few steps")
     args = parser.parse_args()
-    paper = args.preset == "paper" or args.study == "paper"
     if args.study and args.preset == "paper":
         parser.error("--preset paper has problems of its own: leave out --study")
     if args.data and args.preset != "paper":
         parser.error("--data is of the paper's nets: add --preset paper")
     if args.bf16 is None:
-        args.bf16 = paper
+        args.bf16 = paper(args)
     if args.device is None:
-        args.device = "cuda" if paper else "cpu"
-        if paper and not torch.cuda.is_available():
+        args.device = "cuda" if paper(args) else "cpu"
+        if paper(args) and not torch.cuda.is_available():
             parser.error("the paper preset is for a GPU, and torch sees none: say --device cpu")
     return args
+
+
+def paper(args: argparse.Namespace) -> bool:
+    """Whether the paper's nets are wanted."""
+    return "paper" in (args.preset, args.study)
 
 
 def wanted(args: argparse.Namespace) -> dict[str, Any]:
@@ -95,7 +99,8 @@ def wanted(args: argparse.Namespace) -> dict[str, Any]:
         args.seeds, args.steps = [0], 3
     given = {name: getattr(args, name) for name in ("problems", "methods", "sparsities", "out")}
     given = {name: value for name, value in given.items() if value is not None}
-    if args.quick or args.steps or not args.study or "problems" in given:
+    own = args.device == ("cuda" if paper(args) else "cpu") and args.bf16 == paper(args)
+    if args.quick or args.steps is not None or not (args.study and own) or "problems" in given:
         chosen["out"] = "runs.jsonl"  # the results page is made of whole studies
     return {**chosen, **given}
 
@@ -113,7 +118,7 @@ def main() -> None:
             device=args.device,
             bf16=args.bf16,
         )
-    except (ValueError, FileNotFoundError) as error:  # of the arguments: a run's are in its line
+    except (ValueError, FileNotFoundError, RuntimeError) as error:  # a run's are in its line
         raise SystemExit(f"benchmark.py: {error}") from None
     print(f"{len(read(chosen['out']))} runs in {chosen['out']}")
 

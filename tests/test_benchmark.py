@@ -7,6 +7,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,9 @@ def test_a_study_is_resumed_and_leaves_no_half_line(
     before = path.read_text()
     study(**wanted)
     assert path.read_text() == before  # nothing is run twice
+    twice = {name: wanted[name] * 2 for name in ("problems", "methods", "sparsities", "seeds")}
+    study(**wanted | twice | {"out": tmp_path / "twice.jsonl"})
+    assert len(read(tmp_path / "twice.jsonl")) == 3
     path.write_text(before[:-20])  # a process was killed while it wrote
     assert read(path) == lines[:-1]
     study(**wanted)
@@ -206,6 +210,7 @@ def test_a_damaged_line_is_named_before_anything_is_run(tmp_path: Path) -> None:
         ({"sparsities": [90]}, "sparsities must be fractions between 0 and 1, got 90"),
         ({"problems": ["digit"]}, "problem must be one of .*, got 'digit'"),
         ({"jobs": 0}, "jobs must be at least 1, got 0"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
     ],
 )
 def test_a_study_of_nothing_is_refused_at_once(
@@ -237,6 +242,18 @@ class _Here(concurrent.futures.ThreadPoolExecutor):
 
     def __init__(self, *_: Any, **__: Any) -> None:
         super().__init__(1)
+
+
+def test_a_killed_process_is_said(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch_adapmtl.benchmark import studies
+
+    def killed(*_: Any) -> str:
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(studies, "_one", killed)
+    monkeypatch.setattr(studies, "ProcessPoolExecutor", _Here)
+    with pytest.raises(RuntimeError, match=r"one of the 2 processes was killed.*fewer jobs"):
+        list(studies._lines([("tiny", DENSE, 0.9, 0, None, "cpu", False)], 2, print))
 
 
 def test_another_machine_makes_its_own_dense_runs(
@@ -276,10 +293,12 @@ def test_a_run_that_fails_says_so_and_stops_no_other(
     diverging = dataclasses.replace(tiny, lr=1e30)
     monkeypatch.setattr(studies, "find_problem", lambda _: diverging)
     path = tmp_path / "runs.jsonl"
-    study(problems=["tiny"], methods=["Taylor", "IMP"], sparsities=[0.9], seeds=[0], out=path)
+    methods = ["Taylor", "IMP", DENSE]
+    study(problems=["tiny"], methods=methods, sparsities=[0.9], seeds=[0], out=path)
     lines = read(path)
-    assert [line["method"] for line in lines] == ["Taylor", "IMP"]
-    assert all("NaN or infinite" in line["failed"] for line in lines)
+    assert [line["method"] for line in lines] == methods
+    assert all("NaN or infinite" in line["failed"] for line in lines[:2])
+    assert "the run diverged" in lines[2]["failed"]
     path.write_text(path.read_text().replace('"lr": 1e+30', '"lr": 0.001'))
 
     def unreadable() -> Any:
@@ -292,7 +311,7 @@ def test_a_run_that_fails_says_so_and_stops_no_other(
     assert read(other)[0]["failed"] == "FileNotFoundError: depth/3.npy"
     monkeypatch.setattr(studies, "find_problem", lambda _: dataclasses.replace(diverging, lr=1e-3))
     study(problems=["tiny"], methods=["Taylor"], sparsities=[0.9], seeds=[0], out=path)
-    assert ["failed" in line for line in read(path)] == [True, True, False]  # tried again
+    assert ["failed" in line for line in read(path)] == [True] * 3 + [False]  # tried again
 
 
 def test_methods_that_no_target_steers_are_run_once(
@@ -309,6 +328,11 @@ def test_methods_that_no_target_steers_are_run_once(
     path = tmp_path / "runs.jsonl"
     study(problems=["tiny"], methods=UNAIMED, sparsities=[0.5, 0.9], seeds=[0], out=path)
     assert [line["method"] for line in read(path)] == list(UNAIMED)
+
+
+def test_in_fewer_steps_than_phases_some_begin_together(tiny: Any) -> None:
+    line = run(dataclasses.replace(tiny, steps=3), "IMP", 0.9, seed=0)
+    assert line["zeros"] == round(0.9 * line["weights"])
 
 
 @pytest.mark.parametrize(
@@ -428,9 +452,10 @@ def test_a_line_holds_the_defaults(tiny: Any) -> None:
     assert found["reach"] == "1.1"
     assert found["weighting"] == "'stability'"
     assert found["schedule"].endswith("settled=0.9, regrow_until=0.7)")
-    earlier = settings(tiny, "AdapMTL, settled at 70 %", 0.9, 0)["options"]
+    common = settings(tiny, "AdapMTL, common threshold", 0.9, 0)["options"]
+    assert common == {**found, "allocation": "None"}
     changed = settings(tiny, "reach 1.5", 0.9, 0)["options"]
-    assert changed == {**earlier, "reach": "1.5"}
+    assert changed == {**found, "reach": "1.5"}
     assert settings(tiny, "Taylor", 0.9, 0)["options"].keys() == {"mode", "weighting"}
 
 

@@ -136,7 +136,8 @@ def test_quick_runs_stay_out_of_the_committed_lines(monkeypatch: pytest.MonkeyPa
         ["--study", "settings", "--quick"],
     ):
         assert out(*options) == "runs.jsonl"
-    assert out("--study", "comparison", "--steps", "3") == "runs.jsonl"
+    for options in (["--steps", "3"], ["--steps", "0"], ["--bf16"], ["--device", "cuda"]):
+        assert out("--study", "comparison", *options) == "runs.jsonl"
     assert out("--study", "comparison", "--problems", "digits") == "runs.jsonl"
     assert out("--quick", "--out", "mine.jsonl") == "mine.jsonl"
 

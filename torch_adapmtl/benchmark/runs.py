@@ -130,7 +130,8 @@ def run(
             **{"weighting": "equal", **own},
         )
     mode = own.get("mode")
-    phases = mode.phases(problem.steps) if isinstance(mode, IterativeMagnitude) else [0]
+    begins = mode.phases(problem.steps) if isinstance(mode, IterativeMagnitude) else [0]
+    phases = sorted(set(begins))  # in fewer steps than phases, some begin together
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16)
 
     started = time.perf_counter()
@@ -158,6 +159,8 @@ def run(
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
+    if not total.isfinite():  # nobody else looks at that of a dense net
+        raise RuntimeError(f"the run diverged: its last loss is {total.item()}; lower its lr")
 
     report = pruner.report() if pruner else None
     with warnings.catch_warnings(record=True) as caught:

@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -160,8 +161,9 @@ def study(
         bf16: Whether the forward pass runs under autocast to bfloat16.
 
     Raises:
-        ValueError: If a problem, a method, a sparsity or the number of jobs is none, or a line of
-            the file is damaged; before the first run.
+        ValueError: If a problem, a method, a sparsity or the number of jobs or steps is none, or a
+            line of the file is damaged; before the first run.
+        RuntimeError: If a process of several is killed, as for want of memory.
 
     Example:
         >>> from torch_adapmtl.benchmark import study
@@ -176,8 +178,9 @@ def study(
     for sparsity in sparsities:
         if not 0 < sparsity < 1:
             raise ValueError(f"sparsities must be fractions between 0 and 1, got {sparsity!r}")
-    if jobs < 1:
-        raise ValueError(f"jobs must be at least 1, got {jobs!r}")
+    for name, count in (("jobs", jobs), ("steps", steps)):
+        if count is not None and count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count!r}")
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     end_line(path)
@@ -213,12 +216,12 @@ def _missing(
         wanted = settings(problem, method, sparsity, seed, device=device, bf16=bf16)
         return _identity(wanted) not in known
 
-    for seed in seeds:
+    for seed in dict.fromkeys(seeds):
         for problem in problems:
             keys = [
                 (problem.name, method, sparsity, seed)
-                for sparsity in sparsities
-                for method in methods
+                for sparsity in dict.fromkeys(sparsities)
+                for method in dict.fromkeys(methods)
                 if (method not in UNAIMED or sparsity == sparsities[0])
                 and missing(problem, method, sparsity, seed, known)
             ]
@@ -275,6 +278,11 @@ def _lines(calls: Sequence[Call], jobs: int, advance: Callable[[int], object]) -
                 line = done.result()
                 advance(json.loads(line)["steps"])
                 yield line
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                f"one of the {jobs} processes was killed, perhaps for want of memory; the runs "
+                "that ended are in the file: go on with fewer jobs"
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 

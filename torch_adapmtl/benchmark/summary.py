@@ -128,7 +128,8 @@ def summarize(runs: Iterable[Run]) -> list[Row]:
         if training.setdefault(run["problem"], shared) != shared:
             raise ValueError(
                 f"the runs of {run['problem']!r} were not trained alike: {_TRAINING} are "
-                f"{training[run['problem']]} and {shared}"
+                f"{training[run['problem']]} and {shared}; take the lines of one kind out of the "
+                "file"
             )
         group = groups.setdefault((run["problem"], run["method"], run["sparsity"]), {})
         is_dense = run["method"] == DENSE
