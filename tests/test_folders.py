@@ -28,6 +28,7 @@ COLOURS = np.arange(HEIGHT * WIDTH * 3, dtype=np.uint8).reshape(HEIGHT, WIDTH, 3
 NORMALS = np.full((HEIGHT, WIDTH, 3), 128, dtype=np.uint8)
 NORMALS[0, 0] = (204, 128, 230)
 NORMALS[1, 2] = 255
+NORMALS[0, 2] = (128, 128, 255)  # known, though a channel is at its end
 DEPTH = np.array([[1.5, 2.0, 3e-5], [0.5, 0.0, 4.0]], dtype=np.float32)
 LABELS = np.array([[0, 39, 255], [5, 5, 7]], dtype=np.uint8)
 
@@ -145,6 +146,7 @@ def test_taskonomy_by_hand(taskonomy: Path) -> None:
         0.0 if code is None else max(math.log(1 + code) / math.log(2**16), 1e-6) for code in codes
     ]
     torch.testing.assert_close(targets["depth"].flatten(), torch.tensor(expected))
+    assert targets["depth"][0, 0, 0] > 0  # the code 0 is known
     known = targets["normal"].norm(dim=0).flatten() > 0.5
     assert known.tolist() == [True, True, True, False, False, True]
     for task, most in (("keypoints", 0.005), ("edges", 0.08)):
@@ -199,7 +201,19 @@ def test_examples_are_resized(listed: Path, size: Any) -> None:
     shape = (size, size) if isinstance(size, int) else size
     assert image.shape[-2:] == shape
     assert all(target.shape[-2:] == shape for target in targets.values())
-    assert set(targets["segmentation"].flatten().tolist()) <= {0, 39, 255, 5, 7}
+    # The nearest pixels: rows 0, 0, 1, 1, and columns 0, 1, 1, 2 or each twice.
+    columns = [0, 1, 1, 2] if shape[1] == 4 else [0, 0, 1, 1, 2, 2]
+    rows = [[[0, 39, 255], [5, 5, 7]][row] for row in (0, 0, 1, 1)]
+    assert targets["segmentation"].tolist() == [[row[k] for k in columns] for row in rows]
+
+
+def test_taskonomy_is_resized(taskonomy: Path) -> None:
+    image, targets = TinyTaskonomy(taskonomy, size=(4, 6))[0]
+    _, plain = TinyTaskonomy(taskonomy)[0]
+    assert image.shape == (3, 4, 6)
+    for task, target in targets.items():
+        twice = plain[task].repeat_interleave(2, -1).repeat_interleave(2, -2)
+        assert torch.equal(target, twice)
 
 
 def _without(name: str) -> Callable[[Path], None]:
@@ -216,6 +230,10 @@ def _index(change: Callable[[Any], Any], name: str) -> Callable[[Path], None]:
 
 def _cut(path: Path, end: int) -> None:
     path.write_bytes(path.read_bytes()[:end])
+
+
+def _header(text: bytes) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
 
 
 def _archive(root: Path) -> None:
@@ -268,10 +286,15 @@ NYU_FAULTS: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "size": (
         lambda root: np.save(root / "train/0_d.npy", DEPTH.T),
         ValueError,
-        r"the depth is of \(3, 2\) pixels, the image of \(2, 3\)",
+        r"train.0_d.npy is of \(3, 2\) pixels, its image .*train.0_rgb.png of \(2, 3\)",
     ),
     "array": (
         lambda root: (root / "train/0_d.npy").write_text("metres"),
+        ValueError,
+        "0_d.npy is no .npy file of numbers",
+    ),
+    "half a header": (
+        lambda root: (root / "train/0_d.npy").write_bytes(_header(b"{'descr': ('<f4',\n")),
         ValueError,
         "0_d.npy is no .npy file of numbers",
     ),
@@ -378,7 +401,7 @@ def test_what_is_not_finite_is_unknown(arrays: Path, value: float) -> None:
 
 def test_a_folder_in_neither_layout(tmp_path: Path) -> None:
     with pytest.raises(
-        FileNotFoundError, match=r"holds neither nyu_v2_3task\.json nor the folders"
+        FileNotFoundError, match=r"holds neither nyu_v2_3task\.json nor the folder train"
     ):
         NYUv2(tmp_path)
     (tmp_path / "train" / "image").mkdir(parents=True)
@@ -413,6 +436,11 @@ TASKONOMY_FAULTS: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] 
         lambda root: Image.fromarray(LABELS).save(root / "train/0_d.png"),
         ValueError,
         "0_d.png must be an image of 16 bits, found mode 'L'",
+    ),
+    "size": (
+        lambda root: Image.fromarray(np.ones((2, 4), np.uint16)).save(root / "train/0_d.png"),
+        ValueError,
+        r"train.0_d.png is of \(2, 4\) pixels, its image .*train.0_rgb.png of \(2, 3\)",
     ),
     "class": (
         lambda root: Image.fromarray(LABELS).save(root / "train/0_seg.png"),

@@ -193,7 +193,7 @@ def test_sizes_are_brought_together(task: Any, channels: int, make: Any) -> None
     task.reset()
 
 
-@pytest.mark.parametrize(
+EACH = pytest.mark.parametrize(
     ("task", "prediction", "target"),
     [
         (
@@ -217,6 +217,78 @@ def test_sizes_are_brought_together(task: Any, channels: int, make: Any) -> None
     ],
     ids=["segmentation", "depth", "normals", "map", "classification", "regression"],
 )
+
+
+@EACH
+def test_a_loss_does_not_wait_for_the_device(task: Task, prediction: Any, target: Any) -> None:
+    outputs, targets = torch.randn(prediction, requires_grad=True), target()
+    with refused():
+        task.loss(outputs, targets).backward()
+    assert outputs.grad.isfinite().all()
+    if isinstance(task, Depth | Normals | Map):
+        with pytest.raises(AssertionError, match="index"), refused():
+            task.update(outputs, targets)  # the test does see a mask
+        task.reset()
+
+
+@EACH
+def test_a_test_in_inference_mode_leaves_the_task_as_it_was(
+    task: Task, prediction: Any, target: Any
+) -> None:
+    outputs, targets = torch.randn(prediction), target()
+    task.reset()
+    task.update(outputs, targets)
+    expected = task.compute()
+    task.reset()
+    with torch.inference_mode():
+        task.loss(outputs, targets)
+        task.update(outputs, targets)
+        assert task.compute() == expected
+        task.reset()
+    task.update(outputs, targets)
+    assert task.compute() == expected
+    task.loss(outputs.requires_grad_(), targets).backward()
+    task.reset()
+
+
+def test_class_weights_that_were_cast_in_a_test_can_be_trained_with() -> None:
+    task = Segmentation(2, class_weights=torch.tensor([1.0, 3.0], dtype=torch.float64))
+    logits, target = torch.zeros(1, 2, 1, 2), torch.tensor([[[0, 1]]])
+    with torch.inference_mode():
+        task.loss(logits, target)
+    assert task.loss(logits.requires_grad_(), target).item() == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("task", [Depth(), Map(), Normals()], ids=lambda task: type(task).__name__)
+@pytest.mark.parametrize("shape", [(8, 4, 4), (8, 1, 4, 4), (1, 3, 4, 4)], ids=str)
+def test_nothing_is_broadcast(task: Task, shape: tuple[int, ...]) -> None:
+    prediction, target = torch.rand(8, 3, 4, 4), torch.rand(shape)
+    for call in (task.loss, task.update):
+        with pytest.raises(ValueError, match=r"the same batch and channels .*\(8, 3, 4, 4\) and"):
+            call(prediction, target)
+
+
+@pytest.mark.parametrize(
+    ("task", "nothing"),
+    [(Depth(), 0.0), (Normals(), 0.0), (Map(), math.nan)],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_loss_of_nothing_is_nothing(task: Task, nothing: float) -> None:
+    prediction = torch.rand(2, 3, 4, 4, requires_grad=True)
+    loss = task.loss(prediction, torch.full((2, 3, 4, 4), nothing))
+    loss.backward()
+    assert loss == 0
+    assert not prediction.grad.any()
+
+
+def test_numbers_may_be_a_slice_of_more() -> None:
+    wide = torch.arange(12.0).view(3, 4)
+    task = Regression()
+    task.update(wide[:, 1:3], wide[:, 2:4])
+    assert task.compute() == {"abs_error": 1.0}
+
+
+@EACH
 def test_an_update_reads_nothing_on_the_host(task: Task, prediction: Any, target: Any) -> None:
     """What is valid is picked out, which waits for the device; but no value leaves it."""
     outputs, targets = torch.randn(prediction), target()

@@ -189,6 +189,50 @@ def test_a_crop_without_zoom_is_a_window() -> None:
     assert len(places) > 30
 
 
+@pytest.mark.parametrize("size", [2, 6])
+def test_every_place_of_a_window_and_of_a_picture_in_padding_comes(size: int) -> None:
+    image = torch.arange(1.0, 17.0).view(1, 4, 4)
+    places = set()
+    for seed in range(200):
+        crop = RandomScaleCrop(size, scale=(1.0, 1.0))
+        out, _ = crop(image, {}, torch.Generator().manual_seed(seed))
+        top, left = (int(k) for k in (out[0] > 0).nonzero()[0])
+        places.add((top, left, int(out[0, top, left])))
+    corners = [1, 2, 3, 5, 6, 7, 9, 10, 11]  # those of a window of 2 in the picture
+    wanted = {(0, 0, corner) for corner in corners} if size == 2 else set()
+    assert places == (wanted or {(top, left, 1) for top in range(3) for left in range(3)})
+
+
+def test_zooms_are_uniform_and_places_do_not_follow_them() -> None:
+    generator = torch.Generator().manual_seed(0)
+    columns = torch.arange(100.0).expand(1, 100, 100)  # of a picture as "depth", divided by zoom
+    zooms, shares = [], []
+    for _ in range(400):
+        image, targets = torch.ones(1, 100, 100), {"depth": columns.clone() + 1}
+        _, out = RandomScaleCrop(50)(image, targets, generator)  # 50 at the least: no padding
+        steps = out["depth"][0, 0].diff()
+        zooms.append(1 / (float(steps.sum()) / 49) ** 0.5)  # a column is 1 / zoom of them, twice
+        spare = round(100 * zooms[-1]) - 50
+        first = float(out["depth"][0, 0, 0]) * zooms[-1] * zooms[-1]  # in columns of the zoomed
+        shares.append(first / max(spare, 1))
+    zoom, share = torch.tensor(zooms), torch.tensor(shares)
+    assert 0.49 < zoom.min() < 0.53
+    assert 1.47 < zoom.max() < 1.52
+    assert zoom.mean() == pytest.approx(1.0, abs=0.05)
+    assert zoom.std() == pytest.approx(12**-0.5, abs=0.03)
+    wide = zoom > 0.7
+    assert torch.corrcoef(torch.stack([zoom[wide], share[wide]]))[0, 1].abs() < 0.2
+
+
+def test_images_are_zoomed_about_their_pixels_middles_and_smoothed() -> None:
+    ramp = torch.arange(16.0).expand(1, 16, 16)
+    out, _ = RandomScaleCrop(32, scale=(2.0, 2.0))(ramp, {})
+    torch.testing.assert_close(out[0, 0, 2:-2], (torch.arange(2, 30) + 0.5) / 2 - 0.5)
+    stripes = (torch.arange(32) % 4 == 0).float().expand(1, 32, 32)
+    out, _ = RandomScaleCrop(8, scale=(0.25, 0.25))(stripes, {})
+    torch.testing.assert_close(out[0, :, 2:-2], torch.full((8, 4), 0.25), atol=0.1, rtol=0)
+
+
 def test_ignored_pixels_stay_ignored() -> None:
     image, targets, _ = example(3)
     targets = {task: target.clone() for task, target in targets.items()}

@@ -7,11 +7,24 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 READS = frozenset({"_local_scalar_dense", "item", "equal", "is_nonzero"})
-WAITS = frozenset({"nonzero", "masked_select", "unique", "_unique2"})  # sizes depend on values
+# Of these, the sizes depend on values.
+WAITS = frozenset(
+    {
+        "nonzero",
+        "masked_select",
+        "unique",
+        "_unique2",
+        "bincount",
+        "repeat_interleave",
+        "mask index",
+    }
+)
 
 
 class _Refuse(TorchDispatchMode):
@@ -22,6 +35,11 @@ class _Refuse(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         assert name not in self.names, name
+        if "index" in name and any(
+            isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
+            for index in tree_leaves(args[1])
+        ):
+            assert "mask index" not in self.names, name
         assert name != "_to_copy" or "device" not in (kwargs or {}), "moved to another device"
         return func(*args, **(kwargs or {}))
 

@@ -2,8 +2,9 @@
 
 A task takes a prediction and a target. Pixels that a target marks as unknown (see
 [`IGNORE`][torch_adapmtl.datasets.IGNORE]) count in neither loss nor metric. Metrics are those of
-torchmetrics where it has them; all are accumulated on the device of what they are given, and no
-value is read on the host before `compute`.
+torchmetrics where it has them; all are accumulated on the device of what they are given. `loss`
+does not wait for the device; `update` may, to pick out the valid pixels, and `compute` reads the
+metrics.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ class Task(ABC):
     def _values(self, prediction: Tensor, target: Tensor) -> Mapping[str, tuple[Tensor, ...]]:
         """What each metric's `update` takes."""
 
+    @torch.inference_mode(False)  # else a later update could not add to what this one has kept
     @torch.no_grad()
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Take a batch of predictions and targets into the metrics."""
@@ -73,6 +75,7 @@ class Task(ABC):
         """The metrics over all batches since the last `reset`, in the units that the class says."""
         return {name: self._scale(name) * float(m.compute()) for name, m in self._metrics.items()}
 
+    @torch.inference_mode(False)
     def reset(self) -> None:
         """Forget all batches."""
         for metric in self._metrics.values():
@@ -87,7 +90,12 @@ class _Dense(Task):
 
     For the loss the target is resized to the prediction (nearest pixel), for the metrics the
     prediction to the target (bilinear), as in the reference code.
+
+    Raises:
+        ValueError: By `loss` and `update`, if batch or channels of the two differ.
     """
+
+    _alike = True  # the target has the prediction's channels
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         size = prediction.shape[-2:]
@@ -95,18 +103,28 @@ class _Dense(Task):
             planes = target if target.ndim == 4 else target[:, None]
             resized = F.interpolate(planes.float(), size=size, mode="nearest").to(target.dtype)
             target = resized if target.ndim == 4 else resized[:, 0]
+        self._check(prediction, target)
         return self._loss(prediction.float(), target)
 
     @abstractmethod
     def _loss(self, prediction: Tensor, target: Tensor) -> Tensor: ...
 
+    @torch.inference_mode(False)
     def update(self, prediction: Tensor, target: Tensor) -> None:
         size = target.shape[-2:]
         if prediction.shape[-2:] != size:
             prediction = F.interpolate(
                 prediction.float(), size=size, mode="bilinear", align_corners=False
             )
+        self._check(prediction, target)
         super().update(prediction, target)
+
+    def _check(self, prediction: Tensor, target: Tensor) -> None:
+        if self._alike and prediction.shape != target.shape:  # or they would be broadcast
+            raise ValueError(
+                f"prediction and target must have the same batch and channels (B, C, H, W), got "
+                f"{tuple(prediction.shape)} and {tuple(target.shape)}"
+            )
 
 
 class Segmentation(_Dense):
@@ -136,6 +154,7 @@ class Segmentation(_Dense):
 
     lower_is_better = frozenset({"cross_entropy"})
     _default = ("mIoU", "pixel_accuracy")
+    _alike = False
 
     def __init__(
         self,
@@ -177,7 +196,9 @@ class Segmentation(_Dense):
         valid = target != self.ignore_index
         weights = self.class_weights
         if weights is not None:
-            self.class_weights = weights = weights.to(prediction)  # copied to the device but once
+            with torch.inference_mode(False):  # for the training that comes after a test, too
+                weights = weights.to(prediction.device, prediction.dtype)
+            self.class_weights = weights  # copied to the device but once
         each = F.cross_entropy(
             prediction, target, weight=weights, ignore_index=self.ignore_index, reduction="none"
         )
@@ -333,7 +354,7 @@ class Map(_Dense):
 class Classification(Task):
     """One class for each example: cross-entropy; accuracy in percent.
 
-    Prediction: logits `(B, C)`. Target: classes `(B,)`, int64.
+    Prediction: logits `(B, C)`. Target: classes `(B,)`, int64; none is unknown.
 
     Args:
         classes: Number of classes, C.
@@ -388,7 +409,7 @@ class Regression(Task):
         return F.mse_loss(prediction.float(), target)
 
     def _values(self, prediction: Tensor, target: Tensor) -> Mapping[str, tuple[Tensor, ...]]:
-        return {"abs_error": (prediction, target)}
+        return {"abs_error": (prediction.contiguous(), target.contiguous())}  # torchmetrics views
 
 
 class _Mean(Metric):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tokenize
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -113,7 +114,7 @@ def read_numbers(path: Path) -> Tensor:
         # not numpy.load, which takes archives and pickles too, and has another error for each
         with path.open("rb") as file:
             array = numpy.lib.format.read_array(file, allow_pickle=False)
-    except ValueError as error:
+    except (ValueError, SyntaxError, tokenize.TokenError) as error:  # numpy parses the header
         raise ValueError(f"{path} is no .npy file of numbers: {error}") from error
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{path} is no .npy file of numbers: its elements are of {array.dtype}")
@@ -137,13 +138,13 @@ def read_array(path: Path, channels: int | None) -> Tensor:
     raise ValueError(f"{path} must hold an array of shape {expected}, found {tuple(found.shape)}")
 
 
-def check_size(image: Tensor, targets: Mapping[str, Tensor], path: Path) -> None:
+def check_size(image: Tensor, targets: Mapping[str, Tensor], paths: Mapping[str, Path]) -> None:
     """Raise a ValueError if a target has another height or width than its image."""
     for task, target in targets.items():
         if target.shape[-2:] != image.shape[-2:]:
             raise ValueError(
-                f"{path}: the {task} is of {tuple(target.shape[-2:])} pixels, the image of "
-                f"{tuple(image.shape[-2:])}"
+                f"{paths[task]} is of {tuple(target.shape[-2:])} pixels, its image "
+                f"{paths['image']} of {tuple(image.shape[-2:])}"
             )
 
 

@@ -68,7 +68,7 @@ class NYUv2(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     Example:
         >>> NYUv2("no/such/folder")
         Traceback (most recent call last):
-        FileNotFoundError: no/such/folder holds neither nyu_v2_3task.json nor the folders train...
+        FileNotFoundError: no/such/folder holds neither nyu_v2_3task.json nor the folder train/image
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class NYUv2(Dataset[tuple[Tensor, dict[str, Tensor]]]):
             folder = self.root / ("train" if split == "train" else "val")
             if not (folder / "image").is_dir():
                 raise FileNotFoundError(
-                    f"{self.root} holds neither {_INDEX} nor the folders train/image and val/image"
+                    f"{self.root} holds neither {_INDEX} nor the folder {folder.name}/image"
                 )
             names = sorted(
                 (path.name for path in (folder / "image").glob("*.npy")),
@@ -110,10 +110,10 @@ class NYUv2(Dataset[tuple[Tensor, dict[str, Tensor]]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The image and the targets of one example."""
-        image_path, *paths = (self.root / name for name in self._rows[index])
+        paths = [self.root / name for name in self._rows[index]]
         read: Any = self._from_images if self._listed else self._from_arrays
-        image, targets = read(image_path, *paths)
-        check_size(image, targets, image_path)
+        image, targets = read(*paths)
+        check_size(image, targets, dict(zip(_COLUMNS, paths, strict=True)))
         if self.size is not None:
             image, targets = resized(image, targets, self.size)
         return (image, targets) if self.transform is None else self.transform(image, targets)

@@ -47,7 +47,8 @@ class TinyTaskonomy(Dataset[tuple[Tensor, dict[str, Tensor]]]):
       plus one).
     - `normal`, `(3, H, W)`: 8 bits stand for -1 to 1; brought to unit length; 0 where unknown.
     - `depth`, `(1, H, W)`: `log(1 + d) / log(2**16)` of the 16-bit code d; 0 where it is unknown
-      (from 64,500 on; normals are unknown there too). A code of 0, which is known, becomes 1e-6.
+      (from 64,500 on; normals are unknown there too). A code of 0, which is known, becomes 1e-6:
+      measure `Depth(metrics=["abs_error"])`, no error relative to it.
     - `keypoints` and `edges`, `(1, H, W)`: the 16-bit code / 2**16, clipped to [0, 0.005] and
       [0, 0.08] and scaled to [-1, 1].
 
@@ -127,6 +128,7 @@ class TinyTaskonomy(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         paths = dict(zip(_COLUMNS, (self.root / n for n in self._rows[index]), strict=True))
         image = read_image(paths["image"], 3) / 255
         code = read_image(paths["depth"], 1, bits=16)
+        check_size(image, {"depth": code}, paths)
         known = code < _FAR
         found = {}
         for task in self.tasks:
@@ -137,12 +139,12 @@ class TinyTaskonomy(Dataset[tuple[Tensor, dict[str, Tensor]]]):
                 found[task] = torch.where(known, depth, 0.0)
             elif task == "normal":
                 vectors = read_image(paths[task], 3) / 127.5 - 1
-                check_size(code, {task: vectors}, paths[task])
+                check_size(image, {task: vectors}, paths)
                 found[task] = F.normalize(vectors, dim=0) * known
             else:
                 share = read_image(paths[task], 1, bits=16) / 2**16
                 found[task] = share.clamp(max=_HIGHEST[task]) * (2 / _HIGHEST[task]) - 1
-        check_size(image, found, paths["image"])
+        check_size(image, found, paths)
         if self.size is not None:
             image, found = resized(image, found, self.size)
         return (image, found) if self.transform is None else self.transform(image, found)
