@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=65, help="height and width of the images")
     parser.add_argument("--hidden", type=int, default=1024, help="width of the ASPP heads")
     parser.add_argument("--reach", type=float, default=1.1, help="inf for the soft threshold")
-    parser.add_argument("--steps", type=int, default=20, help="a multiple of 10: one update in 10")
+    parser.add_argument("--steps", type=int, default=20, help="one in 10.6 has an update")
     parser.add_argument("--warmup", type=int, default=10)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 for torch's choice")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
