@@ -35,6 +35,11 @@ def test_schedule_halfway(shape: Any, halfway: float) -> None:
     assert schedule(40, 100, 0.8) == pytest.approx(halfway)
 
 
+def test_equal_schedules_say_the_same() -> None:
+    """A state is refused by a model that was prepared with another schedule, told by its words."""
+    assert repr(SparsitySchedule(start=0, end=1)) == repr(SparsitySchedule(start=0.0, end=1.0))
+
+
 def test_cosine_and_cubic_follow_their_formulae() -> None:
     p = 0.3
     cosine = SparsitySchedule(start=0, end=1, initial=0.1, shape="cosine")(30, 100, 0.9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -309,3 +310,49 @@ def test_evaluation_under_autocast_keeps_no_copies() -> None:
     train(model, pruner, torch.optim.SGD(model.parameters(), lr=0.1), range(15))
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         assert not model.body.weight.requires_grad
+
+
+# --- between the parts of a step, and at the last one --------------------------------------------
+
+
+def test_a_state_that_is_loaded_after_a_bad_loss_goes_on() -> None:
+    model = TwoTasks()
+    pruner = prepare(model, total_steps=500, schedule=EARLY)  # updates are ten steps apart
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train(model, pruner, optimizer, range(3))
+    saved = copy.deepcopy(model.state_dict())
+    pruner.loss({task: loss * torch.nan for task, loss in losses(model, 3).items()})
+    model.load_state_dict(saved)
+    train(model, pruner, optimizer, range(3, 30))  # past an update, which looks for bad losses
+    assert pruner._step == 30
+
+
+@pytest.mark.parametrize("gradient", ["straight_through", "mask"])
+def test_thresholds_may_move_between_forward_and_backward(gradient: Any) -> None:
+    """As they do where a second optimiser steps on the same forward pass."""
+    model = TwoTasks()
+    schedule = SparsitySchedule(start=0.0, end=0.7)
+    pruner = prepare(model, gradient=gradient, schedule=schedule, weighting="equal")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train(model, pruner, optimizer, range(5))
+    found = []
+    for moves in (False, True):
+        optimizer.zero_grad()
+        total = pruner.loss(losses(model, 5))
+        if moves:
+            pruner.budget.update(6)
+        total.backward()
+        found.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_a_kept_weight_that_lands_on_zero_is_none_of_the_zeros() -> None:
+    model = TwoTasks()
+    pruner = prepare(model, schedule=SparsitySchedule(start=0.0, end=0.5, settled=0.5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train(model, pruner, optimizer, range(19))
+    layer = pruner._layers[0]
+    with torch.no_grad():
+        layer.weight[layer.threshold.mask] = 0.0
+    pruner.step()
+    _final(pruner, model)

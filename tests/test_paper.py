@@ -194,3 +194,8 @@ def test_target_zero_holds_the_start() -> None:
     after_one = pruner.budget.s["a"].item()
     train(model, pruner, optimizer, range(1, 5))
     assert pruner.budget.s["a"].item() == after_one
+
+
+def test_a_start_may_be_an_integer() -> None:
+    found = [_paper(TwoTasks(), mode=PaperMode(start=start)) for start in (-3, -3.0)]
+    assert torch.equal(found[0].budget.thresholds(), found[1].budget.thresholds())

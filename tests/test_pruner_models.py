@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -242,6 +243,13 @@ def test_what_is_not_prunable_is_named() -> None:
         "body.weight_ih_l0": "not prunable",
         "body.weight_hh_l0": "not prunable",
     }
-    apply_adapmtl(_Reader(), exclude=["words", "body"], **options)
+    model = _Reader()
+    keys = list(model.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning):
+            apply_adapmtl(model, **options)
+    assert list(model.state_dict()) == keys  # an error leaves the model as it was
+    apply_adapmtl(model, exclude=["words", "body"], **options)
     pruner = apply_adapmtl(_Reader(), prunable={nn.LSTM: "weight_*"}, **options)
     assert [part.name for part in pruner.report().dense] == ["words.weight"]

@@ -89,7 +89,9 @@ def apply_adapmtl(
         groups: Components given by hand, in whole or in part: from component name to modules,
             parameters, names or globs. See [`find_components`][torch_adapmtl.find_components].
         task_outputs: How the model's output splits into tasks, where it is not a mapping or tuple.
-        prunable: Which tensors are prunable besides, or in place of, the default ones.
+        prunable: Which tensors are prunable besides, or in place of, the default ones. Where a
+            tensor has parametrizations, what they are given is pruned and counted: leave out, by
+            `exclude`, one whose parametrization makes something else of a zero.
         exclude: Modules, parameters, names or globs that stay dense and count in no figure.
         mode: `"adaptive"`, or `"paper"` or a `PaperMode` for the paper's own mechanism, or one of
             the [baselines][torch_adapmtl.baselines].
@@ -214,12 +216,12 @@ def apply_adapmtl(
     for module in handle.modules():
         if isinstance(module, LossWeighting | Controller | Sensitivity):
             module.synchronize &= synchronize  # a weighting may have been given with False
+    if not exclude:  # before the model changes: a warning may be made an error
+        _warn_of_others(others, sum(layer.weight.numel() for layer in layers))
     attach_all(layers)
     # Not `add_module`, which a model's own __setattr__ or an attribute hook might refuse.
     inner._modules["adapmtl"] = handle
     guard(inner)
-    if not exclude:
-        _warn_of_others(others, sum(layer.weight.numel() for layer in layers))
     return handle
 
 

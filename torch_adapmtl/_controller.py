@@ -90,7 +90,8 @@ class Controller(KeepsPrecision):
         if self.due(step) and not self.frozen:
             self.freeze() if step == self.last_update else self.update(step)
         elif step == self.total_steps and self.frozen:
-            self.write()  # momentum has moved what the masks hide
+            self.write()  # momentum has moved what the masks hide, or a kept weight onto zero
+            self.settle()
         self.wake(step)
 
     def update(self, step: int) -> None:

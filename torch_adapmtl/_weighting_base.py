@@ -142,6 +142,11 @@ class LossWeighting(KeepsPrecision, ABC):
             found.zero_()
         self._raise_nonfinite(counts)
 
+    def forget(self) -> None:
+        """Forget what no state holds: losses that were not finite, and the latest ones."""
+        self.nonfinite.zero_()
+        self._latest = None
+
     def unseen(self) -> dict[str, int]:
         """Tasks that have had no loss for longer than the weighting remembers: for how many steps.
 

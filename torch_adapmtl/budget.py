@@ -115,9 +115,10 @@ class SparsitySchedule:
             raise ValueError(
                 f"schedule: shape must be 'cubic', 'linear' or 'cosine', got {self.shape!r}"
             )
-        # As numbers, so that a record of the schedule says them.
-        object.__setattr__(self, "settled", settled)
-        object.__setattr__(self, "regrow_until", regrow_until)
+        # As numbers, all floats, so that records of equal schedules say the same.
+        numbers = {"start": self.start, "end": self.end, "initial": self.initial}
+        for name, value in {**numbers, "settled": settled, "regrow_until": regrow_until}.items():
+            object.__setattr__(self, name, float(value))
 
     def last_update(self, total_steps: int) -> int:
         """The step at which the choice of zeros becomes final."""

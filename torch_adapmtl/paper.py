@@ -126,7 +126,7 @@ class PaperBudget(Controller):
         self.threshold_decay = mode.weight_decay
         device = layers[0].weight.device
         names = list(members(layers))
-        start = torch.full((), mode.start, device=device)
+        start = torch.full((), float(mode.start), device=device)
         self.s = PerComponent({name: nn.Parameter(start.clone()) for name in names})
         # What s was when the target was reached; the optimiser may move s, step() moves it back.
         self.held = PerComponent({name: start.clone() for name in names})

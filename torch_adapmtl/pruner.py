@@ -146,8 +146,8 @@ class AdapMTL(nn.Module):
 
         Raises:
             RuntimeError: If called more than `total_steps` times, after `finalize`, while
-                attached to an optimiser, or if a loss was not finite since the last update. The
-                call does not count then.
+                attached to an optimiser, or, where an update is due and at the last step, if a
+                loss was not finite since the one before. The call does not count then.
 
         Warns:
             UserWarning: Once, if no weight has changed in the first 50 steps or more: nothing
@@ -528,5 +528,6 @@ class AdapMTL(nn.Module):
 
 def _refresh(module: nn.Module, incompatible_keys: Any) -> None:
     assert isinstance(module, AdapMTL)
+    module.weighting.forget()
     module.budget.refresh()
     module.budget.wake(module._step)

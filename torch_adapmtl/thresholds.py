@@ -60,8 +60,10 @@ class _SoftThreshold(torch.autograd.Function):
         weight, alpha, value, _, straight_through = inputs
         ctx.straight_through = straight_through
         ctx.value = None if alpha.requires_grad else value
-        if not straight_through or alpha.requires_grad:
+        if ctx.value is None and (not straight_through or alpha.requires_grad):
             ctx.save_for_backward(weight, alpha)
+        elif not straight_through:  # an update may move alpha before the backward pass
+            ctx.save_for_backward(weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
