@@ -84,6 +84,26 @@ def test_the_pages_say_what_the_lines_say() -> None:
         assert report.fill(page, made) == page, "run python examples/report.py"
 
 
+def test_the_lines_are_those_of_the_studies_as_they_are_now() -> None:
+    from torch_adapmtl.benchmark import STUDIES, find_problem, read, studies
+    from torch_adapmtl.benchmark.runs import settings
+
+    wanted: dict[str, set[str]] = {}
+    for name, parts in STUDIES.items():
+        if name == "paper":  # for a GPU
+            continue
+        chosen = [find_problem(problem) for problem in parts["problems"]]
+        keys = studies._missing(
+            [], chosen, parts["methods"], parts["sparsities"], [3, 4, 5], "cpu", False
+        )
+        wanted.setdefault(parts["out"], set()).update(
+            studies._identity(settings(find_problem(problem), *key)) for problem, *key in keys
+        )
+    for out, own in wanted.items():
+        lines = read(ROOT / out)
+        assert {studies._identity(line) for line in lines} == own, f"run the studies of {out}"
+
+
 def test_lines_of_others_get_all_tables_and_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,23 +25,15 @@ OURS = "AdapMTL"
 #: The same with pruned weights that learn until the zeros settle.
 REGROW = "AdapMTL, regrow until 90 %"
 
-#: The same with the schedule that it had before, which its other variants are run with.
+#: The same with the schedule that it had before.
 EARLIER = "AdapMTL, settled at 70 %"
 
 _ONCE = SparsitySchedule(start=0.5, end=0.5)
 
 
-def _earlier(
-    weighting: str = "stability",
-    *,
-    start: float = 0.05,
-    end: float = 0.5,
-    settled: float = 0.7,
-    **options: Any,
-) -> Callable[[Problem], Options]:
-    """The earlier default, whose zeros settle at 70 % and regrow until then, changed in a part."""
-    schedule = SparsitySchedule(start=start, end=end, settled=settled, regrow_until=settled)
-    return lambda _: {"schedule": schedule, "weighting": weighting, **options}
+def _ours(weighting: str = "stability", **changed: Any) -> Callable[[Problem], Options]:
+    """The library's defaults, but for what is given."""
+    return lambda _: {"weighting": weighting, **changed}
 
 
 #: Methods of others, with equal task weights.
@@ -57,14 +49,10 @@ BASELINES: Mapping[str, Callable[[Problem], Options]] = {
     "Taylor": lambda _: {"mode": Taylor()},
 }
 
-#: AdapMTL with the library's defaults, with another schedule, in the paper's mode, and the earlier
-#: default with one part of it changed.
+#: AdapMTL with the library's defaults, in the paper's mode, and with a part or two changed.
 VARIANTS: Mapping[str, Callable[[Problem], Options]] = {
-    OURS: lambda _: {"weighting": "stability"},
-    REGROW: lambda _: {
-        "schedule": SparsitySchedule(regrow_until=0.9),
-        "weighting": "stability",
-    },
+    OURS: _ours(),
+    REGROW: _ours(schedule=SparsitySchedule(regrow_until=0.9)),
     "AdapMTL, paper mode": lambda problem: {
         "mode": problem.paper,
         "weighting": "stability",
@@ -73,14 +61,13 @@ VARIANTS: Mapping[str, Callable[[Problem], Options]] = {
         "mode": problem.paper,
         "weighting": "deviation",
     },
-    EARLIER: _earlier(),
-    "AdapMTL, common threshold": _earlier(allocation="common"),
-    "AdapMTL, strength 0.5": _earlier(allocation=LAMPAllocation(strength=0.5)),
-    "AdapMTL, by sensitivity": _earlier(allocation="sensitivity"),
-    "AdapMTL, by gradient": _earlier(allocation="gradient"),
-    "AdapMTL, equal weights": _earlier("equal"),
-    "AdapMTL, common threshold, equal weights": _earlier("equal", allocation="common"),
-    "AdapMTL, code's weighting": _earlier("deviation"),
+    EARLIER: _ours(schedule=SparsitySchedule(settled=0.7, regrow_until=0.7)),
+    "AdapMTL, common threshold": _ours(allocation="common"),
+    "AdapMTL, by sensitivity": _ours(allocation="sensitivity"),
+    "AdapMTL, by gradient": _ours(allocation="gradient"),
+    "AdapMTL, equal weights": _ours("equal"),
+    "AdapMTL, common threshold, equal weights": _ours("equal", allocation="common"),
+    "AdapMTL, code's weighting": _ours("deviation"),
 }
 
 
@@ -89,7 +76,7 @@ UNAIMED = (DENSE, "AdapMTL, paper mode", "AdapMTL, paper mode, code's weighting"
 
 
 def _weighting(window: float, start: float) -> Callable[[Problem], Options]:
-    """The earlier default, with the window and the start of its weighting multiplied."""
+    """The window and the start of the weighting multiplied."""
 
     def make(problem: Problem) -> Options:
         tasks = list(problem.make_tasks())
@@ -98,29 +85,31 @@ def _weighting(window: float, start: float) -> Callable[[Problem], Options]:
         weighting = StabilityWeighting(
             tasks, window=round(window * default.window), start=round(start * default.start)
         )
-        return {**_earlier()(problem), "weighting": weighting}
+        return {"weighting": weighting}
 
     return make
 
 
-#: The earlier default with one number changed.
+#: AdapMTL with one number changed.
 SETTINGS: Mapping[str, Callable[[Problem], Options]] = {
     "window x 1/2": _weighting(0.5, 1),
     "window x 4": _weighting(4, 1),
     "weighting from the start": _weighting(1, 0),
     "weighting from half the run": _weighting(1, 2),
-    "pruning from 0 %": _earlier(start=0.0),
-    "pruning from 20 %": _earlier(start=0.2),
-    "pruned by 35 %": _earlier(end=0.35),
-    "pruned by 65 %": _earlier(end=0.65),
-    "settled at 50 %": _earlier(settled=0.5),
-    "rate 0.1": _earlier(allocation=LAMPAllocation(rate=0.1)),
-    "rate 1": _earlier(allocation=LAMPAllocation(rate=1.0)),
-    "strength 1": _earlier(allocation=LAMPAllocation(strength=1.0)),
-    "by component": _earlier(granularity="component"),
-    "reach 1.5": _earlier(reach=1.5),
-    "reach inf": _earlier(reach=math.inf),
-    "mask gradient": _earlier(gradient="mask"),
+    "pruning from 0 %": _ours(schedule=SparsitySchedule(start=0.0)),
+    "pruning from 20 %": _ours(schedule=SparsitySchedule(start=0.2)),
+    "pruned by 35 %": _ours(schedule=SparsitySchedule(end=0.35)),
+    "pruned by 65 %": _ours(schedule=SparsitySchedule(end=0.65)),
+    "settled at 50 %": _ours(schedule=SparsitySchedule(settled=0.5)),
+    "regrow until 50 %": _ours(schedule=SparsitySchedule(regrow_until=0.5)),
+    "rate 0.1": _ours(allocation=LAMPAllocation(rate=0.1)),
+    "rate 1": _ours(allocation=LAMPAllocation(rate=1.0)),
+    "strength 0.5": _ours(allocation=LAMPAllocation(strength=0.5)),
+    "strength 1": _ours(allocation=LAMPAllocation(strength=1.0)),
+    "by component": _ours(granularity="component"),
+    "reach 1.5": _ours(reach=1.5),
+    "reach inf": _ours(reach=math.inf),
+    "mask gradient": _ours(gradient="mask"),
 }
 
 #: Every method by name; each makes the options of `apply_adapmtl`, `weighting="equal"` unless said.

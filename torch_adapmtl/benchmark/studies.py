@@ -46,7 +46,7 @@ _SETTINGS = (
 _SPARSITIES = (0.9, 0.97, 0.8, 0.95)  # those that matter most first
 _PAIRS = tuple(name for name in PROBLEMS if name.startswith("rooms: "))
 _PARTS = (
-    EARLIER,
+    OURS,
     "AdapMTL, common threshold",
     "AdapMTL, equal weights",
     "AdapMTL, common threshold, equal weights",
@@ -76,7 +76,7 @@ STUDIES: Mapping[str, Mapping[str, Any]] = {
     },
     "settings": {
         "problems": ("rooms3", "words"),
-        "methods": (DENSE, OURS, REGROW, EARLIER, "AdapMTL, strength 0.5", *SETTINGS),
+        "methods": (DENSE, OURS, REGROW, EARLIER, *SETTINGS),
         "sparsities": (0.95,),
         "out": "docs/results/settings.jsonl",
     },
