@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from torch_adapmtl.benchmark import fill, read
+from examples.benchmark import fill, read
 
 PAGE = Path(__file__).resolve().parent / "compatibility.md"
 NOT_PRUNED = ("unused", "frozen")

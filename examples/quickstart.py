@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from torch_adapmtl import AdapMTL, Report, apply_adapmtl
 from torch_adapmtl.datasets import MultiDigits
-from torch_adapmtl.metrics import RelativePerformance, relative_performance, size
+from torch_adapmtl.run.size import RelativePerformance, relative_performance, size
 from torch_adapmtl.models import ClassificationHead, MultiTaskModel, RegressionHead
 
 BATCH = 64

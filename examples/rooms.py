@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 from torch_adapmtl import AdapMTL, apply_adapmtl
 from torch_adapmtl.datasets import Rooms
-from torch_adapmtl.metrics import relative_performance, size
+from torch_adapmtl.run.size import relative_performance, size
 from torch_adapmtl.models import ASPPHead, MultiTaskModel, feature_channels
-from torch_adapmtl.tasks import Depth, Normals, Segmentation
+from torch_adapmtl.tasks.tasks import Depth, Normals, Segmentation
 
 Metrics = dict[str, dict[str, float]]
 BATCH = 16

@@ -25,7 +25,7 @@ from torch.nn.utils import parametrizations, prune
 from toys import TwoTasks, batch, losses, pruned
 
 from torch_adapmtl import AdapMTL, SparsitySchedule, apply_adapmtl, keep_zeros, release_zeros
-from torch_adapmtl.pruning import find_threshold
+from torch_adapmtl.tensor.torch_prune import find_threshold
 
 STAGES = ("before training", "mid-run", "at the end", "after finalize")
 STEPS, MIDDLE, MORE = 20, 9, 4

@@ -42,9 +42,9 @@ from torch_adapmtl import (
     soft_threshold,
     soft_threshold_unstructured,
 )
-from torch_adapmtl._state import pack, unpack
-from torch_adapmtl.baselines import SNIP, DiSparse, IterativeMagnitude, Magnitude, Taylor
-from torch_adapmtl.weighting import make_weighting
+from torch_adapmtl.run.checkpoint import pack, unpack
+from torch_adapmtl.methods import SNIP, DiSparse, IterativeMagnitude, Magnitude, Taylor
+from torch_adapmtl.weighting.simple import make_weighting
 
 NAN, INF = math.nan, math.inf
 STEPS = 8

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from toys import TwoTasks, losses, prepare, tensors, train, zeros
 
 from torch_adapmtl import AdapMTL, PaperMode, SparsitySchedule, StabilityWeighting
-from torch_adapmtl.baselines import SNIP, DiSparse, Taylor
+from torch_adapmtl.methods import SNIP, DiSparse, Taylor
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="needs torch.distributed"

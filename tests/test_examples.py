@@ -85,8 +85,8 @@ def test_the_pages_say_what_the_lines_say() -> None:
 
 
 def test_the_lines_are_those_of_the_studies_as_they_are_now() -> None:
-    from torch_adapmtl.benchmark import STUDIES, find_problem, read, studies
-    from torch_adapmtl.benchmark.runs import settings
+    from examples.benchmark import STUDIES, find_problem, read, studies
+    from examples.benchmark.runs import settings
 
     wanted: dict[str, set[str]] = {}
     for name, parts in STUDIES.items():
@@ -209,7 +209,7 @@ def test_benchmark_says_what_is_wrong_before_the_first_run(
 
 
 def test_the_leads_of_the_results_page_can_be_run_again() -> None:
-    from torch_adapmtl.benchmark import find_problem, read, summarize
+    from examples.benchmark import find_problem, read, summarize
 
     later = load("../docs/results/later")
     names = [name for name, _, _ in later.LEADS]
@@ -230,7 +230,7 @@ def test_the_leads_of_the_results_page_can_be_run_again() -> None:
 
 
 def test_benchmark_writes_a_line_a_run_and_runs_none_twice(tmp_path: Path) -> None:
-    from torch_adapmtl.benchmark import read
+    from examples.benchmark import read
 
     out = tmp_path / "runs.jsonl"
     for _ in range(2):

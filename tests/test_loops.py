@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from toys import TwoTasks, batch, losses, prepare, tensors, train, weights, zeros
 
 from torch_adapmtl import AdapMTL, PaperMode, SparsitySchedule
-from torch_adapmtl.baselines import Taylor
+from torch_adapmtl.methods import Taylor
 
 EARLY = SparsitySchedule(start=0.0, end=0.5)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from matrix import PROCESSES, ROWS, STAGES, check, in_two_processes
 
-from torch_adapmtl.benchmark import read
+from examples.benchmark import read
 
 
 def place(name: str, stage: str) -> list[int]:

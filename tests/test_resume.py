@@ -14,7 +14,7 @@ import torch
 from test_examples import load
 
 from torch_adapmtl import PaperMode
-from torch_adapmtl.baselines import DiSparse, Taylor
+from torch_adapmtl.methods import DiSparse, Taylor
 
 STEPS, EVERY = 50, 3  # an update at every step
 RUNS: dict[str, dict[str, Any]] = {

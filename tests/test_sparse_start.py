@@ -21,7 +21,7 @@ from torch_adapmtl import (
     keep_zeros,
     release_zeros,
 )
-from torch_adapmtl.baselines import SNIP, DiSparse, Magnitude, Taylor
+from torch_adapmtl.methods import SNIP, DiSparse, Magnitude, Taylor
 
 NAMES = ("body.weight", "heads.a.weight", "heads.b.weight")
 

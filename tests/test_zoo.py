@@ -20,9 +20,9 @@ from torch.nn.modules.conv import _ConvNd
 from zoo import ENTRIES, SAMPLE, Entry
 
 from torch_adapmtl import apply_adapmtl
-from torch_adapmtl._outputs import split_output
-from torch_adapmtl.benchmark import read
-from torch_adapmtl.groups import FROZEN, SHARED, UNUSED
+from torch_adapmtl.components._outputs import split_output
+from examples.benchmark import read
+from torch_adapmtl.components.find import FROZEN, SHARED, UNUSED
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 TARGET = 0.7

@@ -1,18 +1,18 @@
 """Sparse multi-task models: adaptive soft thresholds, an exact budget, adaptive task weights."""
 
-from ._apply import apply_adapmtl
-from .adaptive import GradientAllocation
-from .budget import SparsitySchedule
-from .groups import Components, PrunableTensor, find_components
-from .keeping import keep_zeros, release_zeros
-from .lamp import LAMPAllocation
-from .paper import PaperMode
-from .pruner import AdapMTL
-from .pruning import SoftThresholdPruning, soft_threshold_unstructured
-from .report import ComponentRow, LayerRow, Report
-from .sensitivity import SensitivityAllocation
-from .thresholds import SoftThreshold, soft_threshold
-from .weighting import (
+from torch_adapmtl.prepare import apply_adapmtl
+from torch_adapmtl.methods.adaptive import GradientAllocation
+from torch_adapmtl.budget.solver import SparsitySchedule
+from torch_adapmtl.components.find import Components, PrunableTensor, find_components
+from torch_adapmtl.finetune import keep_zeros, release_zeros
+from torch_adapmtl.allocation.lamp import LAMPAllocation
+from torch_adapmtl.methods.paper import PaperMode
+from torch_adapmtl.pruner import AdapMTL
+from torch_adapmtl.tensor.torch_prune import SoftThresholdPruning, soft_threshold_unstructured
+from torch_adapmtl.run.report import ComponentRow, LayerRow, Report
+from torch_adapmtl.allocation.sensitivity import SensitivityAllocation
+from torch_adapmtl.tensor.soft_threshold import SoftThreshold, soft_threshold
+from torch_adapmtl.weighting.simple import (
     CallableWeighting,
     EqualWeighting,
     FixedWeighting,

@@ -8,8 +8,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-from ._apply import apply_adapmtl
-from .pruner import AdapMTL
+from torch_adapmtl.prepare import apply_adapmtl
+from torch_adapmtl.pruner import AdapMTL
 
 __all__ = ["AdapMTLCallback"]
 

@@ -9,17 +9,17 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from ._attachment import Attachment
-from ._checks import check_fraction, check_rate, check_steps
-from ._controller import Controller
-from ._guard import unguard
-from ._health import LossTrace, Watch, signs
-from ._layers import Layer
-from ._report import measure
-from ._state import load, save
-from .groups import Components
-from .report import ComponentRow, LayerRow, Report
-from .weighting import LossWeighting, StabilityWeighting
+from torch_adapmtl.run._step_hook import Attachment
+from torch_adapmtl._checks import check_fraction, check_rate, check_steps
+from torch_adapmtl.methods._base import Controller
+from torch_adapmtl.run._guard import unguard
+from torch_adapmtl.run.diagnostics import LossTrace, Watch, signs
+from torch_adapmtl.layers.layer import Layer
+from torch_adapmtl.run._measure import measure
+from torch_adapmtl.run.checkpoint import load, save
+from torch_adapmtl.components.find import Components
+from torch_adapmtl.run.report import ComponentRow, LayerRow, Report
+from torch_adapmtl.weighting.simple import LossWeighting, StabilityWeighting
 
 __all__ = ["AdapMTL"]
 

@@ -20,18 +20,18 @@ import torch
 from torch import Tensor, nn
 
 from torch_adapmtl import _density
-from torch_adapmtl._sampling import positions, take
-from torch_adapmtl.baselines import Magnitude, Taylor
-from torch_adapmtl.baselines._magnitude import MagnitudeMasks
-from torch_adapmtl.baselines._masked import Masked, lowest
-from torch_adapmtl.benchmark import find_problem, read, run, runs
-from torch_adapmtl.benchmark.runs import machine
-from torch_adapmtl.benchmark.studies import end_line
-from torch_adapmtl.budget import SparsitySchedule
-from torch_adapmtl.lamp import LAMPAllocation
-from torch_adapmtl.paper import PaperMode
+from torch_adapmtl.layers.sampling import positions, take
+from torch_adapmtl.methods import Magnitude, Taylor
+from torch_adapmtl.methods.magnitude import MagnitudeMasks
+from torch_adapmtl.methods._masks import Masked, lowest
+from examples.benchmark import find_problem, read, run, runs
+from examples.benchmark.runs import machine
+from examples.benchmark.studies import end_line
+from torch_adapmtl.budget.solver import SparsitySchedule
+from torch_adapmtl.allocation.lamp import LAMPAllocation
+from torch_adapmtl.methods.paper import PaperMode
 from torch_adapmtl.pruner import AdapMTL
-from torch_adapmtl.sensitivity import Sensitivity, SensitivityAllocation
+from torch_adapmtl.allocation.sensitivity import Sensitivity, SensitivityAllocation
 
 OUT = Path(__file__).with_name("later.jsonl")
 WHEN = Path(__file__).with_name("settled.jsonl")

@@ -1,0 +1,68 @@
+"""The harness behind the published comparison: problems, methods, runs, studies, and tables.
+
+It needs the extra `examples`. `examples/benchmark.py` and `examples/report.py` are its command
+lines.
+"""
+
+from __future__ import annotations
+
+from examples.benchmark.data import Data, Samples, Streamed
+from examples.benchmark.figures import allocation_figure, tradeoff_figure
+from examples.benchmark.methods import BASELINES, DENSE, METHODS, SETTINGS, VARIANTS
+from examples.benchmark.paper_scale import ENCODERS, paper_problem
+from examples.benchmark.problem import Problem
+from examples.benchmark.problems import COMPARISON, OTHERS, PROBLEMS, find_problem
+from examples.benchmark.runs import evaluate, run, settings
+from examples.benchmark.studies import STUDIES, read, study
+from examples.benchmark.summary import Estimate, Margin, Row, margin, summarize
+from examples.benchmark.synthetic import TEACHERS
+from examples.benchmark.tables import (
+    delta_table,
+    fill,
+    margin_table,
+    metric_tables,
+    order_table,
+    overview_table,
+    paper_table,
+    provenance,
+)
+
+__all__ = [
+    "BASELINES",
+    "COMPARISON",
+    "DENSE",
+    "ENCODERS",
+    "METHODS",
+    "OTHERS",
+    "PROBLEMS",
+    "SETTINGS",
+    "STUDIES",
+    "TEACHERS",
+    "VARIANTS",
+    "Data",
+    "Estimate",
+    "Margin",
+    "Problem",
+    "Row",
+    "Samples",
+    "Streamed",
+    "allocation_figure",
+    "delta_table",
+    "evaluate",
+    "fill",
+    "find_problem",
+    "margin",
+    "margin_table",
+    "metric_tables",
+    "order_table",
+    "overview_table",
+    "paper_problem",
+    "paper_table",
+    "provenance",
+    "read",
+    "run",
+    "settings",
+    "study",
+    "summarize",
+    "tradeoff_figure",
+]

@@ -1,0 +1,121 @@
+"""The methods that are compared: what each passes to `apply_adapmtl`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch_adapmtl.methods import SNIP, DiSparse, IterativeMagnitude, Magnitude, Taylor
+from examples.benchmark.problem import Problem
+from torch_adapmtl.budget.solver import SparsitySchedule
+from torch_adapmtl.allocation.lamp import LAMPAllocation
+from torch_adapmtl.weighting.simple import StabilityWeighting, make_weighting
+
+__all__ = ["BASELINES", "DENSE", "METHODS", "SETTINGS", "UNAIMED", "VARIANTS"]
+
+Options = dict[str, Any]
+
+#: The method that prunes nothing; what the others are compared with.
+DENSE = "dense"
+
+#: The method that is compared with the others.
+OURS = "AdapMTL"
+
+#: The same with pruned weights that learn until the zeros settle.
+REGROW = "AdapMTL, regrow until 90 %"
+
+#: The same with the schedule that it had before.
+EARLIER = "AdapMTL, settled at 70 %"
+
+_ONCE = SparsitySchedule(start=0.5, end=0.5)
+
+
+def _ours(weighting: str = "stability", **changed: Any) -> Callable[[Problem], Options]:
+    """The library's defaults, but for what is given."""
+    return lambda _: {"weighting": weighting, **changed}
+
+
+#: Methods of others, with equal task weights.
+BASELINES: Mapping[str, Callable[[Problem], Options]] = {
+    "uniform magnitude": lambda _: {"mode": Magnitude("uniform")},
+    "global magnitude": lambda _: {"mode": Magnitude()},
+    "one-shot": lambda _: {"mode": Magnitude(schedule=_ONCE)},
+    "IMP": lambda _: {"mode": IterativeMagnitude()},
+    "LTH": lambda _: {"mode": IterativeMagnitude(rounds=1, rewind=True)},
+    "SNIP": lambda _: {"mode": SNIP()},
+    "DiSparse": lambda _: {"mode": DiSparse()},
+    "DiSparse dynamic": lambda _: {"mode": DiSparse(dynamic=True)},
+    "Taylor": lambda _: {"mode": Taylor()},
+}
+
+#: AdapMTL with the library's defaults, in the paper's mode, and with a part or two changed.
+VARIANTS: Mapping[str, Callable[[Problem], Options]] = {
+    OURS: _ours(),
+    REGROW: _ours(schedule=SparsitySchedule(regrow_until=0.9)),
+    "AdapMTL, paper mode": lambda problem: {
+        "mode": problem.paper,
+        "weighting": "stability",
+    },
+    "AdapMTL, paper mode, code's weighting": lambda problem: {
+        "mode": problem.paper,
+        "weighting": "deviation",
+    },
+    EARLIER: _ours(schedule=SparsitySchedule(settled=0.7, regrow_until=0.7)),
+    "AdapMTL, common threshold": _ours(allocation="common"),
+    "AdapMTL, by sensitivity": _ours(allocation="sensitivity"),
+    "AdapMTL, by gradient": _ours(allocation="gradient"),
+    "AdapMTL, equal weights": _ours("equal"),
+    "AdapMTL, common threshold, equal weights": _ours("equal", allocation="common"),
+    "AdapMTL, code's weighting": _ours("deviation"),
+}
+
+
+#: Methods that end where they end, whatever sparsity is asked for.
+UNAIMED = (DENSE, "AdapMTL, paper mode", "AdapMTL, paper mode, code's weighting")
+
+
+def _weighting(window: float, start: float) -> Callable[[Problem], Options]:
+    """The window and the start of the weighting multiplied."""
+
+    def make(problem: Problem) -> Options:
+        tasks = list(problem.make_tasks())
+        default = make_weighting("stability", tasks, problem.steps)
+        assert isinstance(default, StabilityWeighting)
+        weighting = StabilityWeighting(
+            tasks, window=round(window * default.window), start=round(start * default.start)
+        )
+        return {"weighting": weighting}
+
+    return make
+
+
+#: AdapMTL with one number changed.
+SETTINGS: Mapping[str, Callable[[Problem], Options]] = {
+    "window x 1/2": _weighting(0.5, 1),
+    "window x 4": _weighting(4, 1),
+    "weighting from the start": _weighting(1, 0),
+    "weighting from half the run": _weighting(1, 2),
+    "pruning from 0 %": _ours(schedule=SparsitySchedule(start=0.0)),
+    "pruning from 20 %": _ours(schedule=SparsitySchedule(start=0.2)),
+    "pruned by 35 %": _ours(schedule=SparsitySchedule(end=0.35)),
+    "pruned by 65 %": _ours(schedule=SparsitySchedule(end=0.65)),
+    "settled at 50 %": _ours(schedule=SparsitySchedule(settled=0.5)),
+    "regrow until 50 %": _ours(schedule=SparsitySchedule(regrow_until=0.5)),
+    "rate 0.1": _ours(allocation=LAMPAllocation(rate=0.1)),
+    "rate 1": _ours(allocation=LAMPAllocation(rate=1.0)),
+    "strength 0.5": _ours(allocation=LAMPAllocation(strength=0.5)),
+    "strength 1": _ours(allocation=LAMPAllocation(strength=1.0)),
+    "by component": _ours(granularity="component"),
+    "reach 1.5": _ours(reach=1.5),
+    "reach inf": _ours(reach=math.inf),
+    "mask gradient": _ours(gradient="mask"),
+}
+
+#: Every method by name; each makes the options of `apply_adapmtl`, `weighting="equal"` unless said.
+METHODS: Mapping[str, Callable[[Problem], Options]] = {
+    DENSE: lambda _: {},
+    **BASELINES,
+    **VARIANTS,
+    **SETTINGS,
+}

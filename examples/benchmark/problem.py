@@ -1,0 +1,65 @@
+"""What a method is tried on: data, model, tasks and training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from examples.benchmark.data import Data
+from torch_adapmtl.methods.paper import PaperMode
+from torch_adapmtl.tasks.tasks import Task
+
+__all__ = ["Problem"]
+
+
+_AUTHORS = PaperMode()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is trained, on what, and how; the same for every method.
+
+    Attributes:
+        name: Its name.
+        load: Makes the training and the test set.
+        make_model: Makes the model, with random weights.
+        make_tasks: Makes the tasks, by the names of the model's outputs.
+        steps: Optimiser steps.
+        batch: Samples in a batch.
+        lr: Learning rate of Adam at the start; it falls to 0 along a cosine.
+        weight_decay: Of Adam (L2).
+        threshold_lr: Learning rate of the paper's thresholds.
+        paper: Start and decay of the paper's thresholds, a pair that has to be found for each
+            problem and number of steps.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> from examples.benchmark import find_problem
+        >>> shorter = replace(find_problem("digits"), steps=100)  # or make one of your own
+        >>> list(shorter.make_tasks())
+        ['left', 'right', 'distance']
+    """
+
+    name: str
+    load: Callable[[], tuple[Data, Data]]
+    make_model: Callable[[], nn.Module]
+    make_tasks: Callable[[], dict[str, Task]]
+    steps: int
+    batch: int
+    lr: float = 2e-3
+    weight_decay: float = 1e-4
+    threshold_lr: float = 2e-2
+    paper: PaperMode = _AUTHORS
+
+    @property
+    def lower_is_better(self) -> list[tuple[str, str]]:
+        """The metrics of which less is better, as `relative_performance` takes them."""
+        tasks = self.make_tasks()
+        return [
+            (name, metric)
+            for name, task in tasks.items()
+            for metric in task.metrics
+            if metric in task.lower_is_better
+        ]

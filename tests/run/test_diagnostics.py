@@ -1,0 +1,296 @@
+"""Warnings at the end of a run that went wrong, and none at the end of one that did not."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from toys import TwoTasks, losses, prepare, train, weights, zeros
+
+from torch_adapmtl import AdapMTL, SparsitySchedule, apply_adapmtl
+from torch_adapmtl.run.diagnostics import LossTrace, signs
+from torch_adapmtl.methods import Magnitude
+from torch_adapmtl.run.report import ComponentRow, Report
+from torch_adapmtl.weighting.simple import EqualWeighting, StabilityWeighting
+
+STEPS = 60
+
+
+def finished(pruner: AdapMTL) -> list[str]:
+    """What `finalize` warns of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pruner.finalize()
+    assert all(warning.filename == __file__ for warning in caught)  # the caller's line
+    return [str(warning.message) for warning in caught]
+
+
+def trained(scale: Any = lambda task, step: 1.0, first: int = 0, **options: Any) -> AdapMTL:
+    """Train `TwoTasks` with its losses scaled by a function of task and step."""
+    torch.manual_seed(0)
+    model = TwoTasks()
+    pruner = prepare(model, total_steps=STEPS, **options)
+    run(model, pruner, scale, range(first, STEPS))
+    return pruner
+
+
+def run(model: nn.Module, pruner: AdapMTL, scale: Any, steps: range) -> None:
+    optimizer = torch.optim.SGD(pruner.param_groups(lr=0.01))
+    for step in steps:
+        found: Mapping[str, Tensor] = losses(model, step)
+        pruner.loss({t: loss * scale(t, step) for t, loss in found.items()}).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        pruner.step()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"target_sparsity": 0.0},
+        {"target_sparsity": 0.05},
+        {"weighting": {"a": 9, "b": 1}},
+        {"weighting": lambda losses: {task: 1 / (1 + loss) for task, loss in losses.items()}},
+        {"allocation": "sensitivity"},
+        {"mode": "paper", "target_sparsity": 0.0},
+    ],
+)
+def test_a_good_run_says_nothing(options: dict[str, Any]) -> None:
+    assert finished(trained(**options)) == []
+
+
+def test_equal_heads_of_different_tasks_say_nothing() -> None:
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = TwoTasks(200)
+        model.heads["b"] = nn.Linear(200, 5)
+        model.body.requires_grad_(False)
+        pruner = prepare(model, total_steps=STEPS, target_sparsity=0.5)
+        optimizer = torch.optim.Adam(pruner.param_groups(lr=0.01))
+        for _ in range(STEPS):
+            x = torch.randn(16, 6)
+            a, b = model(x).values()
+            y = torch.cat([x.sin(), x.cos()], 1)
+            found = {"a": (a - y[:, :5]).square().mean(), "b": (b - y[:, 5:10]).square().mean()}
+            pruner.loss(found).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            pruner.step()
+        assert finished(pruner) == []
+
+
+class Twins(nn.Module):
+    """Two components that are the same in everything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 8, bias=False)
+        self.b = nn.Linear(8, 8, bias=False)
+        self.b.load_state_dict(self.a.state_dict())
+
+    def losses(self) -> dict[str, Tensor]:
+        return {task: (self.get_submodule(task).weight - 0.3).square().mean() for task in "ab"}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, 1),
+        ({"allocation": "sensitivity"}, 1),
+        ({"allocation": "common"}, 0),
+        ({"min_density": 0.25}, 0),
+        ({"target_sparsity": 0.0}, 0),
+    ],
+)
+def test_components_that_are_equally_sparse(options: dict[str, Any], expected: int) -> None:
+    torch.manual_seed(0)
+    model = Twins()
+    groups = {"a": ["a"], "b": ["b"]}
+    options = {"target_sparsity": 0.75, **options}
+    pruner = apply_adapmtl(model, total_steps=20, groups=groups, **options)
+    for _ in range(20):
+        pruner.loss(model.losses()).backward()
+        pruner.step()
+    said = finished(pruner)
+    assert len(said) == expected
+    assert all("all components are equally sparse (75.00%)" in text for text in said)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"mode": Magnitude()}, 1),
+        ({"mode": Magnitude("uniform")}, 0),
+        ({}, 0),
+    ],
+)
+def test_a_layer_without_weights(options: dict[str, Any], expected: int) -> None:
+    torch.manual_seed(0)
+    model = TwoTasks()
+    with torch.no_grad():
+        model.heads["b"].weight.mul_(1e-3)
+    pruner = prepare(model, **options)
+    train(model, pruner, torch.optim.SGD(pruner.param_groups(lr=1e-3)), range(20))
+    said = [text for text in finished(pruner) if "no weight" in text]
+    assert len(said) == expected
+    assert all("in 1 of 3 layers, such as 'heads.b.weight'" in text for text in said)
+
+
+@pytest.mark.filterwarnings("ignore:.*no weight has changed")
+@pytest.mark.parametrize(("bounds", "expected"), [(None, 1), ((0.5, 1.5), 0)])
+def test_one_task_that_dominates(bounds: tuple[float, float] | None, expected: int) -> None:
+    weighting = StabilityWeighting(["a", "b"], window=10, start=0, bounds=bounds)
+    model = TwoTasks()
+    pruner = prepare(model, total_steps=STEPS, weighting=weighting)
+    for step in range(STEPS):
+        found = losses(model, step)
+        flat = found["a"] * 0 + 1.0  # cannot be learned
+        pruner.loss({"a": flat, "b": found["b"]}).backward()
+        pruner.step()
+    said = [text for text in finished(pruner) if "task weights" in text]
+    assert len(said) == expected
+    assert all("task 'a' has taken" in text for text in said)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"schedule": SparsitySchedule(settled=0.7)},  # before the second of the steps below
+        {"mode": "paper", "target_sparsity": 0.0},
+    ],
+)
+@pytest.mark.parametrize("since", [0, 3 * STEPS // 4])
+def test_a_loss_that_diverges(since: int, options: dict[str, Any]) -> None:
+    def scale(task: str, step: int) -> float:
+        return 200 ** max((step - since) / (STEPS - since), 0) if task == "b" else 1.0
+
+    said = finished(trained(scale, **options))
+    assert len(said) == 1
+    assert re.match("the loss of task 'b' ended .* times as large as it began", said[0])
+
+
+@pytest.mark.parametrize("allocation", ["lamp", "sensitivity"])
+def test_a_loss_that_comes_back_says_nothing(allocation: Any) -> None:
+    def scale(task: str, step: int) -> float:
+        return 8.0 if STEPS // 4 < step < STEPS // 2 else 1.0
+
+    assert finished(trained(scale, allocation=allocation)) == []
+
+
+def test_divergence_is_seen_across_a_resumed_run() -> None:
+    def scale(task: str, step: int) -> float:
+        return 1.1**step if task == "b" else 1.0
+
+    torch.manual_seed(0)
+    model = TwoTasks()
+    half = prepare(model, total_steps=STEPS)
+    run(model, half, scale, range(STEPS // 2))
+    again = TwoTasks()
+    pruner = prepare(again, total_steps=STEPS)
+    again.load_state_dict(model.state_dict())
+    run(again, pruner, scale, range(STEPS // 2, STEPS))
+    assert torch.equal(half.trace.first, pruner.trace.first)
+    assert any("the loss of task 'b' ended" in text for text in finished(pruner))
+
+
+@given(
+    st.lists(
+        st.lists(
+            st.one_of(st.none(), st.floats(0.1, 9), st.just(math.nan)), min_size=2, max_size=2
+        ),
+        max_size=12,
+    )
+)
+def test_the_trace_is_that_of_a_plain_one(steps: list[list[float | None]]) -> None:
+    """First readings and an exponential average, of what is there and finite."""
+    weighting, trace = EqualWeighting(["a", "b"]), LossTrace(["a", "b"])
+    first: dict[str, list[float]] = {"a": [], "b": []}
+    recent: dict[str, float] = {}
+    for step in steps:
+        here = {task: value for task, value in zip("ab", step, strict=True) if value is not None}
+        if not here:
+            continue
+        weighting({task: torch.tensor(value) for task, value in here.items()})
+        assert weighting.latest is not None
+        trace.read(*weighting.latest)
+        for task, value in here.items():
+            if math.isnan(value):
+                continue
+            first[task] = (first[task] + [value])[:5]
+            recent[task] = 0.8 * recent.get(task, value) + 0.2 * value
+    for index, task in enumerate("ab"):
+        assert trace.first[:, index].tolist() == pytest.approx(
+            [sum(first[task]), len(first[task])], rel=1e-5
+        )
+        assert trace.recent[0, index].item() == pytest.approx(recent.get(task, 0.0), rel=1e-5)
+
+
+@pytest.mark.parametrize("others", [0.9, 0.85])
+def test_signs_of_a_report(others: float) -> None:
+    rows = [ComponentRow("shared", 1, 1000, 900), ComponentRow("a", 1, 1000, int(1000 * others))]
+    report = Report(
+        components=tuple(rows),
+        layers=(),
+        target_sparsity=0.9,
+        step=1,
+        total_steps=1,
+        dense=[],
+        task_weights={},
+    )
+    assert len(signs(report, LossTrace([]), allocated=True, task_weights={})) == (others == 0.9)
+    assert signs(report, LossTrace([]), allocated=False, task_weights={}) == []
+    dominated = signs(report, LossTrace([]), allocated=False, task_weights={"a": 1.7, "b": 0.3})
+    assert len(dominated) == 1
+    assert "task 'a' has taken 85%" in dominated[0]
+
+
+# --- tasks that go missing ----------------------------------------------------------------------
+
+
+def test_a_task_unseen_for_longer_than_its_window_is_reported_once() -> None:
+    model = TwoTasks()
+    weighting = StabilityWeighting(["a", "b"], window=5, start=0)
+    pruner = prepare(model, total_steps=40, weighting=weighting)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    said: list[tuple[int, int]] = []
+    for step in range(1, 41):
+        found: dict[str, Any] = dict(losses(model, step))
+        if 4 <= step < 20 or step >= 30:
+            found["b"] = None
+        pruner.loss(found).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            pruner.step()
+        for warning in caught:
+            text = re.match(r"task 'b' has had no loss for (\d+) steps", str(warning.message))
+            assert text is not None
+            said.append((step, int(text[1])))
+    assert said == [(9, 6)]  # the last loss was that of step 3
+    assert zeros(pruner) == round(0.8 * weights(pruner))
+
+
+def test_a_task_that_never_had_a_loss_is_told_at_the_end() -> None:
+    model = TwoTasks()
+    pruner = prepare(model, weighting="equal")
+    for step in range(20):
+        pruner.loss({"a": losses(model, step)["a"]}).backward()
+        pruner.step()  # a warning would be an error here: equal weights have no window
+        fresh = TwoTasks()
+        other = prepare(fresh, weighting="equal")
+        fresh.load_state_dict(model.state_dict())
+    for handle in (pruner, other):  # the one that was resumed knows too
+        found = [text for text in finished(handle) if "equally sparse" not in text]
+        assert len(found) == 1
+        assert re.match("task 'b' never had a loss.*exclude=", found[0])

@@ -1,0 +1,1 @@
+"""Where the zeros go: what moves the layers' offsets."""

@@ -1,0 +1,1 @@
+"""Which tensors of a model belong to which tasks."""

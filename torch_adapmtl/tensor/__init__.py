@@ -1,0 +1,1 @@
+"""One tensor made sparse: the soft threshold, as a function and as a parametrization."""

@@ -1,0 +1,356 @@
+"""Soft thresholds on weights, as a function and as a parametrization.
+
+Everything here runs on one engine: the autograd function behind `soft_threshold`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torch_adapmtl._checks import (
+    check_alpha,
+    check_boolean,
+    check_mask,
+    check_place,
+    check_reach,
+    check_threshold,
+    obstacle,
+)
+from torch_adapmtl.tensor._kernels import firm, masked, passed, until
+
+__all__ = ["SoftThreshold", "soft_threshold"]
+
+
+class _SoftThreshold(torch.autograd.Function):
+    """`S(w, alpha)`; saves the parameter and alpha for the backward, or nothing at all.
+
+    `value` is alpha as a Python number where the caller knows it: then one kernel reads the weight
+    once and writes the result once, which is what copying it would cost.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        weight: Tensor, alpha: Tensor, value: float | None, reach: float, straight_through: bool
+    ) -> Tensor:
+        if value == 0.0:
+            return weight.clone()  # softshrink does not always keep the sign of a zero
+        if value is not None and reach != math.inf:
+            return firm(weight, value, reach)
+        if value is not None:
+            return F.softshrink(weight, min(value, torch.finfo(weight.dtype).max))
+        # A threshold in training may fall below zero.
+        alpha = alpha.to(weight.dtype).clamp(min=0)
+        if torch.onnx.is_in_onnx_export():  # ONNX cannot tell the sign of a zero
+            soft = weight - weight.clamp(-alpha, alpha)
+            return soft if reach == math.inf else until(reach, soft, alpha)
+        # Not `sign(w) * relu(|w| - alpha)`: this form keeps NaN, infinity and the sign of a zero,
+        # and makes one new tensor.
+        soft = weight.clamp(-alpha, alpha).sub_(weight).copysign_(weight)
+        return soft if reach == math.inf else until(reach, soft, alpha).copysign_(weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        weight, alpha, value, _, straight_through = inputs
+        ctx.straight_through = straight_through
+        ctx.value = None if alpha.requires_grad else value
+        if ctx.value is None and (not straight_through or alpha.requires_grad):
+            ctx.save_for_backward(weight, alpha)
+        elif not straight_through:  # an update may move alpha before the backward pass
+            ctx.save_for_backward(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needs_weight, needs_alpha = ctx.needs_input_grad[:2]
+        grad_weight = grad if needs_weight else None
+        grad_alpha = None
+        if not ctx.straight_through and ctx.value is not None:
+            grad_weight = passed(grad, ctx.saved_tensors[0], ctx.value)
+        elif not ctx.straight_through or needs_alpha:
+            weight, alpha = ctx.saved_tensors
+            magnitude = weight.abs()
+            threshold = alpha.to(weight.dtype)
+            if needs_weight and not ctx.straight_through:
+                # On `>=`, so that a zero weight under a zero threshold still learns.
+                grad_weight = grad.masked_fill(magnitude < threshold, 0)
+            if needs_alpha:
+                kept = (grad * weight.sign()).masked_fill(magnitude <= threshold, 0)
+                grad_alpha = -kept.sum_to_size(alpha.shape).to(alpha.dtype)
+        return grad_weight, grad_alpha, None, None, None
+
+
+def _mask(weight: Tensor, mask: Tensor) -> Tensor:
+    kept: Tensor = _Mask.apply(weight, mask)
+    return kept
+
+
+class _Mask(torch.autograd.Function):
+    """The entries where a boolean mask is True, zero elsewhere; the same for the gradient."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, mask: Tensor) -> Tensor:
+        return masked(weight, mask)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _Mask.apply(grad, *ctx.saved_tensors), None
+
+
+def soft_threshold(
+    weight: Tensor,
+    alpha: Tensor | float,
+    *,
+    reach: float = math.inf,
+    straight_through: bool = False,
+) -> Tensor:
+    r"""Soft thresholding, \(S(w, \alpha) = \mathrm{sign}(w)\,\mathrm{relu}(|w| - \alpha)\), AdapMTL's pruning operator.
+
+    The gradients are the paper's (arXiv 2408.03913): \(\partial S/\partial w = 1[|w| \ge \alpha]\) and
+    \(\partial S/\partial \alpha = -\mathrm{sign}(w)\,1[|w| > \alpha]\). The first includes the kink, so
+    that zero-initialised weights learn while the threshold is zero. With `straight_through=True` the
+    gradient with respect to the weight is passed on for *every* entry, so that a pruned weight keeps
+    learning and can return; the paper's mask gradient leaves it where it fell.
+
+    With a finite `reach` the shrinkage ends: it is less and less for weights above \(\alpha\), and none
+    from `reach` times \(\alpha\) on (up to rounding), so that large weights are not biased. This is firm thresholding (Gao
+    and Bruce, 1997), with \(r\) the reach and \(S(w, \alpha)\,r / (r - 1)\) in between; the gradients are
+    taken to be those above.
+
+    A threshold of zero is the identity. NaN and infinite weights pass through. The backward keeps
+    `weight` and `alpha` alive and nothing else; the straight-through one keeps nothing unless `alpha`
+    is trained.
+
+    Args:
+        weight: Any shape; float16, bfloat16, float32 or float64.
+        alpha: The threshold, not negative, in units of the weight: a number, or a tensor that
+            broadcasts to the weight's shape (it is rounded to the weight's dtype). The sign of a
+            tensor is not checked, because that would synchronise with the device: a negative entry
+            counts as zero, with the gradient it would have just above, so that it can rise again.
+        reach: Where the shrinkage ends, in units of alpha; > 1. The paper's never ends.
+        straight_through: Pass the gradient on to pruned weights too.
+
+    Returns:
+        The sparse weight, in the weight's shape and dtype.
+
+    Raises:
+        ValueError: If a numeric `alpha` is negative or not finite, a tensor is on another device
+            than the weight or its shape does not broadcast to the weight's, or `reach` is not above 1.
+        TypeError: If `weight` is no dense tensor of these dtypes, or `alpha` or `reach` no real number.
+
+    Example:
+        >>> import torch
+        >>> from torch_adapmtl import soft_threshold
+        >>> soft_threshold(torch.tensor([-1.0, 0.25, 0.0, 0.75]), 0.5)
+        tensor([-0.5000,  0.0000,  0.0000,  0.2500])
+    """  # noqa: E501
+    check_reach(reach)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
+    if problem := obstacle(weight):
+        raise TypeError(f"weight {problem}")
+    if isinstance(alpha, Tensor):
+        check_alpha(alpha, weight)
+        return _apply(weight, alpha, None, reach, straight_through)
+    value = min(check_threshold("alpha", alpha), torch.finfo(weight.dtype).max)
+    alpha = torch.full((), value, dtype=weight.dtype, device=weight.device)
+    known = None if torch.compiler.is_compiling() else _round_to(value, weight.dtype)
+    return _apply(weight, alpha, known, reach, straight_through)
+
+
+def _elsewhere(weight: Tensor) -> bool:
+    """Whether others look at `requires_grad`: torch.compile, torch.func, and autocast.
+
+    Autocast would keep a copy of everything that requires grad.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.maybe_current_level() is not None
+        or torch.is_autocast_enabled(weight.device.type)
+    )
+
+
+def _apply(
+    weight: Tensor, alpha: Tensor, value: float | None, reach: float, straight_through: bool
+) -> Tensor:
+    if torch.compiler.is_compiling():
+        value = None  # a number would be a constant of the graph, and the budget moves it
+    sparse: Tensor = _SoftThreshold.apply(weight, alpha, value, reach, straight_through)
+    return sparse
+
+
+def _round_to(value: float, dtype: torch.dtype) -> float:
+    return torch.tensor(min(value, torch.finfo(dtype).max), dtype=dtype).item()
+
+
+class SoftThreshold(nn.Module):
+    """The parametrization that soft-thresholds a weight in the forward pass (AdapMTL, Section 3).
+
+    Register it with `torch.nn.utils.parametrize.register_parametrization`, or let
+    [`soft_threshold_unstructured`][torch_adapmtl.soft_threshold_unstructured] or
+    [`apply_adapmtl`][torch_adapmtl.apply_adapmtl] do it.
+
+    Args:
+        threshold: The threshold alpha: a number, or an `nn.Parameter` holding one number, which is
+            then trained with the weights (and acts as zero where training makes it negative).
+        reach: See [`soft_threshold`][torch_adapmtl.soft_threshold].
+        straight_through: Likewise.
+        mask: Boolean tensor in the weight's shape; entries where it is False are zero whatever the
+            threshold, and receive no gradient.
+        persistent: Whether the threshold and the mask are part of the `state_dict`. Thresholds
+            that belong to a component are not; the component keeps them.
+
+    Attributes:
+        alpha: The threshold, a tensor of one number. Change it by `set_threshold` or in place; a
+            write that autograd does not count, through `alpha.data`, goes unnoticed.
+        mask: The mask, or None.
+
+    Raises:
+        ValueError: If `threshold` is negative, not finite, or a tensor of more than one number, or
+            `reach` is not above 1. In the forward pass, if the threshold or the mask is on another
+            device than the weight, or the mask is of another shape.
+        TypeError: If `threshold` or `reach` is no real number, or the mask is not boolean.
+
+    Example:
+        >>> import torch
+        >>> from torch.nn.utils import parametrize
+        >>> from torch_adapmtl import SoftThreshold
+        >>> layer = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.constant_(layer.weight, 1.0)
+        >>> _ = parametrize.register_parametrization(layer, "weight", SoftThreshold(0.25))
+        >>> layer(torch.ones(1, 2))
+        tensor([[1.5000]], grad_fn=<MmBackward0>)
+    """
+
+    alpha: Tensor
+    mask: Tensor | None
+    # What torch.nn.utils.prune had masked before, to be put back.
+    earlier_mask: Tensor | None = None
+
+    def __init__(
+        self,
+        threshold: float | nn.Parameter = 0.0,
+        *,
+        reach: float = math.inf,
+        straight_through: bool = False,
+        mask: Tensor | None = None,
+        persistent: bool = True,
+    ) -> None:
+        super().__init__()
+        check_reach(reach)
+        self.reach = reach
+        self.straight_through = straight_through
+        # alpha as a Python number, with the tensor and the version of it that the number was read
+        # from: reading it again would synchronise with the device.
+        self._known: tuple[Tensor, int, float] | None = None
+        check_boolean("mask", mask)
+        if isinstance(threshold, Tensor):
+            if not threshold.is_floating_point():
+                raise TypeError(
+                    f"threshold must be floating point, got a tensor of {threshold.dtype}; cast "
+                    f"it to the weight's dtype"
+                )
+            if threshold.numel() != 1:
+                raise ValueError(
+                    f"threshold must hold one number, got a tensor of shape "
+                    f"{tuple(threshold.shape)}; register one SoftThreshold a tensor"
+                )
+            if not threshold.is_meta:
+                check_threshold("threshold", threshold.item())
+        if isinstance(threshold, nn.Parameter):
+            self.alpha = threshold
+        else:
+            self.register_buffer("alpha", torch.zeros(()), persistent=persistent)
+            self.set_threshold(threshold)
+        if persistent:
+            self.register_buffer("mask", mask)
+        else:
+            # No buffer: one that comes in mid-run would shift the model's others, which an average
+            # of the model (torch.optim.swa_utils) pairs with its own by position.
+            self.mask = mask
+
+    @torch.no_grad()
+    def set_threshold(self, value: float) -> None:
+        """Set alpha to `value`, without a synchronisation with the device.
+
+        Raises:
+            ValueError: If `value` is negative or not finite.
+        """
+        value = _round_to(check_threshold("threshold", value), self.alpha.dtype)
+        self.alpha.fill_(value)
+        self._remember(value)
+
+    def threshold(self) -> Tensor:
+        """The threshold that `forward` applies: one number, differentiable where it is learned."""
+        return self.alpha
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the sparse weight, in the shape and dtype of `weight`."""
+        value = self._value()
+        sparse = weight
+        if value != 0.0 or self.alpha.requires_grad:
+            alpha = self.threshold()
+            check_place(alpha, weight)
+            sparse = _apply(weight, alpha, value, self.reach, self.straight_through)
+        if self.mask is not None:
+            check_mask(self.mask, weight)
+            sparse = _mask(sparse, self.mask)
+        if weight.requires_grad and not sparse.requires_grad and not _elsewhere(weight):
+            # Under `no_grad`. By whether a factor requires grad, torch chooses how to multiply, and
+            # what it computes differs in the last bits: be like the parameter that is there later.
+            sparse.requires_grad_()
+        return sparse
+
+    def _value(self) -> float | None:
+        if torch.compiler.is_compiling() or self._known is None or self.alpha.is_inference():
+            return None
+        alpha, version, value = self._known
+        # Anything else that wrote to or replaced alpha made the number stale.
+        return value if alpha is self.alpha and alpha._version == version else None
+
+    def _remember(self, value: float | None) -> None:
+        # An inference tensor has no version by which a later write could be noticed.
+        self._known = None
+        if value is not None and not self.alpha.is_inference():
+            self._known = (self.alpha, self.alpha._version, value)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SoftThreshold:
+        # Moving to another device or dtype replaces or rewrites alpha: the number follows.
+        value = SoftThreshold._value(self)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.mask is not None and "mask" not in self._buffers:
+            self.mask = fn(self.mask)
+        if value is not None and not self.alpha.is_meta:
+            self.set_threshold(value)  # not just remembered: `to_empty` leaves alpha unwritten
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if prefix + "alpha" in state_dict:
+            self._known = None  # torch may have swapped in a tensor that has the same version
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copied tensor starts at another version: pass the number on as it is now.
+        return {**self.__dict__, "_known": SoftThreshold._value(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        value: Any = self._known
+        self._remember(value)
+
+    def extra_repr(self) -> str:
+        """Show the options that differ from the defaults."""
+        parts = [f"reach={self.reach:g}"] if self.reach != math.inf else []
+        parts += ["straight_through=True"] if self.straight_through else []
+        return ", ".join(parts + (["masked"] if self.mask is not None else []))

@@ -1,0 +1,216 @@
+"""Weights of the task losses: the sliding-window stability of AdapMTL, and plain alternatives.
+
+Every weighting maps ``{task: scalar loss}`` to one scalar that is differentiable in the losses.
+The weights themselves are detached, sum to the number of tasks T, and are computed where their
+buffers live, without the host ever waiting for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from torch_adapmtl._checks import check_choice, check_count
+from torch_adapmtl.weighting.stability import StabilityWeighting
+from torch_adapmtl.weighting._base import LossWeighting, check_names, check_weight
+
+__all__ = [
+    "CallableWeighting",
+    "EqualWeighting",
+    "FixedWeighting",
+    "LossWeighting",
+    "StabilityWeighting",
+    "WeightFunction",
+    "make_weighting",
+]
+
+WeightFunction = Callable[[dict[str, Tensor]], Mapping[str, Tensor | float]]
+"""From ``{task: loss}`` to ``{task: weight}``."""
+
+
+class EqualWeighting(LossWeighting):
+    """Gives every task the weight 1: the plain sum of the losses.
+
+    Example:
+        >>> EqualWeighting(["seg", "depth"])({"seg": torch.tensor(3.0), "depth": None})
+        tensor(3.)
+    """
+
+    def weights(self) -> Tensor:
+        """Ones of shape (T,)."""
+        return torch.ones(len(self.tasks), device=self.device)
+
+
+class FixedWeighting(LossWeighting):
+    """Gives every task a constant weight, scaled so that the weights sum to T.
+
+    Args:
+        tasks: The task names, each once.
+        weights: A finite weight >= 0 for every task, not all zero; only their ratios matter.
+        strict: See `LossWeighting`.
+
+    Raises:
+        ValueError: If a task is missing or unknown, or a weight out of range.
+
+    Example:
+        >>> FixedWeighting(["seg", "depth"], {"seg": 1, "depth": 3}).as_dict()
+        {'seg': 0.5, 'depth': 1.5}
+    """
+
+    fixed: Tensor
+
+    def __init__(
+        self, tasks: Sequence[str], weights: Mapping[str, float], *, strict: bool = False
+    ) -> None:
+        super().__init__(tasks, strict=strict)
+        check_names("weights", weights, self.tasks)
+        for task in self.tasks:
+            check_weight(f"weights[{task!r}]", weights[task])
+        largest = max(float(weights[task]) for task in self.tasks)
+        if largest == 0:
+            raise ValueError("weights are all 0; give at least one task a positive weight")
+        fixed = torch.tensor(
+            [float(weights[task]) / largest for task in self.tasks], dtype=torch.float64
+        )
+        fixed *= len(self.tasks) / fixed.sum()
+        self.register_buffer("fixed", fixed.float(), persistent=False)
+
+    def weights(self) -> Tensor:
+        """The weights, float32 of shape (T,)."""
+        return self.fixed.clone()
+
+
+class CallableWeighting(LossWeighting):
+    """Takes the weights from a function of the losses.
+
+    The function is called with the losses of the tasks present, graph included (so it may take
+    gradients), in every mode; what it returns is detached. By default the weights are scaled to
+    sum to the number of tasks present, like those of every other weighting (left alone where
+    their sum is not positive); ``normalize=False`` uses them exactly as returned. Weights given
+    as floats are checked; weights given as tensors are not, as that would wait for the device.
+
+    Args:
+        tasks: The task names, each once.
+        fn: From ``{task: loss}`` to ``{task: weight}`` for the same tasks; a weight is a float
+            or a 0-dim tensor. To pickle the model, it must be picklable (no lambda).
+        normalize: Whether to scale the weights.
+        strict: See `LossWeighting`.
+
+    Attributes:
+        last: The weights of the last call, float32 of shape (T,); not part of the state dict.
+
+    Raises:
+        TypeError: If `fn` cannot be called; in a call, if a weight is neither float nor tensor.
+        ValueError: In a call, if the weights are not for the tasks of the losses or out of range.
+
+    Example:
+        >>> def inverse(losses):
+        ...     return {task: 1 / loss for task, loss in losses.items()}
+        >>> weighting = CallableWeighting(["seg", "depth"], inverse)
+        >>> weighting({"seg": torch.tensor(1.0), "depth": torch.tensor(3.0)})
+        tensor(3.)
+        >>> weighting.as_dict()
+        {'seg': 1.5, 'depth': 0.5}
+    """
+
+    last: Tensor
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        fn: WeightFunction,
+        *,
+        normalize: bool = True,
+        strict: bool = False,
+    ) -> None:
+        super().__init__(tasks, strict=strict)
+        if not callable(fn):
+            raise TypeError(f"fn must be callable, got {type(fn).__name__}")
+        self.fn = fn
+        self.normalize = normalize
+        self.register_buffer("last", torch.ones(len(self.tasks)), persistent=False)
+
+    def weights(self) -> Tensor:
+        """The weights of the last call (1 before it), float32 of shape (T,)."""
+        return self.last.clone()
+
+    def _weights_for(self, present: dict[str, Tensor]) -> Tensor:
+        returned = self.fn(dict(present))
+        check_names("the weights returned by fn", returned, tuple(present))
+        given = {task: self._to_weight(task, returned[task]) for task in present}
+        if self.normalize:
+            total = torch.stack(list(given.values())).sum()
+            scale = (len(given) / total).masked_fill(total <= 0, 1)
+            given = {task: weight * scale for task, weight in given.items()}
+        before = self.last.unbind()
+        self.last = torch.stack(
+            [given.get(task, before[index]) for index, task in enumerate(self.tasks)]
+        )
+        return self.weights()
+
+    def _to_weight(self, task: str, weight: Tensor | float) -> Tensor:
+        name = f"the weight of {task!r} returned by fn"
+        if isinstance(weight, Tensor):
+            if weight.ndim:
+                raise ValueError(f"{name} must be a scalar, got shape {tuple(weight.shape)}")
+            return weight.detach().to(device=self.device, dtype=torch.float32)
+        check_weight(name, weight)
+        return torch.full((), float(weight), device=self.device)
+
+
+def make_weighting(
+    spec: str | Mapping[str, float] | WeightFunction | LossWeighting,
+    tasks: Sequence[str],
+    total_steps: int,
+) -> LossWeighting:
+    """Makes a loss weighting from a short description.
+
+    Args:
+        spec: ``"stability"``: `StabilityWeighting` as in the paper's text; ``"deviation"``: the
+            same with the authors' code's direction; both with a window of ``total_steps // 40``
+            (at least 10, at most 500), starting after ``total_steps // 4`` steps, which is the
+            paper's 500 and 5,000 of 20,000. ``"equal"``: `EqualWeighting`. A mapping:
+            `FixedWeighting`. A callable: `CallableWeighting`. A `LossWeighting`: used as it is.
+        tasks: The task names, each once.
+        total_steps: Length of the training, in steps.
+
+    Returns:
+        The weighting, its buffers on the CPU unless given as a `LossWeighting`.
+
+    Raises:
+        ValueError: If the name is unknown, or the tasks of a given `LossWeighting` differ.
+        TypeError: If `spec` is of none of these kinds.
+
+    Example:
+        >>> make_weighting("stability", ["seg", "depth"], 20_000).window
+        500
+    """
+    check_count("total_steps", total_steps)
+    if isinstance(spec, LossWeighting):
+        if set(spec.tasks) != set(tasks):
+            raise ValueError(
+                f"weighting was made for the tasks {list(spec.tasks)}, the model has "
+                f"{list(tasks)}: make it for these"
+            )
+        return spec
+    if isinstance(spec, str):
+        check_choice("weighting", spec, ("stability", "deviation", "equal"))
+        if spec == "equal":
+            return EqualWeighting(tasks)
+        return StabilityWeighting(
+            tasks,
+            window=max(10, min(500, total_steps // 40)),
+            start=total_steps // 4,
+            direction="stable" if spec == "stability" else "deviating",
+        )
+    if isinstance(spec, Mapping):
+        return FixedWeighting(tasks, spec)
+    function: object = spec
+    if callable(function) and not isinstance(function, type):  # the class of a weighting, say
+        return CallableWeighting(tasks, function)
+    raise TypeError(
+        "weighting must be 'stability', 'deviation', 'equal', a mapping from task to weight, a "
+        f"callable or a LossWeighting instance, got {spec!r}"
+    )
