@@ -38,7 +38,7 @@ TASKS = {"segmentation": 40, "normal": 3, "depth": 1}
 PARTS = {  # of a run, each from its first step to its last
     "regrow": SparsitySchedule(start=0.0, end=0.0, regrow_until=0.9),
     "no regrowth": SparsitySchedule(start=0.0, end=0.0, regrow_until=0.0),
-    "settled": SparsitySchedule(start=0.0, end=0.0, settled=0.0),
+    "settled": SparsitySchedule(start=0.0, end=0.0, fix_at=0.0),
 }
 VARIANTS = ("dense", *PARTS, "plain")
 
@@ -90,8 +90,8 @@ def make_step(variant: str, args: argparse.Namespace) -> Callable[[], None]:
         )
         combine, finish = pruner.loss, pruner.step
         finish()  # a run that is to have settled does so here
-        if not pruner.budget.frozen:
-            pruner.budget.update(1)  # else the first ten steps would be those of the dense net
+        if not pruner.controller.fixed:
+            pruner.controller.update(1)  # else the first ten steps would be those of the dense net
     elif variant == "plain":
         finish = attach_plain(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)

@@ -21,9 +21,15 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from torch_adapmtl import AdapMTL, Report, apply_adapmtl
+from torch_adapmtl import (
+    Pruner,
+    RelativePerformance,
+    Report,
+    apply_adapmtl,
+    relative_performance,
+    size,
+)
 from torch_adapmtl.datasets import MultiDigits
-from torch_adapmtl.run.size import RelativePerformance, relative_performance, size
 from torch_adapmtl.models import ClassificationHead, MultiTaskModel, RegressionHead
 
 BATCH = 64
@@ -64,7 +70,7 @@ def task_losses(outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) ->
 
 
 def train(
-    model: nn.Module, data: MultiDigits, steps: int, seed: int, pruner: AdapMTL | None = None
+    model: nn.Module, data: MultiDigits, steps: int, seed: int, pruner: Pruner | None = None
 ) -> list[Report]:
     """Train the model: dense, or with AdapMTL where there is a pruner; returns its reports."""
     images, targets = data.tensors()

@@ -23,11 +23,10 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from torch_adapmtl import AdapMTL, apply_adapmtl
+from torch_adapmtl import Pruner, apply_adapmtl, relative_performance, size
 from torch_adapmtl.datasets import Rooms
-from torch_adapmtl.run.size import relative_performance, size
 from torch_adapmtl.models import ASPPHead, MultiTaskModel, feature_channels
-from torch_adapmtl.tasks.tasks import Depth, Normals, Segmentation
+from torch_adapmtl.tasks import Depth, Normals, Segmentation
 
 Metrics = dict[str, dict[str, float]]
 BATCH = 16
@@ -65,7 +64,7 @@ def task_losses(outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) ->
 
 
 def train(
-    model: nn.Module, data: Rooms, steps: int, seed: int, pruner: AdapMTL | None = None
+    model: nn.Module, data: Rooms, steps: int, seed: int, pruner: Pruner | None = None
 ) -> None:
     """Train the model: dense, or with AdapMTL where there is a pruner."""
     images, targets = data.tensors()

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from toys import TwoTasks, batch, losses, pruned
 
-from torch_adapmtl import AdapMTL, SparsitySchedule, apply_adapmtl, keep_zeros, release_zeros
+from torch_adapmtl import Pruner, SparsitySchedule, apply_adapmtl, keep_zeros, release_zeros
 from torch_adapmtl.tensor.torch_prune import find_threshold
 
 STAGES = ("before training", "mid-run", "at the end", "after finalize")
@@ -46,7 +46,7 @@ class Run:
     """
 
     net: nn.Module
-    pruner: AdapMTL | None
+    pruner: Pruner | None
     optimizer: torch.optim.Optimizer
     step: int = 0
     call: Any = None
@@ -85,7 +85,7 @@ class Run:
         return sum(getattr(self.net.get_submodule(p), last).numel() for p, _, last in paths)
 
 
-def prepare(net: nn.Module, **options: Any) -> AdapMTL:
+def prepare(net: nn.Module, **options: Any) -> Pruner:
     defaults: dict[str, Any] = {
         "target_sparsity": TARGET, "total_steps": STEPS, "example_inputs": torch.ones(2, 6),
         "schedule": SparsitySchedule(start=0.0, end=0.5),

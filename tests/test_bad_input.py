@@ -25,25 +25,29 @@ from toys import TwoTasks, losses, prepare, tensors, train, weights, zeros
 from untouched import assert_untouched
 
 from torch_adapmtl import (
-    AdapMTL,
+    SNIP,
     CallableWeighting,
+    DiSparse,
     EqualWeighting,
     FixedWeighting,
     GradientAllocation,
+    IterativeMagnitude,
     LAMPAllocation,
-    PaperMode,
+    Magnitude,
+    Paper,
+    Pruner,
     SensitivityAllocation,
     SoftThreshold,
     SoftThresholdPruning,
     SparsitySchedule,
     StabilityWeighting,
+    Taylor,
     apply_adapmtl,
     find_components,
     soft_threshold,
     soft_threshold_unstructured,
 )
 from torch_adapmtl.run.checkpoint import pack, unpack
-from torch_adapmtl.methods import SNIP, DiSparse, IterativeMagnitude, Magnitude, Taylor
 from torch_adapmtl.weighting.simple import make_weighting
 
 NAN, INF = math.nan, math.inf
@@ -180,20 +184,20 @@ ARGUMENTS = [
                             ("allocation", LAMPAllocation))
     ),
     option("mode", V, "mode", "'fast'", "one of 'adaptive', 'paper'", mode="fast"),
-    option("mode, its class", V, "mode", "class", "one of 'adaptive', 'paper'", mode=PaperMode),
+    option("mode, its class", V, "mode", "class", "one of 'adaptive', 'paper'", method=Paper),
     option("gradient", V, "gradient", "'none'", "one of 'straight_through', 'mask'",
            gradient="none"),
     option("reach 1", V, "reach", "got 1.0", "above 1", reach=1.0),
     option("reach in words", T, "reach", "'far'", "a number", reach="far"),
     *(
         option(f"{name} in {mode!r}", V, name, f"mode={mode!r}", "leave it out",
-               mode=mode, **{name: value})
+               method=mode, **{name: value})
         for mode, name, value in (
-            (PaperMode(), "granularity", "component"),
-            (PaperMode(), "allocation", "sensitivity"),
-            (PaperMode(), "schedule", SparsitySchedule()),
-            (PaperMode(), "min_density", 0.1),
-            (PaperMode(), "max_density", 0.1),
+            (Paper(), "granularity", "component"),
+            (Paper(), "allocation", "sensitivity"),
+            (Paper(), "schedule", SparsitySchedule()),
+            (Paper(), "min_density", 0.1),
+            (Paper(), "max_density", 0.1),
             (SNIP(), "gradient", "mask"),
             (SNIP(), "allocation", "common"),
             (SNIP(), "reach", 2.0),
@@ -447,7 +451,7 @@ MODELS = [
     unfit("more masked than the target", with_masks, V, "target_sparsity=0.1", "17 zeros",
           "Change the target", do=call(target_sparsity=0.1)),
     unfit("the same for a baseline", with_masks, V, "target_sparsity=0.1", "hold 40",
-          "raise the target", do=call(target_sparsity=0.1, mode=Magnitude())),
+          "raise the target", do=call(target_sparsity=0.1, method=Magnitude())),
     *(
         Row(f"{name} for a model", lambda scene, value=value: prepare(value), T, "model",
             found, "pass the model itself")
@@ -546,7 +550,7 @@ LOSSES = [
     running("made anew", loss(a=lambda real: torch.tensor(1.0)), V, "losses", "['a']", DETACHED),
     *(
         running(f"{name} in {mode}", do, V, "losses", found, remedy, after=0,
-                options={"mode": mode})
+                options={"method": mode})
         for mode in (SNIP(), DiSparse())
         for name, do, found, remedy in (
             ("a vector", loss(a=lambda real: real.expand(3)), "(3,)", ".mean()"),
@@ -585,7 +589,7 @@ HANDLE = [
             after=STEPS),
     running("stepping after an early freeze", lambda s: s.pruner.step(), R, "step()",
             f"more than total_steps={STEPS} times", "call finalize()",
-            first=lambda s: s.pruner.freeze()),
+            first=lambda s: s.pruner.fix_zeros()),
     running("attaching twice", lambda s: s.pruner.attach(s.optimizer), R, "attach()",
             "called already", "leave out this call", first=lambda s: s.pruner.attach(s.optimizer),
             goes_on=False),
@@ -597,7 +601,7 @@ HANDLE = [
                 "call finalize() instead", goes_on=False,
                 first=lambda s: prune.remove(s.model.body, "weight"))
         for name, do in (("then a step", lambda s: s.pruner.step()),
-                         ("then a freeze", lambda s: s.pruner.freeze()))
+                         ("then a freeze", lambda s: s.pruner.fix_zeros()))
     ),
     running("attaching a name", lambda s: s.pruner.attach("adam"), T, "optimizer", "got a str",
             "pass the one that trains the model"),
@@ -617,8 +621,8 @@ HANDLE = [
             "must be left out", "param_groups puts"),
     running("sparsity by head", lambda s: s.pruner.sparsity("head"), V, "by", "'head'",
             "'overall', 'component' or 'layer'"),
-    running("freezing in paper mode", lambda s: s.pruner.freeze(), R, "freeze()", "mode='paper'",
-            "call finalize()", options={"mode": "paper"}, goes_on=False),
+    running("freezing in paper mode", lambda s: s.pruner.fix_zeros(), R, "freeze()", "mode='paper'",
+            "call finalize()", options={"method": "paper"}, goes_on=False),
 ]  # fmt: skip
 
 
@@ -633,7 +637,7 @@ def finalised(id: str, do: Callable[[Scene], object]) -> Row:
 LATE = [
     finalised("finalize", lambda s: s.pruner.finalize()),
     finalised("step", lambda s: s.pruner.step()),
-    finalised("freeze", lambda s: s.pruner.freeze()),
+    finalised("freeze", lambda s: s.pruner.fix_zeros()),
     finalised("report", lambda s: s.pruner.report()),
     finalised("sparsity", lambda s: s.pruner.sparsity()),
     finalised("loss", lambda s: s.pruner.loss(losses(s.model, 0))),
@@ -655,7 +659,7 @@ STATES = [
          "'heads.a.weight': 'b'", "prepare the model alike (groups"),
         ("another granularity", foreign(granularity="component"), "granularity", "'component'",
          "prepare it alike"),
-        ("another mode", foreign(mode="paper"), "mode", "PaperMode", "prepare it alike"),
+        ("another mode", foreign(method="paper"), "mode", "Paper", "prepare it alike"),
         ("another allocation", foreign(allocation="sensitivity"), "allocation",
          "SensitivityAllocation", "prepare it alike"),
         ("a common threshold", foreign(allocation="common"), "allocation", "None",
@@ -731,13 +735,13 @@ SETTINGS = [
     schedule("ends never", "start and end", "end=nan", IN_ORDER, end=NAN),
     schedule("starts in words", "start", "'soon'", "be a number", T, start="soon"),
     schedule("ends at None", "end", "None", "be a number", T, end=None),
-    schedule("settles before its end", "settled", "got 0.4", "between end=0.5 and 1", settled=0.4),
-    schedule("settles never", "settled", "got nan", "between end=0.5 and 1", settled=NAN),
-    schedule("settles at True", "settled", "True", "be a number", T, settled=True),
-    schedule("regrows before its end", "regrow_until", "got 0.4", "between end=0.5 and settled=0.9",
+    schedule("settles before its end", "settled", "got 0.4", "between end=0.5 and 1", fix_at=0.4),
+    schedule("settles never", "settled", "got nan", "between end=0.5 and 1", fix_at=NAN),
+    schedule("settles at True", "settled", "True", "be a number", T, fix_at=True),
+    schedule("regrows before its end", "regrow_until", "got 0.4", "between end=0.5 and fix_at=0.9",
              regrow_until=0.4),
-    schedule("regrows settled zeros", "regrow_until", "got 0.8", "end=0.5 and settled=0.7",
-             settled=0.7, regrow_until=0.8),
+    schedule("regrows settled zeros", "regrow_until", "got 0.8", "end=0.5 and fix_at=0.7",
+             fix_at=0.7, regrow_until=0.8),
     schedule("regrows never", "regrow_until", "got nan", "between end=0.5", regrow_until=NAN),
     schedule("regrows until True", "regrow_until", "True", "be a number", T, regrow_until=True),
     schedule("initial 1", "initial", "got 1.0", "in [0, 1)", initial=1.0),
@@ -762,9 +766,9 @@ SETTINGS = [
             (SensitivityAllocation, {"prior": INF}, V, "prior", "prior=inf", ">= 0"),
             (GradientAllocation, {"bound": 0}, V, "bound", "got 0", "> 0"),
             (GradientAllocation, {"bound": "x"}, T, "bound", "'x'", "be a number"),
-            (PaperMode, {"start": INF}, V, "start", "got inf", "finite"),
-            (PaperMode, {"weight_decay": -1.0}, V, "weight_decay", "got -1.0", ">= 0"),
-            (PaperMode, {"weight_decay": "x"}, T, "weight_decay", "'x'", "be a number"),
+            (Paper, {"start": INF}, V, "start", "got inf", "finite"),
+            (Paper, {"weight_decay": -1.0}, V, "weight_decay", "got -1.0", ">= 0"),
+            (Paper, {"weight_decay": "x"}, T, "weight_decay", "'x'", "be a number"),
             (Magnitude, {"scope": "layer"}, V, "scope", "'layer'", "'global' or 'uniform'"),
             (Taylor, {"decay": 1.0}, V, "decay", "got 1.0", "in [0, 1)"),
             (Taylor, {"decay": "x"}, T, "decay", "'x'", "be a number"),
@@ -1009,7 +1013,7 @@ def test_numbers_of_numpy_are_numbers(kind: Any) -> None:
     pruner = prepare(TwoTasks(), target_sparsity=kind(0.5), total_steps=np.int64(5), reach=kind(2))
     assert (pruner.target_sparsity, pruner.total_steps) == (0.5, 5)
     SparsitySchedule(
-        start=kind(0.25), end=kind(0.5), settled=kind(1), regrow_until=kind(1), initial=kind(0)
+        start=kind(0.25), end=kind(0.5), fix_at=kind(1), regrow_until=kind(1), initial=kind(0)
     )
 
 
@@ -1019,7 +1023,7 @@ FRACTIONS = st.one_of(st.sampled_from([0.0, 0.5, 1.0, NAN, INF]), st.floats(-0.5
 TIMES = st.none() | FRACTIONS
 
 
-@given(start=FRACTIONS, end=FRACTIONS, settled=TIMES, regrow_until=TIMES, initial=FRACTIONS)
+@given(start=FRACTIONS, end=FRACTIONS, fix_at=TIMES, regrow_until=TIMES, initial=FRACTIONS)
 def test_schedules(
     start: float, end: float, settled: float | None, regrow_until: float | None, initial: float
 ) -> None:
@@ -1071,7 +1075,7 @@ def test_densities_are_kept_or_refused(
         words = ("no room", "Lower") if "no room" in str(refusal) else ("zeros", "Change the")
         refuse(do, V, "_density", *words)
         return
-    pruner.freeze()
+    pruner.fix_zeros()
     assert zeros(pruner) == round(target * weights(pruner))
     for name, sparsity in pruner.sparsity("component").items():
         size = sum(t.parameter.numel() for t in pruner.components[name])
@@ -1131,7 +1135,7 @@ def test_bytes_that_are_no_state(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("options", [{}, {"allocation": "gradient"}, {"mode": "paper"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"allocation": "gradient"}, {"method": "paper"}], ids=str)
 def test_where_it_is_called_does_not_matter(context: Any, options: dict[str, Any]) -> None:
     found = []
     for surroundings in (torch.enable_grad, context):
@@ -1140,7 +1144,7 @@ def test_where_it_is_called_does_not_matter(context: Any, options: dict[str, Any
         with surroundings():
             pruner = prepare(model, total_steps=STEPS, **options)
         train(model, pruner, torch.optim.SGD(pruner.param_groups(lr=0.1)), range(STEPS))
-        found.append((tensors(model), pruner.budget.thresholds()))
+        found.append((tensors(model), pruner.controller.thresholds()))
     assert all(torch.equal(value, found[1][0][key]) for key, value in found[0][0].items())
     assert torch.equal(found[0][1], found[1][1])
 
@@ -1164,7 +1168,7 @@ def test_a_model_in_training_for_quantisation() -> None:
 def test_losses_to_look_at(mode: Any) -> None:
     """In evaluation a loss need not require grad, and it leaves no trace."""
     model = TwoTasks()
-    pruner = prepare(model, mode=mode)
+    pruner = prepare(model, method=mode)
 
     def look() -> None:
         with torch.no_grad():
@@ -1206,7 +1210,7 @@ def test_one_loss_without_grad_beside_others() -> None:
     assert "leave the task out of the losses" in said[1][0]
 
 
-def idle(model: nn.Module, pruner: AdapMTL, steps: int) -> list[str]:
+def idle(model: nn.Module, pruner: Pruner, steps: int) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(steps):
@@ -1217,7 +1221,7 @@ def idle(model: nn.Module, pruner: AdapMTL, steps: int) -> list[str]:
 @pytest.mark.parametrize("mode", ["adaptive", "paper", Magnitude()])
 def test_stepping_without_training_is_told_once(mode: Any) -> None:
     model = TwoTasks()
-    pruner = prepare(model, total_steps=400, mode=mode)
+    pruner = prepare(model, total_steps=400, method=mode)
     said = idle(model, pruner, 400)
     assert len(said) == 1
     assert "no weight has changed since the first" in said[0]
@@ -1303,7 +1307,7 @@ def test_copies_look_at_states_too_and_plain_models_no_more(duplicate: Any) -> N
     plain = copy.deepcopy(model.state_dict())
     prepare(model)
     twin = duplicate(model)
-    twin.adapmtl.freeze()
+    twin.adapmtl.fix_zeros()
     twin.adapmtl.finalize()
     assert not twin._load_state_dict_pre_hooks
     twin.load_state_dict(plain)

@@ -11,8 +11,15 @@ import torch
 from torch import Tensor, nn
 from toys import TwoTasks, losses, prepare, tensors, train, zeros
 
-from torch_adapmtl import AdapMTL, PaperMode, SparsitySchedule, StabilityWeighting
-from torch_adapmtl.methods import SNIP, DiSparse, Taylor
+from torch_adapmtl import (
+    SNIP,
+    DiSparse,
+    Paper,
+    Pruner,
+    SparsitySchedule,
+    StabilityWeighting,
+    Taylor,
+)
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="needs torch.distributed"
@@ -24,10 +31,10 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "lamp": {},
     "sensitivity": {"allocation": "sensitivity"},
     "gradient": {"allocation": "gradient"},
-    "paper": {"mode": PaperMode(start=-3.0, weight_decay=0.1), "target_sparsity": 0.3},
-    "taylor": {"mode": Taylor()},
-    "snip": {"mode": SNIP()},
-    "disparse": {"mode": DiSparse(dynamic=True)},
+    "paper": {"method": Paper(start=-3.0, weight_decay=0.1), "target_sparsity": 0.3},
+    "taylor": {"method": Taylor()},
+    "snip": {"method": SNIP()},
+    "disparse": {"method": DiSparse(dynamic=True)},
     "given": {"allocation": "sensitivity", "wrap_first": True},
 }
 
@@ -62,10 +69,10 @@ def _train_one_of_two(rank: int, folder: str) -> None:
             optimizer.step()
             optimizer.zero_grad()
             pruner.step()
-            masks = [layer.threshold.mask for layer in pruner.budget.layers]
+            masks = [layer.threshold.mask for layer in pruner.controller.layers]
             steps.append(
                 {
-                    "thresholds": pruner.budget.thresholds().clone(),
+                    "thresholds": pruner.controller.thresholds().clone(),
                     "masks": torch.cat([mask.flatten() for mask in masks if mask is not None])
                     if any(mask is not None for mask in masks)
                     else torch.ones(0),
@@ -124,7 +131,7 @@ def _until_told(rank: int, strict: bool) -> None:
         optimizer.zero_grad()
         pruner.step()
 
-    update = next(n for n in range(13, 30) if pruner.budget.due(n)) - 1
+    update = next(n for n in range(13, 30) if pruner.controller.due(n)) - 1
     told = 12 if strict else update
     for step in range(told):
         one(step)
@@ -139,7 +146,7 @@ def test_a_nan_in_one_process_is_told_in_all(tmp_path: Path) -> None:
 # --- sharded ------------------------------------------------------------------------------------
 
 
-def _shard(**options: Any) -> tuple[nn.Module, AdapMTL, torch.optim.Optimizer]:
+def _shard(**options: Any) -> tuple[nn.Module, Pruner, torch.optim.Optimizer]:
     from torch.distributed.fsdp import fully_shard
 
     torch.manual_seed(0)
@@ -152,7 +159,7 @@ def _shard(**options: Any) -> tuple[nn.Module, AdapMTL, torch.optim.Optimizer]:
 
 
 def _train(
-    model: nn.Module, pruner: AdapMTL, optimizer: torch.optim.Optimizer, steps: range, rank: int
+    model: nn.Module, pruner: Pruner, optimizer: torch.optim.Optimizer, steps: range, rank: int
 ) -> None:
     for step in steps:
         pruner.loss(losses(model, step, rank)).backward()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn.utils import prune
 from toys import Bag, initialise, pruned, weights, zeros
 
-from torch_adapmtl import AdapMTL, apply_adapmtl
+from torch_adapmtl import Pruner, apply_adapmtl
 
 SHAPES = st.sampled_from(
     [(1, 1), (3, 1), (1, 7), (5, 4), (16, 9), (2, 3, 3), (4, 3, 3, 3), (1, 1, 1, 1), (24, 24)]
@@ -43,7 +43,7 @@ def _bag(shapes: list[tuple[int, ...]], kinds: list[int]) -> dict[str, list[str]
     return groups
 
 
-def _literal(pruner: AdapMTL) -> int:
+def _literal(pruner: Pruner) -> int:
     return sum(int((tensor.parameter == 0).sum()) for tensor in pruned(pruner))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from toys import TwoTasks, batch, losses, prepare, tensors, weights, zeros
 
-from torch_adapmtl import AdapMTL, SparsitySchedule
+from torch_adapmtl import Pruner, SparsitySchedule
 
 EARLY = SparsitySchedule(start=0.0, end=0.5)
 
@@ -301,7 +301,7 @@ def test_tensorboard(tmp_path: Path) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     pruner = prepare(TwoTasks())
-    assert isinstance(pruner, AdapMTL)
+    assert isinstance(pruner, Pruner)
     writer = SummaryWriter(str(tmp_path))
     for step in range(20):
         pruner.step()

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 from toys import TwoTasks, batch, losses, prepare, tensors, train, weights, zeros
 
-from torch_adapmtl import AdapMTL, PaperMode, SparsitySchedule
-from torch_adapmtl.methods import Taylor
+from torch_adapmtl import Paper, Pruner, SparsitySchedule, Taylor
 
 EARLY = SparsitySchedule(start=0.0, end=0.5)
 
 
-def _final(pruner: AdapMTL, model: nn.Module) -> dict[str, Tensor]:
+def _final(pruner: Pruner, model: nn.Module) -> dict[str, Tensor]:
     assert zeros(pruner) == round(0.8 * weights(pruner))
     pruner.finalize()
     assert zeros(pruner) == round(0.8 * weights(pruner))
@@ -28,7 +27,7 @@ def _final(pruner: AdapMTL, model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.filterwarnings("ignore:the run ended at a sparsity")  # of a toy, after 20 steps
 @pytest.mark.parametrize("compile_first", [True, False])
-@pytest.mark.parametrize("options", [{}, {"allocation": "gradient"}, {"mode": "paper"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"allocation": "gradient"}, {"method": "paper"}], ids=str)
 def test_compiled_is_as_eager(options: dict[str, Any], compile_first: bool) -> None:
     graphs: list[Any] = []
 
@@ -37,7 +36,7 @@ def test_compiled_is_as_eager(options: dict[str, Any], compile_first: bool) -> N
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
     if "mode" in options:
-        options = {"mode": PaperMode(start=-3.0, weight_decay=0.1), "target_sparsity": 0.3}
+        options = {"method": Paper(start=-3.0, weight_decay=0.1), "target_sparsity": 0.3}
     else:
         # Pruned weights learn to the end: whether the one that a threshold lies on does can hang
         # on a last bit, which a compiler may round in its own way.
@@ -113,7 +112,7 @@ def test_autocast() -> None:
         optimizer.step()
         optimizer.zero_grad()
         pruner.step()
-    assert pruner.budget.offsets().any()
+    assert pruner.controller.offsets().any()
     _final(pruner, model)
 
 
@@ -140,7 +139,7 @@ def test_skipped_steps_leave_no_trace(allocation: Any) -> None:
             optimizer.zero_grad()
             pruner.step()
         assert all(tensor.isfinite().all() for tensor in pruner.buffers())
-        found.append(pruner.budget.offsets())
+        found.append(pruner.controller.offsets())
         _final(pruner, model)
     assert found[1].isfinite().all()
 
@@ -156,7 +155,7 @@ def test_a_step_that_a_scaler_skips_is_none(fused: bool, mode: str | Taylor) -> 
         torch.manual_seed(0)
         model = TwoTasks()
         schedule = {"schedule": EARLY} if mode == "adaptive" else {}
-        pruner = prepare(model, mode=mode, weighting="equal", **schedule)
+        pruner = prepare(model, method=mode, weighting="equal", **schedule)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, fused=fused)
         pruner.attach(optimizer)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4, growth_interval=10**6)
@@ -232,7 +231,7 @@ def test_when_gradients_are_cleared_does_not_matter(set_to_none: bool) -> None:
                 optimizer.zero_grad(set_to_none=set_to_none)
             pruner.step()
             optimizer.zero_grad(set_to_none=set_to_none)
-        assert pruner.budget.offsets().any()
+        assert pruner.controller.offsets().any()
         found.append(_final(pruner, model))
     assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
 
@@ -258,7 +257,7 @@ def test_accumulated_gradients_are_seen_whole() -> None:
             optimizer.step()
             optimizer.zero_grad()
             pruner.step()
-        found.append((pruner.budget.offsets(), _final(pruner, model)))
+        found.append((pruner.controller.offsets(), _final(pruner, model)))
     torch.testing.assert_close(found[0][0], found[1][0])
     for key, value in found[0][1].items():
         torch.testing.assert_close(value, found[1][1][key])
@@ -299,7 +298,7 @@ def test_two_optimizers_and_a_task_that_is_often_missing() -> None:
         for optimizer in (body, heads):
             optimizer.step()
             optimizer.zero_grad()
-    assert pruner.budget.allocator.saliency[1].min() > 0
+    assert pruner.controller.allocator.saliency[1].min() > 0
     _final(pruner, model)
 
 
@@ -340,7 +339,7 @@ def test_thresholds_may_move_between_forward_and_backward(gradient: Any) -> None
         optimizer.zero_grad()
         total = pruner.loss(losses(model, 5))
         if moves:
-            pruner.budget.update(6)
+            pruner.controller.update(6)
         total.backward()
         found.append([parameter.grad.clone() for parameter in model.parameters()])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
@@ -348,10 +347,10 @@ def test_thresholds_may_move_between_forward_and_backward(gradient: Any) -> None
 
 def test_a_kept_weight_that_lands_on_zero_is_none_of_the_zeros() -> None:
     model = TwoTasks()
-    pruner = prepare(model, schedule=SparsitySchedule(start=0.0, end=0.5, settled=0.5))
+    pruner = prepare(model, schedule=SparsitySchedule(start=0.0, end=0.5, fix_at=0.5))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     train(model, pruner, optimizer, range(19))
-    layer = pruner._layers[0]
+    layer = pruner.layers[0]
     with torch.no_grad():
         layer.weight[layer.threshold.mask] = 0.0
     pruner.step()

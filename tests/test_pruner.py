@@ -81,7 +81,7 @@ def test_nothing_of_the_handle_is_kept_alive() -> None:
 def test_survivors_that_became_zero_do_not_spoil_the_count() -> None:
     model = TwoTasks()
     pruner = prepare(model)
-    pruner.freeze()
+    pruner.fix_zeros()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
@@ -143,7 +143,7 @@ def test_attaching_ends_with_finalize() -> None:
     pruner = prepare(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     pruner.attach(optimizer)
-    pruner.freeze()
+    pruner.fix_zeros()
     assert optimizer._optimizer_step_post_hooks  # another target may follow
     optimizer.step()  # nothing is left to move
     pruner.finalize()
@@ -225,10 +225,10 @@ def test_early_freeze_prunes_to_the_target() -> None:
     pruner = prepare(model, total_steps=1000)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     train(model, pruner, optimizer, range(3))
-    pruner.freeze()
+    pruner.fix_zeros()
     assert zeros(pruner) == round(0.8 * weights(pruner))
     frozen = tensors(model)
-    pruner.freeze()  # once more changes nothing
+    pruner.fix_zeros()  # once more changes nothing
     assert all(torch.equal(value, frozen[key]) for key, value in tensors(model).items())
     pruner.finalize()
     assert zeros(pruner) == round(0.8 * weights(pruner))

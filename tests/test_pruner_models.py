@@ -12,10 +12,10 @@ from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import spectral_norm
 from toys import Bag, TwoTasks, batch, prepare, tensors, train, weights, zeros
 
-from torch_adapmtl import AdapMTL, apply_adapmtl
+from torch_adapmtl import Pruner, apply_adapmtl
 
 
-def _run(model: nn.Module, pruner: AdapMTL, loss: Any, target: float = 0.8) -> None:
+def _run(model: nn.Module, pruner: Pruner, loss: Any, target: float = 0.8) -> None:
     """Train to the end and finalise, and check what must hold of every model."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(20):
@@ -112,7 +112,7 @@ def test_the_sparse_weight_is_used_as_the_parameter_is(
 ) -> None:
     model, x = _Split(body, 96).eval(), torch.randn(*shape)
     pruner = prepare(model, example_inputs=x, **options)
-    pruner.freeze()
+    pruner.fix_zeros()
     with quiet():
         before = model(x)
     pruner.finalize()
@@ -175,7 +175,7 @@ def test_frozen_and_unused_parts_stay_dense_and_uncounted() -> None:
     model.heads["b"].weight.requires_grad_(False)
     before = tensors(model)
     pruner = prepare(model)
-    pruner.freeze()
+    pruner.fix_zeros()
     assert weights(pruner) == 6 * 12 + 12 * 5
     assert {(name, reason) for name, reason, _ in pruner.report().dense} == {
         ("spare.weight", "unused"), ("heads.b.weight", "frozen"),
@@ -191,7 +191,7 @@ def test_a_parametrization_of_the_users_stays_on_top() -> None:
     spectral_norm(model.body)
     keys = list(model.state_dict())
     pruner = prepare(model)
-    pruner.freeze()
+    pruner.fix_zeros()
     pruner.finalize()
     assert list(model.state_dict()) == keys
     baked = model.body.parametrizations.weight.original == 0
@@ -203,7 +203,7 @@ def test_a_freeze_in_inference_mode_leaves_a_model_that_trains() -> None:
     model = TwoTasks()
     pruner = prepare(model)
     with torch.inference_mode():
-        pruner.freeze()
+        pruner.fix_zeros()
     sum(out.sum() for out in model(torch.randn(3, 6)).values()).backward()
 
 
@@ -213,7 +213,7 @@ def test_removed_by_prune_after_the_end() -> None:
     model.twin.weight = model.body.weight
     keys = list(model.state_dict())
     pruner = prepare(model)
-    pruner.freeze()
+    pruner.fix_zeros()
     prune.remove(model.body, "weight")  # one of the two that hold it
     prune.remove(model.heads["a"], "weight")
     pruner.finalize()

@@ -14,13 +14,13 @@ from torch import nn
 from torch.nn.utils import prune
 from toys import TwoTasks, batch, losses, prepare, tensors, train, weights, zeros
 
-from torch_adapmtl import AdapMTL, SparsitySchedule, _state
+from torch_adapmtl import Pruner, SparsitySchedule, _state
 
 # 450 steps: an update every 9, the sparsity begins to rise at once.
 RUN: dict[str, Any] = {"total_steps": 450, "schedule": SparsitySchedule(start=0.0, end=0.1)}
 
 
-def _adam(pruner: AdapMTL) -> torch.optim.Optimizer:
+def _adam(pruner: Pruner) -> torch.optim.Optimizer:
     return torch.optim.Adam(pruner.param_groups(lr=3e-3, weight_decay=1e-3, threshold_lr=1e-2))
 
 
@@ -28,7 +28,7 @@ def _assert_equal(model: nn.Module, other: nn.Module) -> None:
     found, expected = tensors(model), tensors(other)
     assert list(found) == list(expected)
     assert all(torch.equal(found[key], value) for key, value in expected.items())
-    thresholds = (m.adapmtl.budget.thresholds() for m in (model, other))  # type: ignore[union-attr]
+    thresholds = (m.adapmtl.controller.thresholds() for m in (model, other))  # type: ignore[union-attr]
     assert torch.equal(*thresholds)
 
 
@@ -56,10 +56,10 @@ def test_a_loaded_run_goes_on_bit_for_bit(stop: int, allocation: Any, tmp_path: 
     train(fresh, other, again, range(stop, 70))
     _assert_equal(fresh, model)
     if allocation != "gradient":
-        assert pruner.budget.offsets().abs().max() > 0.01  # there was something to lose
+        assert pruner.controller.offsets().abs().max() > 0.01  # there was something to lose
 
     for handle in (pruner, other):
-        handle.freeze()
+        handle.fix_zeros()
     _assert_equal(fresh, model)
     assert torch.equal(fresh.body.weight, model.body.weight)
 
@@ -114,10 +114,10 @@ def test_one_key_a_component() -> None:
     added = [key for key in keys if key.startswith("adapmtl")]
     assert sorted(set(keys) - set(added)) == sorted(plain)
     assert [key for key in added if "offset" in key] == [
-        f"adapmtl.budget.offset.{name}" for name in ("shared", "a", "b")
+        f"adapmtl.controller.offset.{name}" for name in ("shared", "a", "b")
     ]
     assert {key.split(".")[1] for key in added} == {"_extra_state", "budget", "trace", "weighting"}
-    assert len([key for key in added if ".budget." in key]) == 4  # and the level
+    assert len([key for key in added if ".controller." in key]) == 4  # and the level
 
 
 # --- copies -------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def test_a_copy_has_its_own_handle(duplicate: Any, stop: int) -> None:
         optimizer.zero_grad()
     twin = duplicate(model)
     own = twin.adapmtl
-    assert isinstance(own, AdapMTL)
+    assert isinstance(own, Pruner)
     assert own is not pruner
     _assert_equal(twin, model)
 
@@ -161,13 +161,13 @@ def test_a_copy_has_its_own_handle(duplicate: Any, stop: int) -> None:
         optimizer.zero_grad()
     _assert_equal(twin, model)
 
-    own.freeze()
+    own.fix_zeros()
     own.finalize()
     assert zeros(own) == round(0.8 * weights(own))
     assert zeros(pruner) < weights(pruner)
     assert list(twin.state_dict()) == list(TwoTasks().state_dict())
     assert model.adapmtl is pruner
-    pruner.freeze()
+    pruner.fix_zeros()
     pruner.finalize()
     assert all(torch.equal(value, twin.state_dict()[key]) for key, value in tensors(model).items())
 
@@ -176,7 +176,7 @@ def test_a_copy_has_its_own_handle(duplicate: Any, stop: int) -> None:
 def test_a_copy_of_the_end_and_of_the_plain_model(duplicate: Any) -> None:
     model = TwoTasks()
     pruner = prepare(model)
-    pruner.freeze()
+    pruner.fix_zeros()
     twin = duplicate(model)
     twin.adapmtl.finalize()
     pruner.finalize()
@@ -196,14 +196,14 @@ def test_a_state_keeps_its_size() -> None:
             assert {key: value.shape for key, value in tensors(model).items()} == shapes
         else:
             pruner.step()
-    assert pruner.budget.frozen
+    assert pruner.controller.fixed
     assert {key: value.shape for key, value in tensors(model).items()} == shapes
 
 
 def test_a_state_packs_each_mask_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = TwoTasks()
     pruner = prepare(model)
-    pruner.freeze()
+    pruner.fix_zeros()
     pack, packed = _state.pack_mask, []
 
     def counting(mask: torch.Tensor) -> torch.Tensor:
@@ -214,7 +214,7 @@ def test_a_state_packs_each_mask_once(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = model.state_dict(), model.state_dict()
     assert len(packed) == 3
     assert torch.equal(first["adapmtl._extra_state"], second["adapmtl._extra_state"])
-    pruner.budget.layers[0].threshold.mask[0, 0] ^= True
+    pruner.controller.layers[0].threshold.mask[0, 0] ^= True
     third = model.state_dict()
     assert len(packed) == 4
     assert not torch.equal(first["adapmtl._extra_state"], third["adapmtl._extra_state"])
@@ -264,8 +264,10 @@ def test_averaged_weights() -> None:
     for step in range(20):
         train(model, pruner, optimizer, [step])
         average.update_parameters(model)
-        assert torch.equal(average.module.adapmtl.budget.thresholds(), pruner.budget.thresholds())
-    average.module.adapmtl.freeze()
+        assert torch.equal(
+            average.module.adapmtl.controller.thresholds(), pruner.controller.thresholds()
+        )
+    average.module.adapmtl.fix_zeros()
     sparse = average.module.adapmtl.finalize()
     assert sum(int((p == 0).sum()) for p in sparse.parameters() if p.ndim == 2) == round(0.8 * 168)
     pruner.finalize()
@@ -307,4 +309,4 @@ def test_new_parameters_are_listened_to() -> None:
     state = copy.deepcopy(model.state_dict())
     model.load_state_dict(state, assign=True)
     train(model, pruner, torch.optim.SGD(model.parameters(), lr=0.1), range(45))
-    assert pruner.budget.allocator.saliency[1].min() > 0
+    assert pruner.controller.allocator.saliency[1].min() > 0

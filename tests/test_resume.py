@@ -13,17 +13,16 @@ import pytest
 import torch
 from test_examples import load
 
-from torch_adapmtl import PaperMode
-from torch_adapmtl.methods import DiSparse, Taylor
+from torch_adapmtl import DiSparse, Paper, Taylor
 
 STEPS, EVERY = 50, 3  # an update at every step
 RUNS: dict[str, dict[str, Any]] = {
     "lamp": {},
     "sensitivity": {"allocation": "sensitivity"},
     "gradient": {"allocation": "gradient", "granularity": "component"},
-    "paper": {"mode": PaperMode(start=-4.0, weight_decay=0.1), "target_sparsity": 0.5},
-    "Taylor": {"mode": Taylor()},
-    "DiSparse": {"mode": DiSparse(dynamic=True)},
+    "paper": {"method": Paper(start=-4.0, weight_decay=0.1), "target_sparsity": 0.5},
+    "Taylor": {"method": Taylor()},
+    "DiSparse": {"method": DiSparse(dynamic=True)},
 }
 # Kills of each run; the moments are drawn anew for each.
 KILLS = 4

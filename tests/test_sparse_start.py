@@ -14,14 +14,17 @@ from torch.nn.utils import prune
 from toys import TwoTasks, batch, losses, prepare, pruned, tensors, train, weights, zeros
 
 from torch_adapmtl import (
-    AdapMTL,
-    PaperMode,
+    SNIP,
+    DiSparse,
+    Magnitude,
+    Paper,
+    Pruner,
     SparsitySchedule,
+    Taylor,
     apply_adapmtl,
     keep_zeros,
     release_zeros,
 )
-from torch_adapmtl.methods import SNIP, DiSparse, Magnitude, Taylor
 
 NAMES = ("body.weight", "heads.a.weight", "heads.b.weight")
 
@@ -65,11 +68,11 @@ MODES: dict[str, dict[str, Any]] = {
     "sensitivity": {"allocation": "sensitivity"},
     "gradient": {"allocation": "gradient"},
     "common": {"allocation": "common", "granularity": "component"},
-    "magnitude": {"mode": Magnitude(scope="global")},
-    "uniform": {"mode": Magnitude(scope="uniform")},
-    "taylor": {"mode": Taylor()},
-    "snip": {"mode": SNIP()},
-    "disparse": {"mode": DiSparse(dynamic=True)},
+    "magnitude": {"method": Magnitude(scope="global")},
+    "uniform": {"method": Magnitude(scope="uniform")},
+    "taylor": {"method": Taylor()},
+    "snip": {"method": SNIP()},
+    "disparse": {"method": DiSparse(dynamic=True)},
 }
 
 
@@ -94,7 +97,7 @@ def test_zeros_stay_and_count(mode: str) -> None:
 def test_papers_mode_keeps_them_too() -> None:
     model = sparse_model()
     before = gone(model)
-    pruner = prepare(model, target_sparsity=0.7, mode=PaperMode(start=-4.0, weight_decay=0.1))
+    pruner = prepare(model, target_sparsity=0.7, method=Paper(start=-4.0, weight_decay=0.1))
     train(model, pruner, torch.optim.SGD(pruner.param_groups(lr=0.1)), range(20))
     assert_within(model, before)
 
@@ -165,7 +168,7 @@ def test_a_target_below_what_is_there_is_refused() -> None:
     with pytest.raises(ValueError, match=r"(?s)asks for 50 zeros.*the 101 weights .*keep_zeros=F"):
         prepare(model, target_sparsity=0.3)
     with pytest.raises(ValueError, match=r"asks for 50 zeros, .* hold 101"):
-        prepare(model, target_sparsity=0.3, mode=Taylor())
+        prepare(model, target_sparsity=0.3, method=Taylor())
     assert list(model.state_dict()) == keys
     assert all(torch.equal(value, before[key]) for key, value in tensors(model).items())
 
@@ -204,7 +207,7 @@ def test_a_loaded_run_goes_on_bit_for_bit(stop: int, mode: str) -> None:
 def test_zeros_that_were_given_are_known_after_a_resume() -> None:
     model, fresh = sparse_model(0.4), TwoTasks()
     before = gone(model)
-    prepare(model, target_sparsity=0.9).freeze()
+    prepare(model, target_sparsity=0.9).fix_zeros()
     other = prepare(fresh, target_sparsity=0.9)
     fresh.load_state_dict(model.state_dict())
     other.retarget(0.5, total_steps=20)
@@ -301,7 +304,7 @@ def test_nothing_jumps_when_the_target_falls(stop: int) -> None:
 def test_the_same_target_in_other_words_keeps_the_zeros() -> None:
     model = TwoTasks()
     pruner = prepare(model)  # 134 of 168
-    pruner.freeze()
+    pruner.fix_zeros()
     where = {name: weight == 0 for name, weight in seen(model).items()}
     pruner.retarget(0.797, total_steps=20)  # 133.9
     train(model, pruner, torch.optim.Adam(model.parameters(), lr=1e-2), range(20))
@@ -349,7 +352,7 @@ def test_an_attached_optimizer_goes_on() -> None:
 
 @pytest.mark.parametrize("mode", ["paper", Taylor()], ids=str)
 def test_what_has_no_schedule_of_ours_is_not_retargeted(mode: Any) -> None:
-    pruner = prepare(TwoTasks(), mode=mode)
+    pruner = prepare(TwoTasks(), method=mode)
     with pytest.raises(RuntimeError, match=r"retarget\(\) needs mode='adaptive'.*finalize"):
         pruner.retarget(0.9, total_steps=10)
     assert (pruner.target_sparsity, pruner.total_steps) == (0.8, 20)
@@ -458,7 +461,7 @@ def test_when_zeros_cannot_be_kept() -> None:
     for call in (keep_zeros, release_zeros):
         with pytest.raises(RuntimeError, match=r"being pruned; call finalize\(\) on its handle"):
             call(model)
-    pruner.freeze()
+    pruner.fix_zeros()
     pruner.finalize()
     keep_zeros(model)
     with pytest.raises(RuntimeError, match=r"'body.weight' has .* already; .*release_zeros"):
@@ -466,7 +469,7 @@ def test_when_zeros_cannot_be_kept() -> None:
     with pytest.raises(ValueError, match=r"'body.weight' has .* already, .*release_zeros"):
         prepare(model)
     handle = prepare(release_zeros(model), target_sparsity=0.9)
-    assert isinstance(handle, AdapMTL)
+    assert isinstance(handle, Pruner)
     assert zeros(handle) == round(0.8 * weights(handle))
     assert len(pruned(handle)) == 3
 
@@ -507,7 +510,7 @@ def test_only_masks_of_keep_zeros_are_released() -> None:
 
 def test_kept_zeros_train_after_inference_mode() -> None:
     model, other = sparse_model(), TwoTasks()
-    prepare(other).freeze()
+    prepare(other).fix_zeros()
     state = copy.deepcopy(other.state_dict())
     prepared = TwoTasks()
     prepare(prepared)

@@ -22,7 +22,7 @@ from torch_adapmtl import _sampling
         {},
         {"allocation": "gradient"},
         {"allocation": "common", "gradient": "mask"},
-        {"mode": "paper"},
+        {"method": "paper"},
     ],
     ids=str,
 )
@@ -43,21 +43,21 @@ def test_a_step_never_waits_for_the_device(options: Any) -> None:
     for number in range(1, 46):
         with refused():
             step()
-            if not pruner.budget.due(number) or options == {"mode": "paper"}:
+            if not pruner.controller.due(number) or options == {"method": "paper"}:
                 pruner.step()
                 continue
         with pytest.raises(AssertionError), refused():
-            pruner.budget.update(number)  # the test does see it
+            pruner.controller.update(number)  # the test does see it
         pruner.step()
         waits += 1
-    assert waits == (0 if options == {"mode": "paper"} else 4)  # interval 9: every 9 or 10 steps
+    assert waits == (0 if options == {"method": "paper"} else 4)  # interval 9: every 9 or 10 steps
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["adaptive", "paper"])
 def test_cuda_says_the_same(mode: Any) -> None:
     model = TwoTasks().cuda()
-    pruner = prepare(model, total_steps=450, mode=mode, example_inputs=torch.ones(2, 6).cuda())
+    pruner = prepare(model, total_steps=450, method=mode, example_inputs=torch.ones(2, 6).cuda())
     optimizer = torch.optim.SGD(pruner.param_groups(lr=0.1))
     x, targets = batch(0)
     x, targets = x.cuda(), {task: y.cuda() for task, y in targets.items()}
@@ -76,7 +76,7 @@ def test_cuda_says_the_same(mode: Any) -> None:
         if not number % 9 and mode == "adaptive":
             pruner.step()
     if mode == "adaptive":
-        pruner.freeze()
+        pruner.fix_zeros()
         assert zeros(pruner) == round(0.8 * weights(pruner))
 
 
@@ -108,11 +108,11 @@ def test_an_update_reads_a_sample_of_the_weights(
     train(model, pruner, torch.optim.SGD(model.parameters(), lr=0.01), range(10))
     pruner.loss(losses(model, 10)).backward()  # step 11 is the first that updates
     if allocation == "sensitivity":
-        assert sorted(pruner.budget.allocator._gradients) == [0, 1, 2]
-        assert sum(part.numel() for part in pruner.budget.allocator._gradients.values()) <= 650
+        assert sorted(pruner.controller.allocator._gradients) == [0, 1, 2]
+        assert sum(part.numel() for part in pruner.controller.allocator._gradients.values()) <= 650
     with _Largest() as seen:
         pruner.step()
-    assert pruner.budget.level.min() > 0 or pruner.sparsity() == 0
+    assert pruner.controller.level.min() > 0 or pruner.sparsity() == 0
     assert 0 < seen.size < 1000  # of 56,000 weights
 
 
@@ -127,6 +127,6 @@ def test_what_is_kept_does_not_grow(allocation: Any) -> None:
         if step % 9 == 5:
             sizes.append(len(pickle.dumps(copy.deepcopy(model))))
             hooks.append(sum(len(p._post_accumulate_grad_hooks or ()) for p in model.parameters()))
-            assert not getattr(pruner.budget.allocator, "_gradients", None)
+            assert not getattr(pruner.controller.allocator, "_gradients", None)
     assert max(sizes[1:]) - min(sizes[1:]) <= 64  # numbers of more digits
     assert set(hooks[1:]) == {3 if allocation == "sensitivity" else 0}

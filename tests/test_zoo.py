@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from zoo import ENTRIES, SAMPLE, Entry
 
+from examples.benchmark import read
 from torch_adapmtl import apply_adapmtl
 from torch_adapmtl.components._outputs import split_output
-from examples.benchmark import read
 from torch_adapmtl.components.find import FROZEN, SHARED, UNUSED
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_adapmtl import AdapMTL, apply_adapmtl
+from torch_adapmtl import Pruner, apply_adapmtl
 
 
 class TwoTasks(nn.Module):
@@ -46,7 +46,7 @@ class Bag(nn.Module):
         return found
 
 
-def prepare(model: nn.Module, **options: Any) -> AdapMTL:
+def prepare(model: nn.Module, **options: Any) -> Pruner:
     """`apply_adapmtl` with what `TwoTasks` needs, unless told otherwise."""
     defaults = {"target_sparsity": 0.8, "total_steps": 20, "example_inputs": torch.ones(2, 6)}
     return apply_adapmtl(model, **{**defaults, **options})
@@ -67,7 +67,7 @@ def losses(model: nn.Module, step: int, rank: int = 0) -> dict[str, Tensor]:
 
 
 def train(
-    model: nn.Module, pruner: AdapMTL, optimizer: torch.optim.Optimizer, steps: Sequence[int]
+    model: nn.Module, pruner: Pruner, optimizer: torch.optim.Optimizer, steps: Sequence[int]
 ) -> None:
     """Train `TwoTasks`, or something like it, in the loop of three lines."""
     for step in steps:
@@ -82,18 +82,18 @@ def tensors(module: nn.Module) -> dict[str, Tensor]:
     return {k: v.clone() for k, v in module.state_dict().items() if isinstance(v, Tensor)}
 
 
-def zeros(pruner: AdapMTL) -> int:
+def zeros(pruner: Pruner) -> int:
     """The zeros in the prunable weights, counted where they are used."""
     owners = [tensor.owners[0] for tensor in pruned(pruner)]
     return sum(int((getattr(module, name) == 0).sum()) for module, name in owners)
 
 
-def weights(pruner: AdapMTL) -> int:
+def weights(pruner: Pruner) -> int:
     """The number of prunable weights."""
     return sum(tensor.parameter.numel() for tensor in pruned(pruner))
 
 
-def pruned(pruner: AdapMTL) -> list[Any]:
+def pruned(pruner: Pruner) -> list[Any]:
     """The tensors that are pruned."""
     found = pruner.components
     return [tensor for name in found.names for tensor in found[name]]

@@ -1,18 +1,41 @@
 """Sparse multi-task models: adaptive soft thresholds, an exact budget, adaptive task weights."""
 
-from torch_adapmtl.prepare import apply_adapmtl
-from torch_adapmtl.methods.adaptive import GradientAllocation
-from torch_adapmtl.budget.solver import SparsitySchedule
-from torch_adapmtl.components.find import Components, PrunableTensor, find_components
+from __future__ import annotations
+
+from torch_adapmtl.allocation import GradientAllocation, LAMPAllocation, SensitivityAllocation
+from torch_adapmtl.budget import SparsitySchedule
+from torch_adapmtl.components import Components, PrunableTensor, find_components
 from torch_adapmtl.finetune import keep_zeros, release_zeros
-from torch_adapmtl.allocation.lamp import LAMPAllocation
-from torch_adapmtl.methods.paper import PaperMode
-from torch_adapmtl.pruner import AdapMTL
-from torch_adapmtl.tensor.torch_prune import SoftThresholdPruning, soft_threshold_unstructured
-from torch_adapmtl.run.report import ComponentRow, LayerRow, Report
-from torch_adapmtl.allocation.sensitivity import SensitivityAllocation
-from torch_adapmtl.tensor.soft_threshold import SoftThreshold, soft_threshold
-from torch_adapmtl.weighting.simple import (
+from torch_adapmtl.layers import Layer, Layers
+from torch_adapmtl.methods import (
+    SNIP,
+    Adaptive,
+    Controller,
+    DiSparse,
+    IterativeMagnitude,
+    Magnitude,
+    MaskController,
+    Method,
+    Paper,
+    Taylor,
+)
+from torch_adapmtl.prepare import apply_adapmtl
+from torch_adapmtl.pruner import Pruner
+from torch_adapmtl.run import (
+    ModelSize,
+    RelativePerformance,
+    Report,
+    relative_performance,
+    size,
+    sparsity,
+)
+from torch_adapmtl.tensor import (
+    SoftThreshold,
+    SoftThresholdPruning,
+    soft_threshold,
+    soft_threshold_unstructured,
+)
+from torch_adapmtl.weighting import (
     CallableWeighting,
     EqualWeighting,
     FixedWeighting,
@@ -23,28 +46,42 @@ from torch_adapmtl.weighting.simple import (
 __version__ = "0.1.0"
 
 __all__ = [
-    "AdapMTL",
+    "SNIP",
+    "Adaptive",
     "CallableWeighting",
-    "ComponentRow",
     "Components",
+    "Controller",
+    "DiSparse",
     "EqualWeighting",
     "FixedWeighting",
     "GradientAllocation",
+    "IterativeMagnitude",
     "LAMPAllocation",
-    "LayerRow",
+    "Layer",
+    "Layers",
     "LossWeighting",
-    "PaperMode",
+    "Magnitude",
+    "MaskController",
+    "Method",
+    "ModelSize",
+    "Paper",
     "PrunableTensor",
+    "Pruner",
+    "RelativePerformance",
     "Report",
     "SensitivityAllocation",
     "SoftThreshold",
     "SoftThresholdPruning",
     "SparsitySchedule",
     "StabilityWeighting",
+    "Taylor",
     "apply_adapmtl",
     "find_components",
     "keep_zeros",
+    "relative_performance",
     "release_zeros",
+    "size",
     "soft_threshold",
     "soft_threshold_unstructured",
+    "sparsity",
 ]

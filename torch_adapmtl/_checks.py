@@ -55,10 +55,18 @@ def check_count(name: str, value: object, least: int = 1) -> int:
     return int(value)
 
 
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise an error unless `value` is one of `choices`."""
+def check_choice(name: str, value: object, choices: tuple[str, ...], besides: str = "") -> None:
+    """Raise an error unless `value` is one of `choices`.
+
+    Args:
+        name: What to call the value in the error.
+        value: The value.
+        choices: The values that it may have.
+        besides: What it may be besides, for the error.
+    """
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        listed = ", ".join([*map(repr, choices), *([f"or {besides}"] if besides else [])])
+        raise ValueError(f"{name} must be one of {listed}, got {value!r}")
 
 
 def check_fraction(name: str, value: object) -> float:

@@ -1,4 +1,4 @@
-"""Training on after pruning: zeros that nothing revives."""
+"""Finetuning a sparse model with its zeros held."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from torch import nn
 from torch.nn.utils import prune
 
 from torch_adapmtl._distributed import is_sharded
-from torch_adapmtl.layers.layer import Layer, attach_all
 from torch_adapmtl.components._inventory import DEFAULT_PRUNABLE, Inventory, unwrap
-from torch_adapmtl.pruner import AdapMTL
-from torch_adapmtl.tensor.torch_prune import attached_threshold, find_threshold, put_back
+from torch_adapmtl.layers.collection import Layers
+from torch_adapmtl.layers.layer import Layer, zeros_to_keep
+from torch_adapmtl.pruner import Pruner
 from torch_adapmtl.tensor.soft_threshold import SoftThreshold
+from torch_adapmtl.tensor.torch_prune import attached_threshold, find_threshold, put_back
 
 __all__ = ["keep_zeros", "release_zeros"]
 
 
-class _Kept(SoftThreshold):
+class _KeptZeros(SoftThreshold):
     """The mask of `keep_zeros`, by which `release_zeros` knows its own."""
 
 
@@ -74,10 +75,11 @@ def keep_zeros(model: nn.Module) -> nn.Module:
         weight, owners = found.parameter, tuple(found.owners)
         if weight.ndim < 2 or _only_padding(weight, owners):
             continue
-        # Kept in the state dict: the model has no handle that would do it.
-        threshold = _Kept().to(weight.device, weight.dtype)
-        layer = Layer(found.names[0], "kept", owners, threshold, keep_zeros=True)
-        if layer.masked:
+        mask = zeros_to_keep(*owners[0], keep_zeros=True)
+        if mask is not None and not bool(mask.all()):
+            # Part of the state dict: the model has no pruner that would keep the mask.
+            threshold = _KeptZeros().to(weight.device, weight.dtype)
+            layer = Layer(found.names[0], "kept", owners, mask, threshold)
             _check_dense_gradient(layer)
             layers.append(layer)
     if not layers:
@@ -85,7 +87,7 @@ def keep_zeros(model: nn.Module) -> nn.Module:
             f"model: {type(model).__name__} has no tensor with zeros to keep; call keep_zeros on a "
             f"sparse model, after finalize() for instance"
         )
-    attach_all(layers)
+    Layers(layers).attach()
     return model
 
 
@@ -99,7 +101,7 @@ def release_zeros(model: nn.Module) -> nn.Module:
         The model itself.
 
     Raises:
-        RuntimeError: If the model is being pruned (call `finalize` on its handle), or sharded.
+        RuntimeError: If the model is being pruned (call `finalize` on its pruner), or sharded.
 
     Example:
         >>> import torch
@@ -121,7 +123,7 @@ def release_zeros(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         for name in list(getattr(module, "parametrizations", ())):
             threshold = attached_threshold(module, name)
-            if isinstance(threshold, _Kept):
+            if isinstance(threshold, _KeptZeros):
                 prune.remove(module, name)
                 put_back(module, name, threshold)
     return model
@@ -163,7 +165,7 @@ def _check_single(model: nn.Module) -> None:
 
 
 def _check_unhandled(model: nn.Module) -> None:
-    if any(isinstance(module, AdapMTL) for module in model.modules()):
+    if any(isinstance(module, Pruner) for module in model.modules()):
         raise RuntimeError(
-            "model: it is being pruned; call finalize() on its handle (model.adapmtl) first"
+            "model: it is being pruned; call finalize() on its pruner (model.adapmtl) first"
         )

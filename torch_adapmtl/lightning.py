@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from torch_adapmtl.prepare import apply_adapmtl
-from torch_adapmtl.pruner import AdapMTL
+from torch_adapmtl.pruner import Pruner
 
 __all__ = ["AdapMTLCallback"]
 
@@ -75,7 +75,7 @@ class AdapMTLCallback(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Prepare the model, if it has not been prepared before."""
         model = self._model(pl_module)
-        if model is self._prepared or isinstance(getattr(model, "adapmtl", None), AdapMTL):
+        if model is self._prepared or isinstance(getattr(model, "adapmtl", None), Pruner):
             return  # or finalized since
         if stage != "fit":
             return  # it may well be plain
@@ -98,34 +98,34 @@ class AdapMTLCallback(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Move the schedule with the optimiser, the last one if there are several."""
-        handle = self._handle(pl_module)
-        if handle is None:
+        pruner = self._pruner(pl_module)
+        if pruner is None:
             return
         if self.total_steps is None and len(trainer.optimizers) > 1:
             raise RuntimeError(
                 f"total_steps: the trainer counts the steps of its {len(trainer.optimizers)} "
                 f"optimizers together; pass total_steps=, the number of steps of the last one"
             )
-        handle.detach()
-        handle.attach(trainer.optimizers[-1])
+        pruner.detach()
+        pruner.attach(trainer.optimizers[-1])
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
     ) -> None:
         """Log sparsities and task weights as often as the trainer logs."""
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # not annotated
-        step, handle = trainer.global_step, self._handle(pl_module)
-        if handle and trainer.loggers and step % every == 0 and step != self._logged:
+        step, pruner = trainer.global_step, self._pruner(pl_module)
+        if pruner and trainer.loggers and step % every == 0 and step != self._logged:
             self._logged = step  # only once where batches accumulate
             # To the loggers themselves: `log` would average over the epoch what is a state.
-            scalars = handle.report().scalars()
+            scalars = pruner.report().scalars()
             for logger in trainer.loggers:
                 logger.log_metrics(scalars, step=step)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let go of the optimiser."""
-        if (handle := self._handle(pl_module)) is not None:
-            handle.detach()
+        if (pruner := self._pruner(pl_module)) is not None:
+            pruner.detach()
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -143,6 +143,6 @@ class AdapMTLCallback(Callback):
             )
         return model
 
-    def _handle(self, pl_module: pl.LightningModule) -> AdapMTL | None:
-        handle = getattr(self._model(pl_module), "adapmtl", None)
-        return handle if isinstance(handle, AdapMTL) else None
+    def _pruner(self, pl_module: pl.LightningModule) -> Pruner | None:
+        pruner = getattr(self._model(pl_module), "adapmtl", None)
+        return pruner if isinstance(pruner, Pruner) else None

@@ -1,4 +1,4 @@
-"""The handle on a model that is being made sparse."""
+"""The pruner: what `apply_adapmtl` returns, the handle on a model that is being made sparse."""
 
 from __future__ import annotations
 
@@ -9,34 +9,36 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from torch_adapmtl.run._step_hook import Attachment
-from torch_adapmtl._checks import check_fraction, check_rate, check_steps
+from torch_adapmtl._checks import check_choice, check_fraction, check_rate, check_steps
+from torch_adapmtl.components.find import FROZEN, UNUSED, Components
+from torch_adapmtl.layers.collection import Layers
+from torch_adapmtl.layers.layer import count_zeros
 from torch_adapmtl.methods._base import Controller
-from torch_adapmtl.run._guard import unguard
-from torch_adapmtl.run.diagnostics import LossTrace, Watch, signs
-from torch_adapmtl.layers.layer import Layer
-from torch_adapmtl.run._measure import measure
-from torch_adapmtl.run.checkpoint import load, save
-from torch_adapmtl.components.find import Components
+from torch_adapmtl.run._step_hook import StepHook
+from torch_adapmtl.run.checkpoint import load, save, unguard
+from torch_adapmtl.run.diagnostics import Watch, signs
 from torch_adapmtl.run.report import ComponentRow, LayerRow, Report
-from torch_adapmtl.weighting.simple import LossWeighting, StabilityWeighting
+from torch_adapmtl.weighting._base import LossWeighting
+from torch_adapmtl.weighting.stability import StabilityWeighting
 
-__all__ = ["AdapMTL"]
+__all__ = ["Pruner"]
 
 
-class AdapMTL(nn.Module):
-    """The handle that [`apply_adapmtl`][torch_adapmtl.apply_adapmtl] returns.
+class Pruner(nn.Module):
+    """Weights the losses and moves the sparsity of a model that `apply_adapmtl` has prepared.
 
     It lives in the model as the submodule `adapmtl`: it moves with the model, its state is part of
-    the model's `state_dict`, and a copy of the model carries a copy of the handle. Saving
+    the model's `state_dict`, and a copy of the model carries a copy of it. Saving
     `model.state_dict()` and loading it into a freshly prepared model resumes a run.
 
     Attributes:
-        components: What was found in the model.
+        components: The prunable tensors of the model, by component.
+        layers: Those that are pruned.
         tasks: The task names, in order.
         target_sparsity: Zeros among all prunable weights at the end, as a fraction.
         total_steps: Number of calls of `step` until then.
         weighting: The loss weighting.
+        controller: What moves the thresholds.
 
     Example:
         >>> import torch
@@ -76,38 +78,45 @@ class AdapMTL(nn.Module):
         self,
         model: nn.Module,
         components: Components,
-        others: Sequence[tuple[str, int]],
-        layers: Sequence[Layer],
-        budget: Controller,
+        layers: Layers,
+        controller: Controller,
         weighting: LossWeighting,
         *,
-        target_sparsity: float,
-        total_steps: int,
-        options: Mapping[str, str],
+        unprunable: Mapping[str, int],
+        config: Mapping[str, Any],
     ) -> None:
         super().__init__()
         self.__dict__["_model"] = model  # not a submodule: this module is one of the model's
         self.components = components
-        self.tasks = weighting.tasks
-        self.target_sparsity = target_sparsity
-        self.total_steps = total_steps
-        self.budget = budget
+        self.layers = layers
+        self.controller = controller
         self.weighting = weighting
-        self._others = tuple(others)
-        self._options = dict(options)
-        self._layers = list(layers)
+        self.tasks = weighting.tasks
+        self._unprunable = dict(unprunable)
+        self._config = dict(config)
         self._step = 0
+        # The step that the controller is prepared for, and whether an update follows it.
+        self._prepared: tuple[int, bool] | None = None
         self._finalized = False
-        self._attached: Attachment | None = None
+        self._step_hook: StepHook | None = None
         self._watch = Watch()
-        self.trace = LossTrace(self.tasks).to(weighting.device)
         self.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]
 
+    @property
+    def target_sparsity(self) -> float:
+        """Zeros among all prunable weights at the end, as a fraction."""
+        return self.controller.target_sparsity
+
+    @property
+    def total_steps(self) -> int:
+        """Number of calls of `step` until the end."""
+        return self.controller.total_steps
+
     def forward(self, *args: Any) -> Any:
-        """Return the input: a model that runs its children in a row runs this one too."""
+        """Return the input: a model that calls all its children in turn calls this one too."""
         return args[0] if len(args) == 1 else args
 
-    # --- in the training loop -------------------------------------------------------------------
+    # --- in the training loop ---------------------------------------------------------------------
 
     def loss(self, losses: Mapping[str, Tensor | None]) -> Tensor:
         """Weight the task losses and sum them (AdapMTL, Section 3, adaptive weighting).
@@ -126,23 +135,23 @@ class AdapMTL(nn.Module):
             RuntimeError: After `finalize`.
         """
         self._check_active("loss")
-        present = self.weighting.check_losses(losses)
-        learning = torch.is_grad_enabled() and self.trace.watch(present, self.training)
-        total: Tensor = self.weighting(losses)
+        record = self.weighting.record
+        present = record.check(losses)
+        learning = torch.is_grad_enabled() and record.note_gradients(present, self.training)
+        total = self.weighting.weigh(present)
         if learning:
-            if self.budget.asleep:
-                self.budget.wake(self._step)
-            self.budget.observe(present)
+            self._prepare()
+            self.controller.observe(present)
         return total
 
     def step(self) -> None:
         """Move the sparsity along its schedule; call it once after each step of the optimiser.
 
-        Most calls only count. Every few steps the thresholds are solved for anew, from a sample of
-        the weights, which waits for the device. When the schedule says that the zeros are
-        settled (after 90 % of the steps by default), the sparse weights are written into the
-        parameters, exactly `round(target_sparsity * N)` of them zero, and masks hold these zeros
-        from then on, while the other weights train on without a threshold.
+        Most calls only count. Every few steps it solves for new thresholds, from a sample of the
+        weights, and waits for the device. When the schedule fixes the zeros (after 90 % of the
+        steps by default), the sparse weights are written into the parameters, exactly
+        `round(target_sparsity * N)` of them zero, and masks hold these zeros from then on, while
+        the other weights train on without a threshold.
 
         Raises:
             RuntimeError: If called more than `total_steps` times, after `finalize`, while
@@ -153,7 +162,7 @@ class AdapMTL(nn.Module):
             UserWarning: Once, if no weight has changed in the first 50 steps or more: nothing
                 trains them.
         """
-        if self._attached is not None:
+        if self._step_hook is not None:
             raise RuntimeError(
                 "step() is called by the optimizer that attach() was given; leave out your own call"
             )
@@ -164,24 +173,33 @@ class AdapMTL(nn.Module):
         if self._step >= self.total_steps:
             raise RuntimeError(
                 f"step() was called more than total_steps={self.total_steps} times. The model is "
-                f"at its target and its zeros are held: train on without calling step(), or call "
+                f"at its target and its zeros are fixed: train on without calling step(), or call "
                 f"finalize(). To prune more slowly, pass a larger total_steps to apply_adapmtl."
             )
-        self._watch.begin(self._step, self._layers)
-        due = self.budget.due(self._step + 1)
+        self._watch.begin(self._step, self.layers)
+        due = self._prepare()
         if due:
             self._check_layers()
-        # Paper mode looks at the weights after every step, but never waits for the device.
-        if (due and self.budget.exact) or self._step + 1 == self.total_steps:
-            if self._uncount(1):
-                return  # as many steps short of the update
+        # The paper's method looks at the weights after every step, but never waits for the device.
+        if (due and self.controller.exact) or self._step + 1 == self.total_steps:
+            if self._subtract_skipped(uncounted=1):
+                return  # the step that is due is still to come
             self.weighting.check_finite()
-            for text in self._watch.look(self._step, self._layers, self.weighting.unseen()):
+            for text in self._watch.look(self._step, self.layers, self.weighting.unseen()):
                 warnings.warn(text, stacklevel=3)
         self._step += 1
-        self.budget.step(self._step)
-        if self._step % self.budget.interval == 0 and self.weighting.latest is not None:
-            self.trace.read(*self.weighting.latest)
+        self.controller.step(self._step, due)
+        if self._step % self.controller.interval == 0:
+            self.weighting.record.read()
+        self._prepare()
+
+    def _prepare(self) -> bool:
+        """Prepare the controller for the coming step, once; return whether an update follows it."""
+        if self._prepared is None or self._prepared[0] != self._step:
+            due = self.controller.due(self._step + 1)
+            self.controller.prepare(self._step, due)
+            self._prepared = self._step, due
+        return self._prepared[1]
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Let the optimiser call `step` after each of its steps, until `finalize`.
@@ -210,7 +228,7 @@ class AdapMTL(nn.Module):
             0.5
         """
         self._check_active("attach")
-        if self._attached is not None:
+        if self._step_hook is not None:
             raise RuntimeError(
                 "attach() was called already: one optimizer moves the schedule; leave out this call"
             )
@@ -219,33 +237,36 @@ class AdapMTL(nn.Module):
             if self._step < self.total_steps:
                 self._advance()
 
-        self._attached = Attachment(optimizer, after_step)
+        self._step_hook = StepHook(optimizer, after_step)
 
     def detach(self) -> None:
-        """Undo `attach`; nothing happens if there is nothing to undo."""
-        if self._attached is not None:
-            self._uncount()
-            self._attached.remove()
-            self._attached = None
+        """Undo `attach`; nothing happens if the pruner is not attached."""
+        if self._step_hook is not None:
+            self._subtract_skipped()
+            self._step_hook.remove()
+            self._step_hook = None
 
-    def _uncount(self, uncounted: int = 0) -> bool:
-        """Take back the steps that the optimiser left out, of which so many are not counted yet.
+    def _subtract_skipped(self, uncounted: int = 0) -> bool:
+        """Subtract optimiser steps that a gradient scaler skipped; return whether there were any.
 
-        Which ones it left out only the device may know, so this waits for it.
+        Only the device may know which it skipped, so this waits for it.
+
+        Args:
+            uncounted: How many of the optimiser's steps the step count does not include yet.
         """
         skipped = self._skipped()
         if skipped:
-            self._settle_skipped()
+            self._reset_skipped()
             self._step += uncounted - skipped
-            self.budget.wake(self._step)
+            self._prepare()
         return skipped > 0
 
     def _skipped(self) -> int:
-        return 0 if self._attached is None else self._attached.skipped()
+        return 0 if self._step_hook is None else self._step_hook.skipped()
 
-    def _settle_skipped(self) -> None:
-        if self._attached is not None:
-            self._attached.settle()
+    def _reset_skipped(self) -> None:
+        if self._step_hook is not None:
+            self._step_hook.reset()
 
     def param_groups(
         self, *, threshold_lr: float | None = None, **options: Any
@@ -253,8 +274,8 @@ class AdapMTL(nn.Module):
         """Split the model's parameters into groups for an optimiser.
 
         The first group holds the model's own parameters, with `options`. Where thresholds are
-        trained (`allocation="gradient"`, `mode="paper"`) a second one holds them, without weight
-        decay, or in paper mode with the paper's.
+        trained (`method="paper"` or `Adaptive(allocation="gradient")`) a second one holds them,
+        without weight decay, or with that of `Paper`.
 
         Args:
             threshold_lr: Learning rate of the thresholds; `lr` if None.
@@ -270,12 +291,12 @@ class AdapMTL(nn.Module):
             raise TypeError("params must be left out: param_groups puts the parameters in itself")
         check_rate("threshold_lr", threshold_lr)
         check_rate("lr", options.get("lr"))
-        learned = {id(p): p for p in self.parameters()}
-        own = [p for p in self._model.parameters() if id(p) not in learned]
-        groups: list[dict[str, Any]] = [{"params": own, **options}]
-        if learned:
-            group = {"params": list(learned.values()), **options}
-            group["weight_decay"] = self.budget.threshold_decay
+        thresholds = {id(p): p for p in self.parameters()}
+        weights = [p for p in self._model.parameters() if id(p) not in thresholds]
+        groups: list[dict[str, Any]] = [{"params": weights, **options}]
+        if thresholds:
+            group = {"params": list(thresholds.values()), **options}
+            group["weight_decay"] = self.controller.threshold_decay
             if threshold_lr is not None:
                 group["lr"] = threshold_lr
             groups.append(group)
@@ -285,8 +306,8 @@ class AdapMTL(nn.Module):
         """Go on to another target, higher or lower, in `total_steps` further steps.
 
         The schedule starts anew, in the same shape, from the sparsity that the model has. Zeros
-        that have settled stay zero if the target is higher; if it is lower, they may return,
-        except those that the model had when it was prepared.
+        that are fixed stay zero if the target is higher; if it is lower, they may return, except
+        those that the model had when it was prepared.
 
         A state that is saved afterwards is loaded into a model that has been prepared and then
         retargeted in the same way, and so is that of an average of the model.
@@ -297,8 +318,8 @@ class AdapMTL(nn.Module):
 
         Raises:
             ValueError: If an argument is out of range, or bounds leave no room for the target.
-            RuntimeError: In paper mode and with baselines, which follow no schedule that could be
-                changed, or after `finalize`. The run goes on as before then, as after the others.
+            RuntimeError: With a method other than `Adaptive`, whose schedule cannot be changed, or
+                after `finalize`. After any of these errors the run goes on as before.
 
         Example:
             >>> import torch
@@ -319,11 +340,12 @@ class AdapMTL(nn.Module):
         target_sparsity = check_fraction("target_sparsity", target_sparsity)
         total_steps = check_steps(total_steps)
         self._check_layers()
-        self.budget.retarget(target_sparsity, total_steps, self.report().zeros)
-        self._settle_skipped()
-        self.target_sparsity, self.total_steps, self._step = target_sparsity, total_steps, 0
+        self.controller.retarget(target_sparsity, total_steps, sum(self.layers.count_zeros()))
+        self._reset_skipped()
+        self._step, self._prepared = 0, None
+        self._prepare()
 
-    # --- looking at it --------------------------------------------------------------------------
+    # --- reports ----------------------------------------------------------------------------------
 
     @overload
     def sparsity(self, by: Literal["overall"] = "overall") -> float: ...
@@ -344,8 +366,7 @@ class AdapMTL(nn.Module):
             ValueError: If `by` is none of these.
         """
         self._check_active("sparsity")
-        if by not in ("overall", "component", "layer"):
-            raise ValueError(f"by must be 'overall', 'component' or 'layer', got {by!r}")
+        check_choice("by", by, ("overall", "component", "layer"))
         report = self.report()
         if by == "overall":
             return report.sparsity
@@ -361,15 +382,36 @@ class AdapMTL(nn.Module):
             A frozen result that prints as a table and renders as one in a notebook.
         """
         self._check_active("report")
-        return measure(
-            self._layers,
-            self.budget.thresholds(),
-            self.components,
-            self._others,
+        alphas = self.controller.thresholds().tolist()
+        rows = tuple(
+            LayerRow(layer.name, layer.component, tuple(layer.weight.shape), zeros, alpha)
+            for layer, zeros, alpha in zip(
+                self.layers, self.layers.count_zeros(), alphas, strict=True
+            )
+        )
+        by_component = {
+            name: [row for row in rows if row.component == name] for name in self.components.names
+        }
+        dense = [
+            (tensor.name, reason, tensor.parameter.numel())
+            for reason in (UNUSED, FROZEN)
+            for tensor in self.components[reason]
+        ]
+        dense += [(name, "not prunable", size) for name, size in self._unprunable.items()]
+        return Report(
+            components=tuple(
+                ComponentRow(
+                    name, len(own), sum(row.weights for row in own), sum(row.zeros for row in own)
+                )
+                for name, own in by_component.items()
+            ),
+            layers=rows,
             target_sparsity=self.target_sparsity,
             step=self._step,
             total_steps=self.total_steps,
-            task_weights=dict(zip(self.tasks, self.weighting.weights().tolist(), strict=True)),
+            dense=dense,
+            task_weights=self.weighting.as_dict(),
+            given=sum(count_zeros(layer.initial_mask) for layer in self.layers),
         )
 
     def __repr__(self) -> str:
@@ -380,23 +422,23 @@ class AdapMTL(nn.Module):
         """Show where the run stands."""
         return f"target_sparsity={self.target_sparsity}, step={self._step} of {self.total_steps}"
 
-    # --- the end --------------------------------------------------------------------------------
+    # --- the end ----------------------------------------------------------------------------------
 
-    def freeze(self) -> None:
-        """Prune the model to its target now, whatever the schedule says, and hold its zeros.
+    def fix_zeros(self) -> None:
+        """Prune the model to its target now, whatever the schedule says, and fix its zeros.
 
         `step` does this by itself when the schedule says so. Call it to end early; train on as long
         as you like, without `step`, to let the remaining weights recover.
 
         Raises:
-            RuntimeError: In paper mode, which has no exact target, or after `finalize`.
+            RuntimeError: With `method="paper"`, which has no exact target, or after `finalize`.
         """
-        self._check_active("freeze")
+        self._check_active("fix_zeros")
         self._check_layers()
-        if not self.budget.frozen:
-            self.budget.freeze()
-        self._step = self.total_steps
-        self._settle_skipped()
+        if not self.controller.fixed:
+            self.controller.fix()
+        self._step, self._prepared = self.total_steps, None
+        self._reset_skipped()
 
     def finalize(self) -> nn.Module:
         """Leave a plain model: its own classes, keys and parameters, the zeros written in.
@@ -411,34 +453,35 @@ class AdapMTL(nn.Module):
             `DistributedDataParallel`, if it was given with one).
 
         Raises:
-            RuntimeError: If the target is not reached yet, if the model is sharded, or after a
-                `finalize` before. Paper mode has no exact target: it warns instead.
+            RuntimeError: If the zeros are not fixed yet, if the model is sharded, or after an
+                earlier `finalize`. `method="paper"` has no exact target: it warns instead.
 
         Warns:
             UserWarning: If the run went wrong: all components are equally sparse though they were
                 free to differ, a layer has no weight left, one task has nearly all the weight, a
                 task never had a loss or one that requires grad, a loss ended far above where it
-                began, or (in paper mode) the target was missed.
+                began, or (with `method="paper"`) the target was missed.
         """
         self._check_active("finalize")
-        if any(layer.sharded for layer in self._layers):
+        if any(layer.sharded for layer in self.layers):
             raise RuntimeError(
                 "finalize() was called on a sharded model (fully_shard), which cannot take its "
                 "thresholds off in place: gather its state with torch.distributed.checkpoint."
                 "state_dict.get_model_state_dict (full_state_dict=True), load that into a model "
                 "prepared alike and not sharded, and finalize this one"
             )
-        if self.budget.exact and not self.budget.frozen:
+        if self.controller.exact and not self.controller.fixed:
             raise RuntimeError(
                 f"finalize() was called after {self._step} of total_steps={self.total_steps} "
                 f"steps: the model is {self.sparsity():.2%} sparse, and becomes exactly "
-                f"{self.target_sparsity:.2%} sparse when its zeros settle. Call freeze() to "
+                f"{self.target_sparsity:.2%} sparse when its zeros are fixed. Call fix_zeros() to "
                 f"prune it to its target now (and train on to recover), or call step() after every "
                 f"optimizer step until the end."
             )
         self._warn()
-        self.budget.settle()
-        for layer in self._layers:
+        if self.controller.fixed:
+            self.controller.write()
+        for layer in self.layers:
             layer.remove()
         self.detach()
         unguard(self._model)
@@ -450,18 +493,18 @@ class AdapMTL(nn.Module):
         """Warn of what went wrong in the run."""
         report = self.report()
         adaptive = isinstance(self.weighting, StabilityWeighting)  # others are the user's choice
-        found = signs(
+        texts = signs(
             report,
-            self.trace,
-            allocated=self.budget.allocates,
+            self.weighting.record,
+            allocated=self.controller.allocates,
             task_weights=report.task_weights if adaptive else {},
         )
-        if reason := self.budget.missed(report.sparsity):
-            found.append(
+        if reason := self.controller.missed(report.sparsity):
+            texts.append(
                 f"the run ended at a sparsity of {report.sparsity:.2%}, not "
                 f"{self.target_sparsity:.2%}: {reason}"
             )
-        for text in found:
+        for text in texts:
             warnings.warn(text, stacklevel=3)
 
     def _check_active(self, method: str) -> None:
@@ -472,62 +515,64 @@ class AdapMTL(nn.Module):
             )
 
     def _check_layers(self) -> None:
-        for layer in self._layers:
+        for layer in self.layers:
             if not layer.attached:
                 raise RuntimeError(
                     f"the soft threshold on {layer.name!r} was removed (by "
                     f"torch.nn.utils.prune.remove, for instance) while the model is being pruned: "
                     f"call finalize() instead of removing thresholds one by one"
                 )
-            if not self.budget.shardable and layer.sharded:
+            if not self.controller.shardable and layer.sharded:
                 raise RuntimeError(
                     f"{layer.name!r} is sharded (fully_shard), so that neither gradients nor "
                     f"thresholds that gradients train are seen whole: use allocation='lamp' or "
                     f"'common', or DistributedDataParallel"
                 )
 
-    # --- state and copies -----------------------------------------------------------------------
+    # --- state and copies -------------------------------------------------------------------------
 
     def get_extra_state(self) -> Tensor:
-        """Where the run stands, and the masks, as a tensor of bytes on the CPU."""
+        """The config, the progress and the masks of the run, as a tensor of bytes on the CPU."""
         progress = {
             **self._aim(),
             "step": self._step - self._skipped(),
-            "frozen": self.budget.frozen,
-            "initial": self.budget.initial,
-            "had": self.trace.had(),
+            "fixed": self.controller.fixed,
+            "initial": self.controller.initial,
+            "had": self.weighting.record.had_losses(),
         }
-        return save(self._options, progress, self._layers)
+        return save(self._config, progress, self.layers)
 
     @torch.inference_mode(False)  # masks are for training, wherever they are loaded
     def set_extra_state(self, state: Tensor) -> None:
         """Load what `get_extra_state` returned.
 
         Raises:
-            ValueError: If it is damaged, or comes from another version or a run with other
-                settings. Nothing is changed then: the state dict of a whole model is looked at
-                before any of it is loaded.
+            ValueError: If it is damaged, or comes from another version or a run with another
+                config. Nothing is changed then: the state dict of a whole model is checked before
+                any of it is loaded.
         """
-        loaded = load(state, self._settings(), self._layers)
-        self._step = loaded["step"]
-        self._settle_skipped()
-        self.budget.frozen, self.budget.initial = loaded["frozen"], loaded["initial"]
-        self.trace.note(loaded.get("had", ()))
+        progress = load(state, self.expected_state(), self.layers)
+        self._step = progress["step"]
+        self._reset_skipped()
+        self.controller.fixed, self.controller.initial = progress["fixed"], progress["initial"]
+        self.weighting.record.set_had_losses(progress.get("had", ()))
+
+    def expected_state(self) -> dict[str, Any]:
+        """The values that a state has to agree with to be loaded: the target and the config."""
+        return {**self._aim(), **self._config}
 
     def _aim(self) -> dict[str, Any]:
         return {"total_steps": self.total_steps, "target_sparsity": self.target_sparsity}
 
-    def _settings(self) -> dict[str, Any]:
-        """What a state that is loaded has to agree with."""
-        return {**self._aim(), **self._options}
-
     def __getstate__(self) -> dict[str, Any]:
-        # The hook belongs to an optimiser of the original's parameters.
-        return {**self.__dict__, "_attached": None}
+        # The hook belongs to an optimiser of the original's parameters, and what the controller
+        # has registered on those does not come along.
+        return {**self.__dict__, "_step_hook": None, "_prepared": None}
 
 
 def _refresh(module: nn.Module, incompatible_keys: Any) -> None:
-    assert isinstance(module, AdapMTL)
-    module.weighting.forget()
-    module.budget.refresh()
-    module.budget.wake(module._step)
+    assert isinstance(module, Pruner)
+    module.weighting.record.forget()
+    module.controller.refresh()
+    module._prepared = None
+    module._prepare()

@@ -6,11 +6,18 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch_adapmtl.methods import SNIP, DiSparse, IterativeMagnitude, Magnitude, Taylor
 from examples.benchmark.problem import Problem
-from torch_adapmtl.budget.solver import SparsitySchedule
-from torch_adapmtl.allocation.lamp import LAMPAllocation
-from torch_adapmtl.weighting.simple import StabilityWeighting, make_weighting
+from torch_adapmtl import (
+    SNIP,
+    Adaptive,
+    DiSparse,
+    IterativeMagnitude,
+    LAMPAllocation,
+    Magnitude,
+    SparsitySchedule,
+    StabilityWeighting,
+    Taylor,
+)
 
 __all__ = ["BASELINES", "DENSE", "METHODS", "SETTINGS", "UNAIMED", "VARIANTS"]
 
@@ -33,35 +40,35 @@ _ONCE = SparsitySchedule(start=0.5, end=0.5)
 
 def _ours(weighting: str = "stability", **changed: Any) -> Callable[[Problem], Options]:
     """The library's defaults, but for what is given."""
-    return lambda _: {"weighting": weighting, **changed}
+    return lambda _: {"weighting": weighting, "method": Adaptive(**changed)}
 
 
 #: Methods of others, with equal task weights.
 BASELINES: Mapping[str, Callable[[Problem], Options]] = {
-    "uniform magnitude": lambda _: {"mode": Magnitude("uniform")},
-    "global magnitude": lambda _: {"mode": Magnitude()},
-    "one-shot": lambda _: {"mode": Magnitude(schedule=_ONCE)},
-    "IMP": lambda _: {"mode": IterativeMagnitude()},
-    "LTH": lambda _: {"mode": IterativeMagnitude(rounds=1, rewind=True)},
-    "SNIP": lambda _: {"mode": SNIP()},
-    "DiSparse": lambda _: {"mode": DiSparse()},
-    "DiSparse dynamic": lambda _: {"mode": DiSparse(dynamic=True)},
-    "Taylor": lambda _: {"mode": Taylor()},
+    "uniform magnitude": lambda _: {"method": Magnitude("uniform")},
+    "global magnitude": lambda _: {"method": Magnitude()},
+    "one-shot": lambda _: {"method": Magnitude(schedule=_ONCE)},
+    "IMP": lambda _: {"method": IterativeMagnitude()},
+    "LTH": lambda _: {"method": IterativeMagnitude(rounds=1, rewind=True)},
+    "SNIP": lambda _: {"method": SNIP()},
+    "DiSparse": lambda _: {"method": DiSparse()},
+    "DiSparse dynamic": lambda _: {"method": DiSparse(dynamic=True)},
+    "Taylor": lambda _: {"method": Taylor()},
 }
 
-#: AdapMTL with the library's defaults, in the paper's mode, and with a part or two changed.
+#: Pruner with the library's defaults, in the paper's mode, and with a part or two changed.
 VARIANTS: Mapping[str, Callable[[Problem], Options]] = {
     OURS: _ours(),
     REGROW: _ours(schedule=SparsitySchedule(regrow_until=0.9)),
     "AdapMTL, paper mode": lambda problem: {
-        "mode": problem.paper,
+        "method": problem.paper,
         "weighting": "stability",
     },
     "AdapMTL, paper mode, code's weighting": lambda problem: {
-        "mode": problem.paper,
+        "method": problem.paper,
         "weighting": "deviation",
     },
-    EARLIER: _ours(schedule=SparsitySchedule(settled=0.7, regrow_until=0.7)),
+    EARLIER: _ours(schedule=SparsitySchedule(fix_at=0.7, regrow_until=0.7)),
     "AdapMTL, common threshold": _ours(allocation="common"),
     "AdapMTL, by sensitivity": _ours(allocation="sensitivity"),
     "AdapMTL, by gradient": _ours(allocation="gradient"),
@@ -76,21 +83,20 @@ UNAIMED = (DENSE, "AdapMTL, paper mode", "AdapMTL, paper mode, code's weighting"
 
 
 def _weighting(window: float, start: float) -> Callable[[Problem], Options]:
-    """The window and the start of the weighting multiplied."""
+    """The window and the start of the default weighting multiplied."""
 
     def make(problem: Problem) -> Options:
-        tasks = list(problem.make_tasks())
-        default = make_weighting("stability", tasks, problem.steps)
-        assert isinstance(default, StabilityWeighting)
         weighting = StabilityWeighting(
-            tasks, window=round(window * default.window), start=round(start * default.start)
+            list(problem.make_tasks()),
+            window=round(window * max(10, min(500, problem.steps // 40))),
+            start=round(start * (problem.steps // 4)),
         )
-        return {"weighting": weighting}
+        return {"weighting": weighting, "method": Adaptive()}
 
     return make
 
 
-#: AdapMTL with one number changed.
+#: Pruner with one number changed.
 SETTINGS: Mapping[str, Callable[[Problem], Options]] = {
     "window x 1/2": _weighting(0.5, 1),
     "window x 4": _weighting(4, 1),
@@ -100,7 +106,7 @@ SETTINGS: Mapping[str, Callable[[Problem], Options]] = {
     "pruning from 20 %": _ours(schedule=SparsitySchedule(start=0.2)),
     "pruned by 35 %": _ours(schedule=SparsitySchedule(end=0.35)),
     "pruned by 65 %": _ours(schedule=SparsitySchedule(end=0.65)),
-    "settled at 50 %": _ours(schedule=SparsitySchedule(settled=0.5)),
+    "settled at 50 %": _ours(schedule=SparsitySchedule(fix_at=0.5)),
     "regrow until 50 %": _ours(schedule=SparsitySchedule(regrow_until=0.5)),
     "rate 0.1": _ours(allocation=LAMPAllocation(rate=0.1)),
     "rate 1": _ours(allocation=LAMPAllocation(rate=1.0)),

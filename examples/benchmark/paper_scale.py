@@ -18,7 +18,7 @@ from torch_adapmtl.models import (
     dilated_resnet34,
     feature_channels,
 )
-from torch_adapmtl.tasks.tasks import Depth, Map, Normals, Segmentation, Task
+from torch_adapmtl.tasks import Depth, Map, Normals, Segmentation, Task
 
 __all__ = ["ENCODERS", "paper_problem"]
 

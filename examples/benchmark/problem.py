@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from examples.benchmark.data import Data
-from torch_adapmtl.methods.paper import PaperMode
-from torch_adapmtl.tasks.tasks import Task
+from torch_adapmtl import Paper
+from torch_adapmtl.tasks import Task
 
 __all__ = ["Problem"]
 
 
-_AUTHORS = PaperMode()
+_AUTHORS = Paper()
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Problem:
     lr: float = 2e-3
     weight_decay: float = 1e-4
     threshold_lr: float = 2e-2
-    paper: PaperMode = _AUTHORS
+    paper: Paper = _AUTHORS
 
     @property
     def lower_is_better(self) -> list[tuple[str, str]]:

@@ -17,6 +17,7 @@ from examples.benchmark.data import Samples
 from examples.benchmark.paper_scale import paper_problem
 from examples.benchmark.problem import Problem
 from examples.benchmark.synthetic import tabular, teachers
+from torch_adapmtl import Paper
 from torch_adapmtl.datasets import MultiDigits, Rooms, Words
 from torch_adapmtl.models import (
     ASPPHead,
@@ -26,8 +27,7 @@ from torch_adapmtl.models import (
     RegressionHead,
     feature_channels,
 )
-from torch_adapmtl.methods.paper import PaperMode
-from torch_adapmtl.tasks.tasks import Classification, Depth, Map, Normals, Regression, Segmentation, Task
+from torch_adapmtl.tasks import Classification, Depth, Map, Normals, Regression, Segmentation, Task
 
 __all__ = ["COMPARISON", "OTHERS", "PROBLEMS", "WordModel", "find_problem"]
 
@@ -114,7 +114,7 @@ def _rooms(
         lambda: {task: _ROOM_TASKS[task]() for task in tasks},
         steps=500,
         batch=16,
-        paper=PaperMode(start=-6.0, weight_decay=1.0),
+        paper=Paper(start=-6.0, weight_decay=1.0),
     )
 
 
@@ -173,7 +173,7 @@ def _digits(name: str, make_encoder: Callable[[], nn.Module], *, steps: int, lr:
         steps=steps,
         batch=32,
         lr=lr,
-        paper=PaperMode(start=-2.75),
+        paper=Paper(start=-2.75),
     )
 
 
@@ -230,7 +230,7 @@ def _words() -> Problem:
         steps=1000,
         batch=64,
         lr=1e-3,
-        paper=PaperMode(start=-2.75),
+        paper=Paper(start=-2.75),
     )
 
 

@@ -18,12 +18,11 @@ import torch
 from torch import nn
 
 import torch_adapmtl
-from torch_adapmtl import AdapMTL, apply_adapmtl
-from torch_adapmtl.prepare import in_full
-from torch_adapmtl.methods import IterativeMagnitude
 from examples.benchmark.data import Data
 from examples.benchmark.methods import DENSE, METHODS
 from examples.benchmark.problem import Problem
+from torch_adapmtl import Adaptive, GradientAllocation, IterativeMagnitude, Pruner, apply_adapmtl
+from torch_adapmtl.weighting._make import make_weighting
 
 __all__ = ["machine", "run", "settings"]
 
@@ -40,40 +39,50 @@ def settings(
     device: str = "cpu",
     bf16: bool = False,
 ) -> dict[str, Any]:
-    """What decides on a run's outcome, as JSON can hold it: runs of equal settings are one run.
+    """What decides a run's outcome, as JSON can hold it: runs of equal settings are one run.
 
-    The library's defaults are among them, so that a line made before a default changed is known.
+    The defaults of the library are among them, so that a line made before a default changed is
+    known.
 
     Args:
         problem: What on.
         method: A name from `METHODS`.
         sparsity: Zeros among the prunable weights, as a fraction.
         seed: Of the initial weights and the order of batches.
-        options: Options of `apply_adapmtl` in place of the method's own.
+        options: `method` and `weighting` of `apply_adapmtl` in place of the method's own.
         device: Where.
         bf16: Whether the forward pass runs under autocast to bfloat16.
 
     Example:
         >>> from examples.benchmark import find_problem, settings
-        >>> settings(find_problem("digits"), "SNIP", 0.9, seed=0)["options"]
-        {'weighting': "'equal'", 'mode': 'SNIP(batches=1)'}
+        >>> settings(find_problem("digits"), "SNIP", 0.9, seed=0)["config"]["method"]
+        {'name': 'SNIP', 'batches': 1}
     """
-    own = METHODS[method](problem) if options is None else options
-    full = {} if method == DENSE else in_full({"weighting": "equal", **own})
+    chosen = _options(problem, method, options)
+    config = {}
+    if method != DENSE:
+        tasks = list(problem.make_tasks())
+        weighting = make_weighting(chosen["weighting"], tasks, problem.steps)
+        config = {"method": chosen["method"].config(), "weighting": weighting.config()}
     return {
         "problem": problem.name,
         "method": method,
         "sparsity": 0.0 if method == DENSE else sparsity,
         "seed": seed,
-        "options": {name: repr(value) for name, value in full.items()},
+        "config": config,
         "steps": problem.steps,
         "batch": problem.batch,
         "lr": problem.lr,
         "weight_decay": problem.weight_decay,
-        "threshold_lr": _threshold_lr(problem, own),
+        "threshold_lr": _threshold_lr(problem, chosen),
         "device": torch.device(device).type,
         "bf16": bf16,
     }
+
+
+def _options(problem: Problem, method: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    chosen = METHODS[method](problem) if options is None else options
+    return {"weighting": "equal", **chosen}
 
 
 def run(
@@ -94,7 +103,7 @@ def run(
         method: A name from `METHODS`.
         sparsity: Zeros among the prunable weights, as a fraction; of no meaning to the dense model.
         seed: Of the initial weights and the order of batches.
-        options: Options of `apply_adapmtl` in place of the method's own.
+        options: `method` and `weighting` of `apply_adapmtl` in place of the method's own.
         device: Where.
         bf16: Whether the forward pass runs under autocast to bfloat16.
         progress: Called after each step with their number so far.
@@ -115,22 +124,22 @@ def run(
         >>> line["zeros"], line["weights"], list(line["metrics"])
         (12154, 13504, ['narrow', 'middle', 'wide'])
     """
-    own = METHODS[method](problem) if options is None else options
+    chosen = _options(problem, method, options)
     train, test = _data(problem.load, device)
     tasks = problem.make_tasks()
     torch.manual_seed(seed)
     model = problem.make_model().to(device)
-    pruner: AdapMTL | None = None
+    pruner: Pruner | None = None
     if method != DENSE:
         pruner = apply_adapmtl(
             model,
             target_sparsity=sparsity,
             total_steps=problem.steps,
             example_inputs=train.example(2),
-            **{"weighting": "equal", **own},
+            **chosen,
         )
-    mode = own.get("mode")
-    begins = mode.phases(problem.steps) if isinstance(mode, IterativeMagnitude) else [0]
+    way = chosen.get("method")
+    begins = way.phases(problem.steps) if isinstance(way, IterativeMagnitude) else [0]
     phases = sorted(set(begins))  # in fewer steps than phases, some begin together
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16)
 
@@ -142,7 +151,7 @@ def run(
     ):
         if step in phases:
             following = [*phases, problem.steps][phases.index(step) + 1]
-            optimizer = _optimizer(problem, model, pruner, _threshold_lr(problem, own))
+            optimizer = _optimizer(problem, model, pruner, _threshold_lr(problem, chosen))
             schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(following - step))
         assert optimizer is not None
         with autocast:
@@ -169,7 +178,7 @@ def run(
             model = pruner.finalize()
     metrics = evaluate(model, problem, test, autocast)
     return {
-        **settings(problem, method, sparsity, seed, own, device=device, bf16=bf16),
+        **settings(problem, method, sparsity, seed, options, device=device, bf16=bf16),
         "seconds": round(seconds, 2),
         "reached": report.sparsity if report else 0.0,
         "zeros": report.zeros if report else 0,
@@ -226,11 +235,13 @@ def _data(load: Callable[[], tuple[Data, Data]], device: str) -> tuple[Data, Dat
 
 def _threshold_lr(problem: Problem, options: Mapping[str, Any]) -> float:
     """The paper's thresholds need a high rate; offsets learned by gradient take the weights'."""
-    return problem.lr if options.get("allocation") == "gradient" else problem.threshold_lr
+    method = options.get("method")
+    trained = isinstance(method, Adaptive) and isinstance(method.allocation, GradientAllocation)
+    return problem.lr if trained else problem.threshold_lr
 
 
 def _optimizer(
-    problem: Problem, model: nn.Module, pruner: AdapMTL | None, threshold_lr: float
+    problem: Problem, model: nn.Module, pruner: Pruner | None, threshold_lr: float
 ) -> torch.optim.Optimizer:
     options: dict[str, Any] = {"lr": problem.lr, "weight_decay": problem.weight_decay}
     if pruner is None:

@@ -39,7 +39,7 @@ Key = tuple[str, str, float, int]
 Call = tuple[str, str, float, int, int | None, str, bool]
 
 _SETTINGS = (
-    *("problem", "method", "sparsity", "seed", "options", "steps", "batch", "lr"),
+    *("problem", "method", "sparsity", "seed", "config", "steps", "batch", "lr"),
     *("weight_decay", "threshold_lr", "device", "bf16"),
 )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from examples.benchmark.methods import DENSE
-from torch_adapmtl.run.size import RelativePerformance, relative_performance
+from torch_adapmtl import RelativePerformance, relative_performance
 
 __all__ = ["Estimate", "Margin", "Row", "margin", "summarize"]
 
@@ -137,8 +137,8 @@ def summarize(runs: Iterable[Run]) -> list[Row]:
         if other is not None:
             raise ValueError(
                 f"two runs of {run['method']!r} on {run['problem']!r} at {run['sparsity']} have "
-                f"the seed {run['seed']}, with the options {other['options']} and "
-                f"{run['options']}: take the lines of one of them out of the file"
+                f"the seed {run['seed']}, with the configs {other['config']} and "
+                f"{run['config']}: take the lines of one of them out of the file"
             )
         if is_dense:
             dense[_place(run)] = run

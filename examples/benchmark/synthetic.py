@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from examples.benchmark.data import Samples
 from examples.benchmark.problem import Problem
-from torch_adapmtl.methods.paper import PaperMode
-from torch_adapmtl.tasks.tasks import Classification, Regression
+from torch_adapmtl import Paper
+from torch_adapmtl.tasks import Classification, Regression
 
 __all__ = ["TEACHERS", "TabularModel", "TeacherModel", "tabular", "teachers"]
 
@@ -59,7 +59,7 @@ def teachers() -> Problem:
         lambda: {task: Regression() for task in TEACHERS},
         steps=2000,
         batch=64,
-        paper=PaperMode(start=-8.0, weight_decay=1.0),
+        paper=Paper(start=-8.0, weight_decay=1.0),
     )
 
 
@@ -144,7 +144,7 @@ def tabular() -> Problem:
         steps=1500,
         batch=128,
         lr=1e-3,
-        paper=PaperMode(start=-6.0, weight_decay=1.0),
+        paper=Paper(start=-6.0, weight_decay=1.0),
     )
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from toys import Bag, TwoTasks, prepare, train, weights, zeros
 
 from torch_adapmtl import LAMPAllocation, _sampling, apply_adapmtl
-from torch_adapmtl.layers.sampling import Sample
 from torch_adapmtl.allocation.lamp import lamp_thresholds
+from torch_adapmtl.layers.sampling import Sample
 
 SHAPES = [(8, 6), (20, 5), (3, 4, 2), (2, 2)]
 GROUPS = {"a": ["layers.0", "layers.1"], "b": ["layers.2", "layers.3"]}
@@ -42,7 +42,7 @@ def bag(seed: int, spread: float) -> Bag:
 
 def drawn(model: Bag) -> tuple[Sample, Tensor]:
     pruner = apply_adapmtl(model, target_sparsity=0.5, total_steps=10, groups=GROUPS)
-    layers = pruner.budget.layers
+    layers = pruner.controller.layers
     sizes = torch.tensor([layer.weight.numel() for layer in layers])
     return Sample.draw(layers, torch.device("cpu")), sizes
 
@@ -98,7 +98,7 @@ def test_a_sample_comes_near(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for size in (2**17, 4000):
         monkeypatch.setattr(_sampling, "SAMPLE", size)
-        sample = Sample.draw(pruner.budget.layers, torch.device("cpu"))
+        sample = Sample.draw(pruner.controller.layers, torch.device("cpu"))
         found.append(lamp_thresholds(sample, sizes, 20_000))
     torch.testing.assert_close(found[1], found[0], rtol=0.05, atol=0)
 
@@ -113,14 +113,14 @@ def test_offsets_settle_at_the_strengths_share_of_the_way(strength: float) -> No
     )
     for _ in range(130):
         pruner.step()  # without an optimiser: the weights stay
-    sample = Sample.draw(pruner.budget.layers, torch.device("cpu"))
-    sizes = torch.tensor([layer.weight.numel() for layer in pruner.budget.layers])
+    sample = Sample.draw(pruner.controller.layers, torch.device("cpu"))
+    sizes = torch.tensor([layer.weight.numel() for layer in pruner.controller.layers])
     alpha = lamp_thresholds(sample, sizes, 0.6 * int(sizes.sum()))
     pruned = alpha > 0  # the smallest layer may lose nothing, and then stays as it is
     assert pruned[:3].all()
     log, share = alpha[pruned].log(), sizes[pruned] / sizes[pruned].sum()
     wanted = strength * (log - (log * share).sum())
-    found = pruner.budget.offsets()
+    found = pruner.controller.offsets()
     torch.testing.assert_close(found[pruned], wanted, rtol=1e-3, atol=1e-3)
     assert strength == 0 or wanted.abs().max() > 0.1
 
@@ -132,7 +132,7 @@ def test_one_offset_a_component() -> None:
     )
     for _ in range(60):
         pruner.step()
-    a, b, c, d = pruner.budget.offsets().tolist()
+    a, b, c, d = pruner.controller.offsets().tolist()
     assert a == b != c == d
 
 
@@ -158,4 +158,4 @@ def test_all_weights_zero_move_nothing() -> None:
     pruner = prepare(model, total_steps=20)
     for _ in range(10):
         pruner.step()
-    assert pruner.budget.offsets().tolist() == [0.0] * 3
+    assert pruner.controller.offsets().tolist() == [0.0] * 3

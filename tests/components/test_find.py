@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from untouched import assert_untouched
 
-from torch_adapmtl.components.find import FROZEN, SHARED, UNUSED, Components, find_components, unwrap
+from torch_adapmtl import Components, find_components
+from torch_adapmtl.components.find import FROZEN, SHARED, UNUSED, unwrap
 
 X = torch.linspace(-1, 1, 2 * awkward.WIDTH).view(2, awkward.WIDTH)
 zoo = pytest.mark.parametrize("case", ZOO, ids=lambda case: case.name)

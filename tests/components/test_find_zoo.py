@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from zoo.entry import Heads
 
-from torch_adapmtl.components.find import SHARED, UNUSED, Components, find_components
+from torch_adapmtl import Components, find_components
+from torch_adapmtl.components.find import SHARED, UNUSED
 
 
 def by_task(components: Components) -> dict[str, list[str]]:

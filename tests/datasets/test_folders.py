@@ -20,7 +20,7 @@ from PIL import Image
 
 from examples.benchmark import paper_problem, paper_scale, run
 from torch_adapmtl.datasets import NYUv2, RandomFlip, RandomScaleCrop, TinyTaskonomy
-from torch_adapmtl.tasks.tasks import Depth, Map, Normals, Segmentation
+from torch_adapmtl.tasks import Depth, Map, Normals, Segmentation
 
 HEIGHT, WIDTH = 2, 3
 COLOURS = np.arange(HEIGHT * WIDTH * 3, dtype=np.uint8).reshape(HEIGHT, WIDTH, 3) * 10

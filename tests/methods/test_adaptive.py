@@ -13,13 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from toys import Bag, TwoTasks, initialise, losses, prepare, tensors, train, weights, zeros
 
-from torch_adapmtl import (
-    AdapMTL,
-    GradientAllocation,
-    SparsitySchedule,
-    _sampling,
-    apply_adapmtl,
-)
+from torch_adapmtl import GradientAllocation, Pruner, SparsitySchedule, _sampling, apply_adapmtl
 
 
 @given(st.integers(0, 10**6), st.sampled_from(["lamp", "sensitivity", "common", "gradient"]))
@@ -41,11 +35,11 @@ def test_sparsity_follows_the_schedule(seed: int, allocation: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*no weight has changed")
 def test_updates_are_rare_and_the_last_step_is_one() -> None:
-    pruner = prepare(TwoTasks(), total_steps=1003, schedule=SparsitySchedule(settled=1.0))
-    assert pruner.budget.interval == 10
+    pruner = prepare(TwoTasks(), total_steps=1003, schedule=SparsitySchedule(fix_at=1.0))
+    assert pruner.controller.interval == 10
     calls = []
-    pruner.budget.update = calls.append  # type: ignore[method-assign]
-    pruner.budget.freeze = lambda: calls.append("end")  # type: ignore[method-assign]
+    pruner.controller.update = calls.append  # type: ignore[method-assign]
+    pruner.controller.freeze = lambda: calls.append("end")  # type: ignore[method-assign]
     for _ in range(1003):
         pruner.step()
     assert calls[-1] == "end"
@@ -58,16 +52,16 @@ def test_updates_are_rare_and_the_last_step_is_one() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*no weight has changed")
 def test_offsets_come_to_rest() -> None:
-    schedule = SparsitySchedule(start=0.0, end=0.6, settled=1.0)
+    schedule = SparsitySchedule(start=0.0, end=0.6, fix_at=1.0)
     pruner = prepare(TwoTasks(), total_steps=100, schedule=schedule)
-    ones = torch.ones(len(pruner.budget.layers))
-    pruner.budget.allocator.moves = lambda *_: 0.01 * ones
+    ones = torch.ones(len(pruner.controller.layers))
+    pruner.controller.allocator.moves = lambda *_: 0.01 * ones
     path = []
     for _ in range(100):
         pruner.step()
-        path.append(pruner.budget.offsets()[0].item())
+        path.append(pruner.controller.offsets()[0].item())
     moves = torch.tensor(path).diff()
-    interval = pruner.budget.interval
+    interval = pruner.controller.interval
     assert interval == 2
     assert moves[:58].max() == pytest.approx(0.01)
     late = moves[60:]
@@ -79,15 +73,15 @@ def test_offsets_come_to_rest() -> None:
 @pytest.mark.parametrize(("end", "settled", "last"), [(0.5, None, 90), (0.95, None, 95), (0, 0, 1)])
 def test_zeros_are_final_when_they_are_settled(end: float, settled: Any, last: int) -> None:
     model = TwoTasks()
-    schedule = SparsitySchedule(start=0.0, end=end, settled=settled)
+    schedule = SparsitySchedule(start=0.0, end=end, fix_at=settled)
     pruner = prepare(model, total_steps=100, schedule=schedule)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    layers = pruner.budget.layers
+    layers = pruner.controller.layers
     masks = []
     for step in range(100):
         train(model, pruner, optimizer, [step])
-        assert pruner.budget.frozen == (step + 1 >= last)
-        if pruner.budget.frozen:
+        assert pruner.controller.fixed == (step + 1 >= last)
+        if pruner.controller.fixed:
             masks.append([layer.threshold.mask.clone() for layer in layers])
             assert zeros(pruner) == round(0.8 * weights(pruner))
             assert all(torch.equal(a, b) for a, b in zip(masks[0], masks[-1], strict=True))
@@ -97,12 +91,12 @@ def test_zeros_are_final_when_they_are_settled(end: float, settled: Any, last: i
         assert not layer.weight[~layer.threshold.mask].any()
 
 
-def _pruned_learn(model: TwoTasks, pruner: AdapMTL, step: int) -> bool:
+def _pruned_learn(model: TwoTasks, pruner: Pruner, step: int) -> bool:
     """Whether pruned weights have gradients in the next step; the others have."""
     model.zero_grad()
     pruner.loss(losses(model, step)).backward()
-    gone = [layer.sparse() == 0 for layer in pruner.budget.layers]
-    gradients = [layer.weight.grad for layer in pruner.budget.layers]
+    gone = [layer.sparse() == 0 for layer in pruner.controller.layers]
+    gradients = [layer.weight.grad for layer in pruner.controller.layers]
     assert all(grad[~zero].any() for grad, zero in zip(gradients, gone, strict=True))
     assert sum(int(zero.sum()) for zero in gone) > 0.5 * weights(pruner)
     learn = sum(int(grad[zero].count_nonzero()) for grad, zero in zip(gradients, gone, strict=True))
@@ -153,15 +147,15 @@ def test_the_last_update_moves_no_threshold() -> None:
     pruner = prepare(model, total_steps=100)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     train(model, pruner, optimizer, range(89))
-    before = [layer.sparse() for layer in pruner.budget.layers]
-    thresholds = pruner.budget.thresholds()
+    before = [layer.sparse() for layer in pruner.controller.layers]
+    thresholds = pruner.controller.thresholds()
     pruner.step()
-    assert torch.equal(pruner.budget.thresholds(), thresholds)
-    for layer, seen in zip(pruner.budget.layers, before, strict=True):
+    assert torch.equal(pruner.controller.thresholds(), thresholds)
+    for layer, seen in zip(pruner.controller.layers, before, strict=True):
         kept = layer.threshold.mask & (seen != 0)
         assert torch.equal(layer.weight[kept], seen[kept])
     changed = sum(
-        int((a.sparse() != b).sum()) for a, b in zip(pruner.budget.layers, before, strict=True)
+        int((a.sparse() != b).sum()) for a, b in zip(pruner.controller.layers, before, strict=True)
     )
     assert changed <= 4  # those that the exact number of zeros asks for
 
@@ -193,7 +187,7 @@ def test_the_window_finds_what_sorting_all_finds(
             model, target_sparsity=target, total_steps=5, groups=groups, allocation="common",
             keep_zeros=False, **bounds,
         )  # fmt: skip
-        pruner.freeze()
+        pruner.fix_zeros()
         assert zeros(pruner) == round(target * weights(pruner))
         found.append(tensors(pruner.finalize()))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
@@ -264,7 +258,7 @@ def test_a_bound_that_is_met_exactly_is_feasible(density: float) -> None:
             Bag([(20, 5)], torch.float32),
             target_sparsity=1 - density, total_steps=1, groups={"a": ["*"]}, **{bound: density},
         )  # fmt: skip
-        pruner.freeze()
+        pruner.fix_zeros()
         assert zeros(pruner) == round((1 - density) * 100)
 
 
@@ -285,7 +279,7 @@ def test_no_layer_dies() -> None:
 # --- allocations --------------------------------------------------------------------------------
 
 
-def _two_heads(seed: int, **options: Any) -> AdapMTL:
+def _two_heads(seed: int, **options: Any) -> Pruner:
     """Two equal heads; all that one does is counted, next to nothing of the other."""
     torch.manual_seed(seed)
     model = TwoTasks(24)
@@ -311,7 +305,7 @@ def _two_heads(seed: int, **options: Any) -> AdapMTL:
 @pytest.mark.parametrize("granularity", ["layer", "component"])
 def test_what_matters_has_the_lower_threshold(seed: int, granularity: Any) -> None:
     pruner = _two_heads(seed, granularity=granularity, allocation="sensitivity")
-    offset = dict(zip(["shared", "a", "b"], pruner.budget.offsets().tolist(), strict=True))
+    offset = dict(zip(["shared", "a", "b"], pruner.controller.offsets().tolist(), strict=True))
     assert offset["a"] + 0.5 < offset["b"]
     assert max(map(abs, offset.values())) <= 1.1 + 1e-6
     sparsity = pruner.sparsity("component")
@@ -320,9 +314,9 @@ def test_what_matters_has_the_lower_threshold(seed: int, granularity: Any) -> No
 
 def test_common_thresholds_are_all_alike() -> None:
     pruner = _two_heads(0, allocation="common")
-    assert not pruner.budget.offsets().any()
-    assert len(set(pruner.budget.thresholds().tolist())) == 1
-    assert pruner.budget.thresholds()[0] > 0
+    assert not pruner.controller.offsets().any()
+    assert len(set(pruner.controller.thresholds().tolist())) == 1
+    assert pruner.controller.thresholds()[0] > 0
 
 
 def test_gradient_moves_offsets() -> None:
@@ -338,11 +332,11 @@ def test_gradient_moves_offsets() -> None:
     train(model, pruner, optimizer, range(30))
     pruner.loss(losses(model, 30)).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in pruner.parameters())
-    assert pruner.budget.offsets().unique().numel() > 1
-    assert pruner.budget.offsets().abs().max() > 0.01
+    assert pruner.controller.offsets().unique().numel() > 1
+    assert pruner.controller.offsets().abs().max() > 0.01
     train(model, pruner, optimizer, range(30, 60))
     assert zeros(pruner) == round(0.8 * weights(pruner))
-    assert pruner.budget.offsets().abs().max() <= 0.4
+    assert pruner.controller.offsets().abs().max() <= 0.4
 
 
 @pytest.mark.parametrize(("granularity", "shape"), [("layer", (2,)), ("component", ())])
@@ -352,7 +346,7 @@ def test_one_offset_a_layer_or_a_component(granularity: Any, shape: Any) -> None
         Bag([(3, 3), (4, 4), (5, 5)], torch.float32),
         target_sparsity=0.5, total_steps=5, groups=groups, granularity=granularity,
     )  # fmt: skip
-    assert pruner.budget.offset["a"].shape == shape
+    assert pruner.controller.offset["a"].shape == shape
     names = [k for k in pruner.state_dict() if "offset" in k]
     assert names == ["budget.offset.a", "budget.offset.b"]
 
@@ -362,9 +356,9 @@ def test_gradients_that_are_not_finite_leave_the_offsets_alone() -> None:
     pruner = prepare(model, total_steps=40, allocation="sensitivity")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     train(model, pruner, optimizer, range(20))
-    before = pruner.budget.allocator.saliency.clone()
+    before = pruner.controller.allocator.saliency.clone()
     (losses(model, 20)["a"] * math.inf).backward()  # as under a gradient scaler that skips
     optimizer.zero_grad()
     pruner.step()
-    assert torch.equal(pruner.budget.allocator.saliency, before * 0.9)
-    assert pruner.budget.offsets().isfinite().all()
+    assert torch.equal(pruner.controller.allocator.saliency, before * 0.9)
+    assert pruner.controller.offsets().isfinite().all()

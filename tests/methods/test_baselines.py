@@ -17,12 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import prune
+from torch_adapmtl.methods._masks import lowest
 from toys import TwoTasks, batch, initialise, losses, prepare, tensors, train, weights, zeros
 
-from torch_adapmtl import SparsitySchedule
-from torch_adapmtl.methods import SNIP, DiSparse, IterativeMagnitude, Magnitude, Taylor
+from torch_adapmtl import SNIP, DiSparse, IterativeMagnitude, Magnitude, SparsitySchedule, Taylor
 from torch_adapmtl.methods.disparse import _ranks
-from torch_adapmtl.methods._masks import lowest
 
 # Layers of a dozen weights do lose them all: nothing in these methods keeps any.
 pytestmark = pytest.mark.filterwarnings("ignore:no weight is left")
@@ -356,10 +355,10 @@ def test_nan_revives_nothing(name: str) -> None:
     prune.random_unstructured(model.body, "weight", amount=40)
     gone = model.body.weight_mask == 0
     pruner = prepare(model, mode=MODES[name])
-    pruner.budget.scores = lambda scores=pruner.budget.scores: [
+    pruner.controller.scores = lambda scores=pruner.controller.scores: [
         own.masked_fill(own != -torch.inf, torch.nan) for own in scores()
     ]
-    pruner.budget.freeze()
+    pruner.controller.fix()
     assert zeros(pruner) == 134
     assert not model.body.weight[gone].any()
 
@@ -367,9 +366,9 @@ def test_nan_revives_nothing(name: str) -> None:
 def test_dynamic_masks_move_and_hide_the_gradient_of_what_is_gone() -> None:
     torch.manual_seed(0)
     model = TwoTasks()
-    pruner = prepare(model, mode=DiSparse(dynamic=True), total_steps=40, weighting="equal")
+    pruner = prepare(model, method=DiSparse(dynamic=True), total_steps=40, weighting="equal")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    layers = pruner.budget.layers
+    layers = pruner.controller.layers
     seen = set()
     for step in range(40):
         pruner.loss(losses(model, step)).backward()
@@ -387,7 +386,7 @@ def test_dynamic_masks_move_and_hide_the_gradient_of_what_is_gone() -> None:
 
 def scored(model: nn.Module, mode: Any, **options: Any) -> list[str]:
     """What scoring the first three batches warns of."""
-    pruner = prepare(model, mode=mode, **options)
+    pruner = prepare(model, method=mode, **options)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         train(model, pruner, torch.optim.SGD(model.parameters(), lr=0.1), range(3))
@@ -442,7 +441,7 @@ def test_disparse_passes_over_a_task_without_prunable_weights() -> None:
             return {"a": self.head(x), "b": x[:, 3:] + self.shift}
 
     model = Model()
-    pruner = prepare(model, mode=DiSparse())
+    pruner = prepare(model, method=DiSparse())
     train(model, pruner, torch.optim.SGD(model.parameters(), lr=0.1), range(STEPS))
     assert zeros(pruner) == 24
 
@@ -452,7 +451,7 @@ def test_an_earlier_mask_counts_and_stays(mode: Any) -> None:
     model = TwoTasks()
     prune.random_unstructured(model.body, "weight", amount=40)
     before = model.body.weight_mask == 0
-    pruner = prepare(model, mode=mode, weighting="equal")
+    pruner = prepare(model, method=mode, weighting="equal")
     train(model, pruner, torch.optim.SGD(model.parameters(), lr=0.1), range(STEPS))
     assert zeros(pruner) == 134
     pruner.finalize()
@@ -461,5 +460,5 @@ def test_an_earlier_mask_counts_and_stays(mode: Any) -> None:
     prune.random_unstructured(model.body, "weight", amount=40)
     keys = list(model.state_dict())
     with pytest.raises(ValueError, match=r"asks for 17 zeros, but masks .* hold 40"):
-        prepare(model, mode=mode, target_sparsity=0.1)
+        prepare(model, method=mode, target_sparsity=0.1)
     assert list(model.state_dict()) == keys

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from toys import TwoTasks, batch, losses, prepare, tensors, train, weights, zeros
 
-from torch_adapmtl import AdapMTL, PaperMode
+from torch_adapmtl import Paper, Pruner
 
 
 class Plain:
@@ -54,12 +54,12 @@ class Plain:
             self.held = {name: s.detach().clone() for name, s in self.s.items()}
 
 
-MODE = PaperMode(start=-6.0, weight_decay=0.5)
+MODE = Paper(start=-6.0, weight_decay=0.5)
 ADAM: dict[str, Any] = {"lr": 2e-2, "betas": (0.5, 0.999), "weight_decay": 1e-3}
 
 
-def _paper(model: nn.Module, **options: Any) -> AdapMTL:
-    options = {"target_sparsity": 0.2, "total_steps": 400, "mode": MODE, **options}
+def _paper(model: nn.Module, **options: Any) -> Pruner:
+    options = {"target_sparsity": 0.2, "total_steps": 400, "method": MODE, **options}
     return prepare(model, weighting="equal", **options)
 
 
@@ -93,9 +93,9 @@ def test_equals_the_plain_version_at_every_step() -> None:
                 module.weight, plain.sparse(f"{key}.weight"), rtol=1e-5, atol=1e-6
             )
         for name, s in plain.s.items():
-            torch.testing.assert_close(pruner.budget.s[name], s, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(pruner.controller.s[name], s, rtol=1e-6, atol=1e-6)
         assert zeros(pruner) == plain.zeros()
-        assert bool(pruner.budget.reached) == (plain.held is not None)
+        assert bool(pruner.controller.reached) == (plain.held is not None)
         reached += plain.held is not None
     assert 10 < reached < 140  # the test is about before and after
     assert zeros(pruner) >= wanted
@@ -104,10 +104,10 @@ def test_equals_the_plain_version_at_every_step() -> None:
 
 def test_thresholds_are_the_sigmoid_and_rise_by_decay_alone() -> None:
     model = TwoTasks()
-    pruner = _paper(model, mode=PaperMode(start=-3.0, weight_decay=0.1))
+    pruner = _paper(model, method=Paper(start=-3.0, weight_decay=0.1))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    s = pruner.budget.s["a"]
+    s = pruner.controller.s["a"]
     s.requires_grad_()
     optimizer = torch.optim.SGD(pruner.param_groups(lr=0.5)[1:])
     for _ in range(3):
@@ -115,8 +115,8 @@ def test_thresholds_are_the_sigmoid_and_rise_by_decay_alone() -> None:
         optimizer.step()
         pruner.step()
     assert s.item() == pytest.approx(-3.0 * (1 - 0.5 * 0.1) ** 3)
-    expected = torch.stack([pruner.budget.s[n] for n in ("shared", "a", "b")]).sigmoid()
-    assert torch.equal(pruner.budget.thresholds(), expected.detach())
+    expected = torch.stack([pruner.controller.s[n] for n in ("shared", "a", "b")]).sigmoid()
+    assert torch.equal(pruner.controller.thresholds(), expected.detach())
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_thresholds_are_the_sigmoid_and_rise_by_decay_alone() -> None:
 )
 def test_pruned_weights_learn_only_if_told_to(gradient: Any, learns: bool) -> None:
     model = TwoTasks()
-    pruner = _paper(model, mode=PaperMode(start=-1.5), gradient=gradient)
+    pruner = _paper(model, method=Paper(start=-1.5), gradient=gradient)
     pruner.loss(losses(model, 0)).backward()
     gone = model.heads["a"].weight == 0
     grad = model.heads["a"].parametrizations.weight.original.grad
@@ -142,7 +142,7 @@ def test_ends_with_what_it_has_reached() -> None:
     found, x = zeros(pruner), batch(99)[0]
     before = model(x)
     with pytest.raises(RuntimeError, match="mode='paper' does not do: call finalize"):
-        pruner.freeze()
+        pruner.fix_zeros()
     with pytest.warns(
         UserWarning, match="ended at a sparsity of .*, not 90.00%: mode='paper' raises"
     ):
@@ -155,11 +155,11 @@ def test_ends_with_what_it_has_reached() -> None:
 @pytest.mark.parametrize("target", [0.3, 0.6])
 def test_a_target_that_was_passed_by_far_is_told(target: float) -> None:
     model = TwoTasks()
-    pruner = _paper(model, target_sparsity=target, mode=PaperMode(start=-1.0))
+    pruner = _paper(model, target_sparsity=target, method=Paper(start=-1.0))
     optimizer = torch.optim.Adam(pruner.param_groups(threshold_lr=5e-2, **ADAM))
     train(model, pruner, optimizer, range(5))
     assert zeros(pruner) > (target + 0.01) * weights(pruner)
-    with pytest.warns(UserWarning, match=f"not {target:.2%}: .* Lower PaperMode's start"):
+    with pytest.warns(UserWarning, match=f"not {target:.2%}: .* Lower Paper's start"):
         pruner.finalize()
 
 
@@ -169,13 +169,13 @@ def test_state_resumes_bit_for_bit() -> None:
     pruner = _paper(model)
     optimizer = torch.optim.Adam(pruner.param_groups(threshold_lr=5e-2, **ADAM))
     train(model, pruner, optimizer, range(50))
-    assert not pruner.budget.reached
+    assert not pruner.controller.reached
     state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     assert [k for k in state[0] if k.endswith(("s.shared", "s.a", "s.b"))] == [
-        f"adapmtl.budget.s.{name}" for name in ("shared", "a", "b")
+        f"adapmtl.controller.s.{name}" for name in ("shared", "a", "b")
     ]
     train(model, pruner, optimizer, range(50, 150))
-    assert pruner.budget.reached
+    assert pruner.controller.reached
 
     other = _paper(fresh)
     again = torch.optim.Adam(other.param_groups(threshold_lr=5e-2, **ADAM))
@@ -191,11 +191,11 @@ def test_target_zero_holds_the_start() -> None:
     pruner = _paper(model, target_sparsity=0.0)
     optimizer = torch.optim.SGD(pruner.param_groups(lr=0.1))
     train(model, pruner, optimizer, range(1))
-    after_one = pruner.budget.s["a"].item()
+    after_one = pruner.controller.s["a"].item()
     train(model, pruner, optimizer, range(1, 5))
-    assert pruner.budget.s["a"].item() == after_one
+    assert pruner.controller.s["a"].item() == after_one
 
 
 def test_a_start_may_be_an_integer() -> None:
-    found = [_paper(TwoTasks(), mode=PaperMode(start=start)) for start in (-3, -3.0)]
-    assert torch.equal(found[0].budget.thresholds(), found[1].budget.thresholds())
+    found = [_paper(TwoTasks(), method=Paper(start=start)) for start in (-3, -3.0)]
+    assert torch.equal(found[0].controller.thresholds(), found[1].controller.thresholds())

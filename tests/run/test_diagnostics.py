@@ -15,16 +15,22 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from toys import TwoTasks, losses, prepare, train, weights, zeros
 
-from torch_adapmtl import AdapMTL, SparsitySchedule, apply_adapmtl
+from torch_adapmtl import (
+    EqualWeighting,
+    Magnitude,
+    Pruner,
+    Report,
+    SparsitySchedule,
+    StabilityWeighting,
+    apply_adapmtl,
+)
 from torch_adapmtl.run.diagnostics import LossTrace, signs
-from torch_adapmtl.methods import Magnitude
-from torch_adapmtl.run.report import ComponentRow, Report
-from torch_adapmtl.weighting.simple import EqualWeighting, StabilityWeighting
+from torch_adapmtl.run.report import ComponentRow
 
 STEPS = 60
 
 
-def finished(pruner: AdapMTL) -> list[str]:
+def finished(pruner: Pruner) -> list[str]:
     """What `finalize` warns of."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -33,7 +39,7 @@ def finished(pruner: AdapMTL) -> list[str]:
     return [str(warning.message) for warning in caught]
 
 
-def trained(scale: Any = lambda task, step: 1.0, first: int = 0, **options: Any) -> AdapMTL:
+def trained(scale: Any = lambda task, step: 1.0, first: int = 0, **options: Any) -> Pruner:
     """Train `TwoTasks` with its losses scaled by a function of task and step."""
     torch.manual_seed(0)
     model = TwoTasks()
@@ -42,7 +48,7 @@ def trained(scale: Any = lambda task, step: 1.0, first: int = 0, **options: Any)
     return pruner
 
 
-def run(model: nn.Module, pruner: AdapMTL, scale: Any, steps: range) -> None:
+def run(model: nn.Module, pruner: Pruner, scale: Any, steps: range) -> None:
     optimizer = torch.optim.SGD(pruner.param_groups(lr=0.01))
     for step in steps:
         found: Mapping[str, Tensor] = losses(model, step)
@@ -61,7 +67,7 @@ def run(model: nn.Module, pruner: AdapMTL, scale: Any, steps: range) -> None:
         {"weighting": {"a": 9, "b": 1}},
         {"weighting": lambda losses: {task: 1 / (1 + loss) for task, loss in losses.items()}},
         {"allocation": "sensitivity"},
-        {"mode": "paper", "target_sparsity": 0.0},
+        {"method": "paper", "target_sparsity": 0.0},
     ],
 )
 def test_a_good_run_says_nothing(options: dict[str, Any]) -> None:
@@ -128,8 +134,8 @@ def test_components_that_are_equally_sparse(options: dict[str, Any], expected: i
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"mode": Magnitude()}, 1),
-        ({"mode": Magnitude("uniform")}, 0),
+        ({"method": Magnitude()}, 1),
+        ({"method": Magnitude("uniform")}, 0),
         ({}, 0),
     ],
 )
@@ -165,8 +171,8 @@ def test_one_task_that_dominates(bounds: tuple[float, float] | None, expected: i
     "options",
     [
         {},
-        {"schedule": SparsitySchedule(settled=0.7)},  # before the second of the steps below
-        {"mode": "paper", "target_sparsity": 0.0},
+        {"schedule": SparsitySchedule(fix_at=0.7)},  # before the second of the steps below
+        {"method": "paper", "target_sparsity": 0.0},
     ],
 )
 @pytest.mark.parametrize("since", [0, 3 * STEPS // 4])

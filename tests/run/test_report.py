@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import torch_adapmtl
-from torch_adapmtl.run.report import ComponentRow, DensePart, LayerRow, Report
+from torch_adapmtl import Report
+from torch_adapmtl.run.report import ComponentRow, DensePart, LayerRow
 
 
 def example(**changes: object) -> Report:

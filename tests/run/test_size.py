@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from torch_adapmtl.run.size import relative_performance, size, sparsity
+from torch_adapmtl import relative_performance, size, sparsity
 
 TABLE = Path(__file__).parent / "fixtures" / "nyuv2_mobilenetv2.csv"
 METRICS = {

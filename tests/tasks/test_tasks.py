@@ -13,15 +13,7 @@ from waiting import READS, refused
 
 pytest.importorskip("torchmetrics")
 
-from torch_adapmtl.tasks.tasks import (
-    Classification,
-    Depth,
-    Map,
-    Normals,
-    Regression,
-    Segmentation,
-    Task,
-)
+from torch_adapmtl.tasks import Classification, Depth, Map, Normals, Regression, Segmentation, Task
 
 
 def measured(task: Task, *batches: tuple[Tensor, Tensor]) -> dict[str, float]:

@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torch_adapmtl.weighting.simple import (
+from torch_adapmtl import (
     CallableWeighting,
     EqualWeighting,
     FixedWeighting,
     LossWeighting,
     StabilityWeighting,
-    make_weighting,
 )
+from torch_adapmtl.weighting.simple import make_weighting
 
 TASKS = ("seg", "depth", "normal")
 

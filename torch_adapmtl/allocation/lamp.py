@@ -1,19 +1,20 @@
-"""Layer-adaptive magnitude: each layer's threshold from the weights that the layer has left."""
+"""Layer-adaptive magnitudes (LAMP): each layer's offset follows the weights that it has left."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from torch_adapmtl.allocation._base import Allocator
 from torch_adapmtl._checks import check_numbers
-from torch_adapmtl.layers.layer import Layer
+from torch_adapmtl.allocation._base import Allocation, Allocator
+from torch_adapmtl.budget.solver import Scores, bisect, from_bits, to_bits
+from torch_adapmtl.layers.collection import Layers
+from torch_adapmtl.layers.pooled import Pooled
 from torch_adapmtl.layers.sampling import Sample
-from torch_adapmtl.budget.solver import bisect, from_bits, to_bits
 
 __all__ = ["LAMP", "LAMPAllocation", "lamp_thresholds"]
 
@@ -22,13 +23,13 @@ _UNIT = 2.0**40
 
 
 @dataclass(frozen=True)
-class LAMPAllocation:
+class LAMPAllocation(Allocation):
     r"""Offsets from layer-adaptive magnitudes: pruning costs every layer's output the same share.
 
     The score of a weight is its square over the sum of the squares of the weights of its layer
-    that are no smaller (LAMP, Lee et al., arXiv 2010.07611): a bound on how much of the layer's
-    output goes with it. The weights with the lowest scores of all layers together, as many as the
-    budget asks for, say which threshold \(\alpha_l\) each layer would have. At every update the
+    that are no smaller (LAMP, Lee et al., arXiv 2010.07611); it bounds the change of the layer's
+    output when the weight is pruned. Pruning the weights with the lowest scores of all layers, as
+    many as the budget asks for, gives each layer a threshold \(\alpha_l\). At every update the
     offset of a layer moves by `rate` of its way to `strength` times the deviation of
     \(\log \alpha_l\) from the mean over all weights.
 
@@ -48,6 +49,8 @@ class LAMPAllocation:
         LAMPAllocation(strength=1.0, rate=0.3, bound=5.0)
     """
 
+    shardable: ClassVar[bool] = True
+
     strength: float = 0.75
     rate: float = 0.3
     bound: float = 5.0
@@ -61,79 +64,75 @@ class LAMPAllocation:
         if not 0 < self.bound < math.inf:
             raise ValueError(f"allocation: bound must be > 0 and finite, got {self.bound}")
 
+    def allocator(self, layers: Layers, offsets: Pooled) -> LAMP:
+        """Make what moves the offsets."""
+        return LAMP(layers, offsets, self)
+
 
 class LAMP(Allocator):
     """Moves the offsets as `LAMPAllocation` says.
 
     Args:
-        layers: The layers, in the model's order.
-        options: The settings.
-        pool: For each layer the number of the pool of layers that share its offset.
+        layers: The layers.
+        offsets: Their offsets, by pool.
+        settings: The settings.
     """
 
-    def __init__(
-        self, layers: Sequence[Layer], options: LAMPAllocation, pool: Sequence[int]
-    ) -> None:
+    def __init__(self, layers: Layers, offsets: Pooled, settings: LAMPAllocation) -> None:
         super().__init__()
-        self.options = options
-        self._pool = list(pool)
-        self._sizes = [layer.weight.numel() for layer in layers]
+        self._layers, self._settings = layers, settings
+        self._pool = (offsets,)  # in a tuple: not a submodule of its own
 
-    def moves(self, sample: Sample, thresholds: Tensor, offsets: Tensor, zeros: float) -> Tensor:
+    def moves(
+        self, sample: Sample, magnitudes: Scores, thresholds: Tensor, offsets: Tensor, zeros: float
+    ) -> Tensor:
         """Say how far each layer's offset should move."""
-        sizes = torch.tensor(self._sizes, device=offsets.device)
-        alpha = lamp_thresholds(sample, sizes, zeros)
+        (pool,) = self._pool
+        alpha = lamp_thresholds(magnitudes, zeros)
         known = alpha > 0  # else there is no logarithm: nothing pruned yet, or all weights zero
-        weight = sizes * known
+        weight = torch.tensor(self._layers.sizes, device=offsets.device) * known
         log = alpha.masked_fill(~known, 1.0).log()
-        pool = torch.tensor(self._pool, device=offsets.device)
-
-        def summed(values: Tensor) -> Tensor:
-            return torch.zeros_like(values).index_add_(0, pool, values)[pool]
-
-        pooled = summed(log * weight) / summed(weight.to(log.dtype))
+        pooled = pool.sum(log * weight) / pool.sum(weight.to(log.dtype))
         mean = (log * weight).sum() / weight.sum()
-        move = self.options.rate * (self.options.strength * (pooled - mean) - offsets)
+        settings = self._settings
+        move = settings.rate * (settings.strength * (pooled - mean) - offsets)
         return torch.where(move.isfinite(), move, 0.0)
 
 
-def lamp_thresholds(sample: Sample, sizes: Tensor, zeros: float) -> Tensor:
-    """The threshold of each layer at which LAMP prunes `zeros` weights of them all.
+def lamp_thresholds(magnitudes: Scores, zeros: float) -> Tensor:
+    """The threshold of each layer at which LAMP prunes `zeros` weights in all.
 
     Args:
-        sample: The magnitudes of the layers' weights, or of a sample of them.
-        sizes: How many weights each layer has, (L,).
-        zeros: How many to prune.
+        magnitudes: The magnitudes of the layers' weights, or of a sample of them.
+        zeros: How many weights to prune.
 
     Returns:
         The largest magnitude that is pruned in each layer, float32 of shape (L,); 0 where none is.
-        Of weights whose scores tie all are pruned.
+        Weights whose scores tie are pruned together.
     """
-    lengths = torch.tensor(sample.lengths, device=sizes.device)
-    stands_for = sizes / lengths.double()
-    # Layer in the high word, magnitude in the low one: one sort orders every layer's weights.
-    keys = ((sample.layer << 32) | to_bits(sample.values)).sort().values
-    values = from_bits(keys & 0xFFFFFFFF)
-    last = lengths.cumsum(0)
-    largest = values[last - 1].double().clamp(min=torch.finfo(torch.float32).tiny)
-    square = (values / largest[sample.layer]).square()  # in units of the layer's largest
+    layer, base, weights = magnitudes.layer, magnitudes.base, magnitudes.weights
+    start, end = magnitudes.starts[:-1], magnitudes.starts[1:]
+    values = from_bits(magnitudes.bits)
+    largest = values[end - 1].double().clamp(min=torch.finfo(torch.float32).tiny)
+    square = (values / largest[layer]).square()  # in units of the layer's largest
     # Whole numbers: sums of them are exact, and the same in any order.
     whole = (square * _UNIT).long()
-    summed = whole.cumsum(0)
-    # What the weights from this one on in its layer sum to, itself included.
-    rest = (summed[last - 1][sample.layer] - summed + whole).double() / _UNIT
-    score = square / (rest * stands_for[sample.layer])
+    cumulative = whole.cumsum(0)
+    # The sum over the weights from this one on in its layer, itself included.
+    rest = (cumulative[end - 1][layer] - cumulative + whole).double() / _UNIT
+    score = square / (rest * weights[layer])
     score = torch.where(square > 0, score, 0.0).float()
+    ranks = base[layer] | to_bits(score)
 
     def count(level: Tensor) -> Tensor:
-        found = torch.searchsorted(ranks, base + level, right=True) - start
-        return (found * stands_for).sum()
+        return (_rank(ranks, base, start, level) * weights).sum()
 
-    start = last - lengths
-    base = torch.arange(len(lengths), device=sizes.device) << 32
-    ranks = (sample.layer << 32) | to_bits(score)
-    wanted = torch.full((), zeros, dtype=torch.float64, device=sizes.device)
+    wanted = torch.full((), zeros, dtype=torch.float64, device=score.device)
     level = bisect(count, wanted)
-    found = torch.searchsorted(ranks, base + level.clamp(min=0), right=True) - start
-    found = torch.where(level < 0, 0, found)
-    return torch.where(found > 0, values[(start + found - 1).clamp(min=0)], 0.0)
+    pruned = torch.where(level < 0, 0, _rank(ranks, base, start, level.clamp(min=0)))
+    return torch.where(pruned > 0, values[(start + pruned - 1).clamp(min=0)], 0.0)
+
+
+def _rank(keys: Tensor, base: Tensor, start: Tensor, level: Tensor) -> Tensor:
+    """How many keys of each layer are up to `level`, (L,)."""
+    return torch.searchsorted(keys, base + level, right=True) - start

@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_adapmtl.layers.layer import Layer, members
 from torch_adapmtl.budget.solver import Bounds
+from torch_adapmtl.layers.collection import Layers
+from torch_adapmtl.layers.layer import Layer
 
-__all__ = ["DensityBounds"]
+__all__ = ["DensityBounds", "check_density"]
+
+Density = float | Mapping[str, float] | None
+"""A fraction for all components, or by component; None for no bound."""
 
 # A layer keeps at least this share of the average density.
 _LAYER_FLOOR = 0.1
@@ -23,14 +26,14 @@ class DensityBounds:
     """The bounds on the numbers of zeros that densities and masks set.
 
     Args:
-        layers: The layers, in the model's order.
+        layers: The layers.
         masked: For each of them how many weights are zero for good.
-        target: Zeros among all weights at the end, as a fraction.
+        target_sparsity: Zeros among all weights at the end, as a fraction.
         min_density: Least density of a component, as a fraction; one for all, or by name.
-        max_density: The same for the largest.
+        max_density: Largest density, likewise.
 
     Attributes:
-        zeros: The number of zeros at the end, `round(target * N)`.
+        zeros: The number of zeros at the end, `round(target_sparsity * N)`.
         masked: As given.
 
     Raises:
@@ -39,43 +42,45 @@ class DensityBounds:
 
     def __init__(
         self,
-        layers: Sequence[Layer],
+        layers: Layers,
         masked: Sequence[int],
-        target: float,
-        min_density: float | Mapping[str, float] | None,
-        max_density: float | Mapping[str, float] | None,
+        target_sparsity: float,
+        min_density: Density,
+        max_density: Density,
     ) -> None:
-        by_name = members(layers)
-        least = _by_component("min_density", min_density, 0.0, by_name)
-        most = _by_component("max_density", max_density, 1.0, by_name)
-        sizes = [layer.weight.numel() for layer in layers]
-        self.zeros, self.masked = round(target * sum(sizes)), masked
-        self._index = {name: c for c, name in enumerate(by_name)}
-        self._component = [self._index[layer.component] for layer in layers]
-        density = [min(1.0 - target, most[layer.component]) for layer in layers]
-        kept = [_floor(layer, d) for layer, d in zip(layers, density, strict=True)]
-        alive = [max(1, k) for k in kept]
-        if sum(alive) <= sum(sizes) - self.zeros:  # one weight each, where there are enough
-            kept = alive
-        self._layer_max = [max(n - k, m) for n, k, m in zip(sizes, kept, masked, strict=True)]
+        least = _by_component("min_density", min_density, 0.0, layers.components)
+        most = _by_component("max_density", max_density, 1.0, layers.components)
+        self.zeros, self.masked = layers.zeros_at(target_sparsity), masked
+        self._component = layers.component
+        kept = [
+            _floor(layer, min(1.0 - target_sparsity, most[component]))
+            for layer, component in zip(layers, layers.component, strict=True)
+        ]
+        at_least_one = [max(1, k) for k in kept]
+        if sum(at_least_one) <= layers.total - self.zeros:
+            kept = at_least_one
+        self._layer_max = [
+            max(size - k, m) for size, k, m in zip(layers.sizes, kept, masked, strict=True)
+        ]
+        sizes = layers.sum_components(layers.sizes)
+        room, held = layers.sum_components(self._layer_max), layers.sum_components(masked)
         self._min_zeros, self._max_zeros = [], []
         rows = []
-        for name, indices in by_name.items():
-            size = sum(sizes[i] for i in indices)
-            highest = min(_share(1.0 - least[name], size), sum(self._layer_max[i] for i in indices))
-            lowest = max(size - _share(most[name], size), sum(masked[i] for i in indices))
+        for c, name in enumerate(layers.components):
+            highest = min(_share(1.0 - least[c], sizes[c]), room[c])
+            lowest = max(sizes[c] - _share(most[c], sizes[c]), held[c])
             if lowest > highest:
                 raise ValueError(
-                    f"min_density={least[name]} and max_density={most[name]} leave component "
-                    f"{name!r} no room: of its {size} weights at least {lowest} and at most "
+                    f"min_density={least[c]} and max_density={most[c]} leave component "
+                    f"{name!r} no room: of its {sizes[c]} weights at least {lowest} and at most "
                     f"{highest} would have to be zero. Lower the one or raise the other."
                 )
             self._min_zeros.append(lowest)
             self._max_zeros.append(highest)
-            rows.append(f"  {name}: {lowest} to {highest} of {size} weights zero")
+            rows.append(f"  {name}: {lowest} to {highest} of {sizes[c]} weights zero")
         if not sum(self._min_zeros) <= self.zeros <= sum(self._max_zeros):
             raise ValueError(
-                f"target_sparsity={target} asks for {self.zeros} zeros, but the bounds "
+                f"target_sparsity={target_sparsity} asks for {self.zeros} zeros, but the bounds "
                 f"(min_density, max_density, and the {sum(masked)} weights that are zero already "
                 f"and stay so) allow {sum(self._min_zeros)} to {sum(self._max_zeros)}:\n"
                 + "\n".join(rows)
@@ -98,29 +103,32 @@ class DensityBounds:
         )
 
 
+def check_density(argument: str, density: object) -> None:
+    """Raise an error unless `density` is None, a fraction in [0, 1], or a mapping of them."""
+    by_name = density if isinstance(density, Mapping) else {None: density}
+    for name, value in by_name.items():
+        what = argument if name is None else f"{argument} of {name!r}"
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{what} must be a fraction, got {value!r}")
+        if not 0.0 <= float(value) <= 1.0:
+            raise ValueError(f"{what} must lie in [0, 1], got {value}")
+
+
 def _by_component(
-    argument: str,
-    value: float | Mapping[str, float] | None,
-    default: float,
-    components: Mapping[str, Any],
-) -> dict[str, float]:
-    given = value if isinstance(value, Mapping) else dict.fromkeys(components, value)
-    for name, density in given.items():
+    argument: str, density: Density, default: float, components: Sequence[str]
+) -> list[float]:
+    """The density of each component."""
+    by_name = density if isinstance(density, Mapping) else dict.fromkeys(components, density)
+    for name in by_name:
         if name not in components:
             raise ValueError(
                 f"{argument} names the component {name!r}; name one of the components "
                 f"{list(components)}"
             )
-        if density is None:
-            continue
-        if isinstance(density, bool) or not isinstance(density, Real):
-            raise TypeError(f"{argument} of {name!r} must be a fraction, got {density!r}")
-        if not 0.0 <= float(density) <= 1.0:
-            raise ValueError(f"{argument} of {name!r} must lie in [0, 1], got {density}")
-    return {
-        name: default if given.get(name) is None else float(given[name])  # type: ignore[arg-type]
-        for name in components
-    }
+    values = [by_name.get(name) for name in components]
+    return [default if value is None else float(value) for value in values]
 
 
 def _floor(layer: Layer, density: float) -> int:

@@ -1,159 +1,25 @@
-"""The sparsity budget: how many weights are zero at each step, and which threshold makes it so.
+"""The solver of the sparsity budget: which level of the scores makes so many weights zero.
 
-A weight's *score* is `|w| / exp(offset)` with the learned offset of its layer; one level for the
-whole model decides: scores up to the level are pruned. The solver finds the level that meets the
+A weight's *score* is `|w| / exp(offset)` with the offset of its layer; one level for the whole
+model decides: scores up to the level are pruned. The solver finds the level that meets the
 budget. It works on integers, because the bits of non-negative float32 numbers are ordered as the
 numbers are: bisection over them is exact and ends after 31 halvings, without a host round trip.
 """
 
 from __future__ import annotations
 
-import math
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from torch_adapmtl._checks import check_numbers
+__all__ = ["MAX_BITS", "Bounds", "Scores", "bisect", "from_bits", "select", "solve", "to_bits"]
 
-__all__ = [
-    "Bounds",
-    "Scores",
-    "SparsitySchedule",
-    "bisect",
-    "from_bits",
-    "pruned",
-    "select",
-    "solve",
-    "to_bits",
-]
-
-# When the choice of zeros becomes final, as a fraction of the run, unless the user says otherwise.
-_SETTLED = 0.9
-# Bits are those of a float32, plus one: 0 is a weight that is gone in any case (its score is
+# Bits are those of a float32, plus one: 0 is a weight that is zero in any case (its score is
 # negative), the last stands for the largest finite number and for all that is not finite.
-_MAX_BITS = 0x7F7FFFFF + 1
-
-
-@dataclass(frozen=True)
-class SparsitySchedule:
-    """How the overall sparsity goes from `initial` to the target in the course of training.
-
-    With p the share of the way from `start` to `end`, the sparsity is
-    `target + (initial - target) * (1 - p)**3` for the cubic shape (Zhu and Gupta, arXiv
-    1710.01878), the same with exponent 1 for the linear one and `(1 + cos(pi p)) / 2` in place of
-    the power for the cosine one. Before `start` it is `initial`, from `end` on it is the target,
-    and at the last step it is the target in any case.
-
-    Which weights are zero may change until `settled`; from then on they are held by masks, exactly
-    as many as asked for, and the others train on without a threshold. Before that, from
-    `regrow_until` on, pruned weights learn no more: those that go on learning while they count as
-    zero keep changing places with others, and in a net with few weights left that is noise.
-
-    Args:
-        start: When the sparsity begins to rise, as a fraction of `total_steps`.
-        end: When it reaches the target, as a fraction of `total_steps`.
-        settled: When the choice of zeros becomes final, as a fraction of `total_steps`;
-            `0 <= start <= end <= settled <= 1`, or `max(end, 0.9)` if None. Baselines, whose
-            pruned weights stay pruned, do without it, and without the next.
-        regrow_until: Until when pruned weights learn on, and may return, as a fraction of
-            `total_steps` between `end` and `settled`, or half way between them if None. With
-            `gradient="mask"` they never do.
-        initial: Sparsity before `start`, as a fraction of the prunable weights; a model that is
-            sparser already starts from there.
-        shape: `"cubic"`, `"linear"` or `"cosine"`.
-
-    Raises:
-        ValueError: If a fraction is outside its range, or the shape is unknown.
-        TypeError: If a fraction is no number.
-
-    Example:
-        >>> from torch_adapmtl import SparsitySchedule
-        >>> schedule = SparsitySchedule(start=0.0, end=0.5)
-        >>> [round(schedule(step, 100, target=0.8), 3) for step in (0, 25, 50, 100)]
-        [0.0, 0.7, 0.8, 0.8]
-        >>> schedule.regrow_until, schedule.settled
-        (0.7, 0.9)
-    """
-
-    start: float = 0.05
-    end: float = 0.5
-    initial: float = 0.0
-    shape: Literal["cubic", "linear", "cosine"] = "cubic"
-    settled: float | None = None
-    regrow_until: float | None = None
-
-    def __post_init__(self) -> None:
-        check_numbers("schedule: ", start=self.start, end=self.end, initial=self.initial)
-        for name in ("settled", "regrow_until"):
-            value = getattr(self, name)
-            if value is not None:
-                check_numbers("schedule: ", **{name: value})
-        if not 0.0 <= self.start <= self.end <= 1.0:
-            raise ValueError(
-                f"schedule: start and end must satisfy 0 <= start <= end <= 1, as fractions of "
-                f"total_steps; got start={self.start}, end={self.end}"
-            )
-        settled = max(self.end, _SETTLED) if self.settled is None else self.settled
-        if not self.end <= settled <= 1.0:
-            raise ValueError(
-                f"schedule: settled must lie between end={self.end} and 1, as a fraction of "
-                f"total_steps; got {settled}"
-            )
-        half = (self.end + settled) / 2
-        regrow_until = half if self.regrow_until is None else self.regrow_until
-        if not self.end <= regrow_until <= settled:
-            raise ValueError(
-                f"schedule: regrow_until must lie between end={self.end} and settled={settled}, as "
-                f"a fraction of total_steps; got {regrow_until}"
-            )
-        if not 0.0 <= self.initial < 1.0:
-            raise ValueError(f"schedule: initial must lie in [0, 1), got {self.initial}")
-        if self.shape not in ("cubic", "linear", "cosine"):
-            raise ValueError(
-                f"schedule: shape must be 'cubic', 'linear' or 'cosine', got {self.shape!r}"
-            )
-        # As numbers, all floats, so that records of equal schedules say the same.
-        numbers = {"start": self.start, "end": self.end, "initial": self.initial}
-        for name, value in {**numbers, "settled": settled, "regrow_until": regrow_until}.items():
-            object.__setattr__(self, name, float(value))
-
-    def last_update(self, total_steps: int) -> int:
-        """The step at which the choice of zeros becomes final."""
-        assert self.settled is not None
-        return max(1, math.ceil(self.settled * total_steps))
-
-    def regrows(self, step: int, total_steps: int) -> bool:
-        """Whether pruned weights still learn in the step after `step` steps."""
-        assert self.regrow_until is not None
-        return step < self.regrow_until * total_steps
-
-    def __call__(
-        self, step: int, total_steps: int, target: float, initial: float | None = None
-    ) -> float:
-        """Return the overall sparsity, a fraction, due after `step` of `total_steps` steps.
-
-        Args:
-            step: How many steps have been taken.
-            total_steps: How many there are.
-            target: The sparsity at the end.
-            initial: The sparsity before `start`, in place of the schedule's own; the schedule
-                falls if it is above the target.
-        """
-        initial = min(self.initial, target) if initial is None else initial
-        start, end = self.start * total_steps, self.end * total_steps
-        if step >= end or step >= total_steps:
-            return target
-        if step <= start:
-            return initial
-        rest = 1.0 - (step - start) / (end - start)
-        if self.shape == "cosine":
-            rest = (1.0 - math.cos(math.pi * rest)) / 2.0
-        elif self.shape == "cubic":
-            rest = rest**3
-        return target + (initial - target) * rest
+MAX_BITS = 0x7F7FFFFF + 1
 
 
 @dataclass(frozen=True)
@@ -184,61 +50,80 @@ class Bounds:
 
 
 class Scores:
-    """The scores of all layers, or of a sample of them, ready for counting.
+    """Scores of all layers, or of a sample of them, sorted within each layer.
 
     Args:
-        scores: The scores of all layers one after the other, flat, float32; negative for weights
-            that are gone in any case.
+        values: The scores of all layers one after the other, flat, float32; negative for weights
+            that are zero in any case.
         lengths: How many of them belong to each layer.
-        sizes: How many weights each layer has.
+        weights: How many weights of its layer each score stands for, by layer, float64 of shape
+            (L,); None for one.
         below: For each layer how many of its weights are known to score below all those given,
-            (L,); the given ones are then all that matter, not a sample.
+            int64 of shape (L,); none if None.
+
+    Attributes:
+        keys: Index of the layer in the high word, bits of the score in the low one, sorted, int64.
+        layer: The index of the layer of each key, int64.
+        starts: Where the keys of each layer start, and where those of the last one end, (L + 1,).
     """
 
     def __init__(
         self,
-        scores: Tensor,
+        values: Tensor,
         lengths: Sequence[int],
-        sizes: Sequence[int],
+        weights: Tensor | None = None,
         below: Tensor | None = None,
     ) -> None:
-        device = scores.device
-        length = torch.tensor(lengths, device=device)
-        self.base = torch.arange(len(lengths), device=device) << 32
-        # Layer in the high word, score in the low one: one sort orders every layer's scores.
-        layer = torch.repeat_interleave(self.base, length, output_size=len(scores))
-        self.keys = (layer | to_bits(scores)).sort().values
-        self.starts = length.cumsum(0) - length
+        index = torch.arange(len(lengths), device=values.device)
+        length = torch.tensor(lengths, device=values.device)
+        self.base = index << 32
+        self.layer = torch.repeat_interleave(index, length, output_size=len(values))
+        # One sort orders every layer's scores.
+        self.keys, order = (self.base[self.layer] | to_bits(values)).sort()
+        self._values = values[order]
+        ends = length.cumsum(0)
+        self.starts = torch.cat([ends.new_zeros(1), ends])
         self.below = torch.zeros_like(length) if below is None else below
-        self.scale = torch.ones_like(length, dtype=torch.float64)
-        if below is None:
-            self.scale = torch.tensor(sizes, device=device) / length.double()
+        self.weights = torch.ones_like(length, dtype=torch.float64) if weights is None else weights
+
+    @property
+    def bits(self) -> Tensor:
+        """The bits of the scores, in the order of the keys."""
+        return self.keys & 0xFFFFFFFF
+
+    def scaled(self, factors: Tensor) -> Scores:
+        """The same scores, multiplied by a positive factor for each layer, (L,), without a sort."""
+        scores = copy.copy(self)
+        scores._values = self._values * factors[self.layer]
+        scores.keys = self.base[self.layer] | to_bits(scores._values)
+        return scores
 
     def count(self, level: Tensor) -> Tensor:
         """How many weights of each layer have scores up to `level` (bits, (L,) or 0-d): (L,)."""
-        keys = self.base + level.clamp(min=0)
-        found = torch.searchsorted(self.keys, keys, right=True) - self.starts
-        found = torch.where(level < 0, 0, found + self.below)
-        return found * self.scale
+        rank = self._rank(level, right=True)
+        return torch.where(level < 0, 0, rank + self.below) * self.weights
 
-    def window(self, level: Tensor) -> tuple[list[int], list[int]]:
-        """For each layer a range of levels that the exact one lies in, if this is a fair sample."""
-        ends = torch.cat([self.starts[1:], self.starts.new_tensor([len(self.keys)])])
-        length = ends - self.starts
-        rank = torch.searchsorted(self.keys, self.base + level.clamp(min=0)) - self.starts
-        margin = (6.0 * length.double().sqrt() + 16.0).long()  # twelve standard deviations
+    def _rank(self, level: Tensor, right: bool = False) -> Tensor:
+        """How many of each layer's scores are below `level`, or up to it: (L,)."""
+        keys = self.base + level.clamp(min=0)
+        return torch.searchsorted(self.keys, keys, right=right) - self.starts[:-1]
+
+    def window(self, level: Tensor) -> tuple[Tensor, Tensor]:
+        """For each layer the range of levels that holds the exact one, if this is a fair sample."""
+        starts, length = self.starts[:-1], self.starts.diff()
+        rank = self._rank(level)
+        margin = (4.0 * length.double().sqrt() + 16.0).long()  # eight standard deviations or more
         low, high = rank - margin, rank + margin
-        last = len(self.keys) - 1
-        bits = self.keys & 0xFFFFFFFF
-        lowest = torch.where(low <= 0, -1, bits[(self.starts + low).clamp(0, last)])
-        highest = torch.where(high >= length, _MAX_BITS, bits[(self.starts + high).clamp(0, last)])
-        return lowest.tolist(), highest.tolist()
+        last, bits = len(self.keys) - 1, self.bits
+        lowest = torch.where(low <= 0, -1, bits[(starts + low).clamp(0, last)])
+        highest = torch.where(high >= length, MAX_BITS, bits[(starts + high).clamp(0, last)])
+        return lowest, highest
 
 
 def bisect(count: Callable[[Tensor], Tensor], wanted: Tensor) -> Tensor:
     """The smallest level in bits whose count reaches `wanted`; -1 prunes nothing."""
     low = torch.full_like(wanted, -2, dtype=torch.long)
-    high = torch.full_like(wanted, _MAX_BITS, dtype=torch.long)
+    high = torch.full_like(wanted, MAX_BITS, dtype=torch.long)
     for _ in range(32):
         middle = torch.div(low + high, 2, rounding_mode="floor")
         enough = count(middle) >= wanted
@@ -331,18 +216,9 @@ def _fill(numbers: list[float], most: list[float], order: Sequence[int], wanted:
 
 def to_bits(scores: Tensor) -> Tensor:
     """Bits of float32 scores as int64, ordered as the scores are; negative ones are all alike."""
-    return (scores.view(torch.int32).long() + 1).clamp(0, _MAX_BITS)
+    return (scores.view(torch.int32).long() + 1).clamp(0, MAX_BITS)
 
 
 def from_bits(level: Tensor) -> Tensor:
-    """The float32 numbers with these bits, (L,); 0 for the levels that prune nothing new."""
+    """The float32 numbers with these bits; 0 for the levels that prune nothing new."""
     return (level - 1).clamp(min=0).to(torch.int32).view(torch.float32)
-
-
-def pruned(scores: Tensor, level: int, zeros: int) -> Tensor:
-    """Mark the pruned weights of one layer, given `select`'s answer for it: bool, flat."""
-    bits = to_bits(scores)
-    gone = bits < level
-    missing = zeros - int(gone.sum())
-    gone[(bits == level).nonzero().squeeze(1)[:missing]] = True
-    return gone

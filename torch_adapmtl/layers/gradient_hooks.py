@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
-from torch_adapmtl.layers.layer import Layer
+from torch_adapmtl.layers.collection import Layers
 
 __all__ = ["GradientHooks"]
 
@@ -20,26 +20,24 @@ class GradientHooks:
         function: Takes the index of the layer and the parameter, whose `grad` is not None.
     """
 
-    def __init__(
-        self, layers: Sequence[Layer], function: Callable[[int, nn.Parameter], None]
-    ) -> None:
+    def __init__(self, layers: Layers, function: Callable[[int, nn.Parameter], None]) -> None:
         self._layers, self._function = layers, function
         self._listening = False
         self._hooked: list[tuple[nn.Parameter, Any]] = []
 
     def listen(self, listening: bool) -> None:
-        """Call the function from now on, or do not."""
+        """Call the function from now on, or stop calling it."""
         self._listening = listening
         if listening:
             weights = [layer.weight for layer in self._layers]
-            # Loading a state dict or thawing a layer may have brought other parameters.
+            # Loading a state dict or unfreezing a layer may have brought other parameters.
             wanted = [(id(w), w.requires_grad) for w in weights]
             if wanted != [(id(w), handle is not None) for w, handle in self._hooked]:
-                self.stop()
+                self.remove()
                 self._listening = True
                 self._hooked = [(w, self._hook(i, w)) for i, w in enumerate(weights)]
 
-    def stop(self) -> None:
+    def remove(self) -> None:
         """Take the hooks off the parameters."""
         for _, handle in self._hooked:
             if handle is not None:
@@ -50,12 +48,12 @@ class GradientHooks:
         if not weight.requires_grad:
             return None
 
-        def received(parameter: Tensor) -> None:
+        def call(parameter: Tensor) -> None:
             if self._listening and parameter.grad is not None:
                 assert isinstance(parameter, nn.Parameter)
                 self._function(index, parameter)
 
-        return weight.register_post_accumulate_grad_hook(received)
+        return weight.register_post_accumulate_grad_hook(call)
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks belong to the parameters of this very model; a copy makes its own when it listens.

@@ -1,15 +1,15 @@
-"""What the controllers work on: prunable tensors with a soft threshold, grouped by component."""
+"""One prunable tensor, the modules that hold it, and the soft threshold on it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torch_adapmtl._distributed import is_sharded, whole
+from torch_adapmtl.tensor.soft_threshold import SoftThreshold
 from torch_adapmtl.tensor.torch_prune import (
     attach_threshold,
     attached_threshold,
@@ -17,17 +17,8 @@ from torch_adapmtl.tensor.torch_prune import (
     held_parameter,
     put_back,
 )
-from torch_adapmtl.tensor.soft_threshold import SoftThreshold
 
-__all__ = [
-    "Layer",
-    "PerComponent",
-    "attach_all",
-    "check_ties",
-    "count_gone",
-    "members",
-    "shaped_like",
-]
+__all__ = ["Layer", "count_zeros", "shaped_like", "zeros_to_keep"]
 
 
 @dataclass(eq=False)
@@ -38,47 +29,30 @@ class Layer:
         name: The tensor's first qualified name in the model.
         component: The component it belongs to.
         owners: Every `(module, tensor name)` that holds it; several if the weight is tied.
-        threshold: The parametrization, one for all owners.
-        keep_zeros: Whether weights that are zero before it is attached stay zero.
-        given_mask: Which weights were not zero for good when it was attached; None for all.
+        initial_mask: Which weights were not zero for good when the run began, bool in the weight's
+            shape; None for all.
+        threshold: The parametrization, one for all owners; a controller puts its own here.
     """
 
     name: str
     component: str
     owners: tuple[tuple[nn.Module, str], ...]
-    threshold: SoftThreshold
-    keep_zeros: bool = False
-    given_mask: Tensor | None = None
+    initial_mask: Tensor | None = None
+    threshold: SoftThreshold = field(default_factory=SoftThreshold)
 
     @property
     def weight(self) -> nn.Parameter:
         """The parameter, looked up anew because loading a state dict may replace it."""
         return held_parameter(*self.owners[0])
 
-    def alive(self) -> Tensor | None:
-        """Which weights are not zero for good, bool in the weight's shape; None if all are alive.
-
-        Gone are those that a mask has taken and, before the threshold is attached, the zeros to
-        keep. A tensor that is zero throughout is waiting to be trained, and all alive.
-        """
-        if self.attached:
-            return self.threshold.mask
-        module, name = self.owners[0]
-        earlier = module._buffers.get(name + "_mask")
-        alive = None if earlier is None else earlier != 0
-        nonzero = self.weight.detach() != 0
-        if self.keep_zeros and bool(nonzero.any()) and not bool(nonzero.all()):
-            alive = nonzero if alive is None else alive & nonzero
-        return alive
-
     @property
-    def masked(self) -> int:
-        """How many weights are zero for good."""
-        return count_gone(self.alive())
+    def mask(self) -> Tensor | None:
+        """Which weights may be nonzero, bool in the weight's shape; None if all may."""
+        return self.threshold.mask
 
     @property
     def attached(self) -> bool:
-        """Whether the threshold is still there; `prune.remove` may have taken it off."""
+        """Whether the threshold is on the tensor; `prune.remove` may have taken it off."""
         return all(self._is_on(module, name) for module, name in self.owners)
 
     def _is_on(self, module: nn.Module, name: str) -> bool:
@@ -112,94 +86,51 @@ class Layer:
         return weight
 
     def attach(self) -> None:
-        """Put the threshold on the tensor wherever it is held."""
-        given = self.alive()
+        """Put the threshold on the tensor wherever it is held, with the initial mask."""
         for module, name in self.owners:
             attach_threshold(module, name, self.threshold)
-        self.threshold.mask = self.given_mask = given
+        self.threshold.mask = self.initial_mask
 
     def remove(self, *, bake: bool = True) -> None:
         """Leave the plain parameter, with the sparse weight written into it unless told not to.
 
         A mask that `torch.nn.utils.prune` had put there before is put back.
         """
-        sparse = self.sparse()
+        sparse = self.sparse() if bake else None
         for module, name in self.owners:
             if not self._is_on(module, name):  # removed by `prune.remove`, or never put there
                 continue
             parameter = detach_threshold(module, name)
-            if bake:
+            if sparse is not None:
                 with torch.no_grad():
                     parameter.copy_(sparse)
             put_back(module, name, self.threshold)
 
 
-def check_ties(layers: Sequence[Layer]) -> None:
-    """Raise a `ValueError` if `torch.nn.utils.prune` masks a tied weight not alike everywhere."""
-    for layer in layers:
-        masks = [module._buffers.get(name + "_mask") for module, name in layer.owners]
-        first = masks[0]
-        for mask in masks[1:]:
-            if (first is None) != (mask is None) or (
-                first is not None and mask is not None and not torch.equal(first, mask)
-            ):
-                raise ValueError(
-                    f"{layer.name!r} is tied, and torch.nn.utils.prune masks it differently in the "
-                    f"{len(masks)} modules that hold it: give all of them the same mask "
-                    f"(prune.custom_from_mask), or remove it"
-                )
+def zeros_to_keep(module: nn.Module, name: str, *, keep_zeros: bool) -> Tensor | None:
+    """Which weights of a plain tensor are not zero for good, bool in its shape; None for all.
+
+    Masks of `torch.nn.utils.prune` hold zeros for good, and so does `keep_zeros` the zeros that
+    the tensor has. A tensor that is zero throughout has yet to be trained, and is free.
+    """
+    pruned = module._buffers.get(name + "_mask")
+    mask = None if pruned is None else pruned != 0
+    if keep_zeros:
+        weight = held_parameter(module, name).detach()
+        # Counting allocates nothing, and most tensors turn out to have no zeros.
+        if 0 < int(torch.count_nonzero(weight)) < weight.numel():
+            mask = weight != 0 if mask is None else mask & (weight != 0)
+    return mask
 
 
-def attach_all(layers: Sequence[Layer]) -> None:
-    """Put the thresholds on all the layers, or on none if one refuses."""
-    begun = []
-    try:
-        for layer in layers:
-            begun.append(layer)
-            layer.attach()
-    except Exception:
-        for layer in begun:
-            layer.remove(bake=False)
-        raise
-
-
-class PerComponent(nn.Module):
-    """One tensor for each component, under the component's own name in the state dict."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        for name, tensor in tensors.items():
-            # Straight into the dicts: a task may well be called "type" or "training".
-            if isinstance(tensor, nn.Parameter):
-                self._parameters[name] = tensor
-            else:
-                self._buffers[name] = tensor
-
-    def __getitem__(self, component: str) -> Tensor:
-        held: Mapping[str, Tensor | None] = (
-            self._parameters if component in self._parameters else self._buffers
-        )
-        tensor = held[component]
-        assert tensor is not None
-        return tensor
-
-
-def members(layers: Sequence[Layer]) -> dict[str, list[int]]:
-    """The indices of each component's layers; components in the order of their first layer."""
-    found: dict[str, list[int]] = {}
-    for index, layer in enumerate(layers):
-        found.setdefault(layer.component, []).append(index)
-    return found
-
-
-def count_gone(alive: Tensor | None) -> int:
-    """How many weights a mask has taken."""
-    return 0 if alive is None else int((~alive).sum())
+def count_zeros(mask: Tensor | None) -> int:
+    """The number of weights that a mask holds at zero."""
+    return 0 if mask is None else mask.numel() - int(torch.count_nonzero(mask))
 
 
 def shaped_like(weight: Tensor, mask: Tensor) -> Tensor:
     """Bring a flat mask into the shape and the memory format of `weight`."""
-    # Of another format, it would pass that on to the weight and so to the convolution.
+    # A mask of another format would pass it on to the weight and so to the convolution.
     if is_sharded(weight):  # forward passes see it whole
         return mask.view(weight.shape)
     return torch.empty_like(weight, dtype=torch.bool).copy_(mask.view(weight.shape))

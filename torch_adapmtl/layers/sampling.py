@@ -1,8 +1,9 @@
-"""An even sample of a model's weights, so that an update need not read all of them."""
+"""An even sample of the layers' weights, so that an update need not read all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -10,15 +11,21 @@ import torch
 from torch import Tensor
 
 from torch_adapmtl._distributed import whole
+from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.layers.layer import Layer
 
-__all__ = ["Sample", "magnitude", "positions", "take"]
+__all__ = ["Sample", "magnitudes", "positions", "take"]
 
 # Weights looked at in one update. All of them up to here; an even sample of larger models, with an
 # error of the overall sparsity (one standard deviation at 90 %) below 0.1 % of the weights.
 SAMPLE = 2**17
 # Fewest weights sampled in a layer.
 LAYER_SAMPLE = 1024
+# How many times as many are sampled where zeros are fixed, once in a run: the more are sampled,
+# the fewer have to be sorted then.
+_LARGE = 32
+# Weights read at once on a CPU: what is computed from them stays in a core's cache.
+PIECE = 2**17
 
 
 @dataclass(frozen=True)
@@ -28,38 +35,55 @@ class Sample:
     Attributes:
         values: `|w|`, float32, flat, all layers one after the other; -1 where a mask holds a zero.
         lengths: How many belong to each layer.
-        layer: The index of the layer that each belongs to.
+        layer: The index of the layer that each belongs to, int64.
+        weights: How many weights of its layer each sampled one stands for, by layer, float64 (L,).
     """
 
     values: Tensor
     lengths: list[int]
     layer: Tensor
+    weights: Tensor
 
     @staticmethod
-    def draw(layers: Sequence[Layer], device: torch.device) -> Sample:
-        """Read the sampled weights, or all weights of a small model."""
-        total = sum(layer.weight.numel() for layer in layers)
+    def draw(layers: Layers, *, large: bool = False) -> Sample:
+        """Read the sampled weights, or all weights of a small model.
+
+        Args:
+            layers: The layers.
+            large: Whether to sample 32 times as many, in a large model.
+        """
+        device, times = layers.device, _LARGE if large else 1
         parts = [
-            magnitude(layer, positions(layer.weight.numel(), total, layer.weight.device))
-            for layer in layers
+            _sampled(layer, positions(size, layers.total, layer.weight.device, times)).to(device)
+            for layer, size in zip(layers, layers.sizes, strict=True)
         ]
-        values = torch.cat([part.to(device) for part in parts])
         lengths = [len(part) for part in parts]
-        layer = torch.repeat_interleave(
-            torch.arange(len(parts), device=device),
-            torch.tensor(lengths, device=device),
-            output_size=len(values),
-        )
-        return Sample(values, lengths, layer)
+        length = torch.tensor(lengths, device=device)
+        values = torch.cat(parts)
+        index = torch.arange(len(parts), device=device)
+        layer = torch.repeat_interleave(index, length, output_size=len(values))
+        weights = torch.tensor(layers.sizes, device=device) / length.double()
+        return Sample(values, lengths, layer, weights)
 
 
-def positions(size: int, total: int, device: torch.device) -> Tensor | None:
-    """Where to sample a layer: evenly spread and always the same; None for all of it."""
-    wanted = size if total <= SAMPLE else max(LAYER_SAMPLE, round(size / total * SAMPLE))
-    return None if wanted >= size else _spread(size, wanted, device)
+def positions(size: int, total: int, device: torch.device, times: int = 1) -> Tensor | None:
+    """Where to sample a layer: evenly spread and always the same; None for all of it.
+
+    Args:
+        size: Number of weights of the layer.
+        total: Number of weights of all layers.
+        device: Where the positions are made.
+        times: How many times as many as usual to sample.
+    """
+    if total <= times * SAMPLE:
+        return None
+    wanted = times * max(LAYER_SAMPLE, round(size / total * SAMPLE))
+    if wanted >= size:
+        return None
+    spread = _cached_spread if times == 1 else _spread  # what is used once is not worth keeping
+    return spread(size, wanted, device)
 
 
-@lru_cache(maxsize=4096)  # of layers; a megabyte for each model
 def _spread(size: int, wanted: int, device: torch.device) -> Tensor:
     # One in each of as many equal stretches; where in it follows no row or channel.
     number = torch.arange(wanted + 1, device=device)
@@ -68,17 +92,31 @@ def _spread(size: int, wanted: int, device: torch.device) -> Tensor:
     return start[:-1] + (inside * start.diff()).long()
 
 
+_cached_spread = lru_cache(maxsize=4096)(_spread)  # of layers; a megabyte for each model
+
+
 def take(tensor: Tensor, where: Tensor | None) -> Tensor:
     """The entries at these positions, or all, float32 and flat."""
     tensor = whole(tensor.detach())
     return (tensor.flatten() if where is None else tensor.take(where)).float()
 
 
-def magnitude(layer: Layer, where: Tensor | None = None) -> Tensor:
-    """`|w|` at these positions, or everywhere; -1 where a mask holds a zero already."""
-    found = take(layer.weight, where).abs()
-    mask = layer.threshold.mask
-    if mask is not None:
+def _sampled(layer: Layer, where: Tensor | None) -> Tensor:
+    values = take(layer.weight, where).abs()
+    if (mask := layer.mask) is not None:
         kept = mask.flatten() if where is None else mask.take(where)
-        found = found.masked_fill(~kept, -1.0)
-    return found
+        values = values.masked_fill(~kept, -1.0)
+    return values
+
+
+def magnitudes(layer: Layer) -> Iterator[Tensor]:
+    """`|w|` of all weights of a layer, piece by piece, float32 and flat.
+
+    -1 where a mask holds a zero; infinity for NaN.
+    """
+    weight, mask = layer.values().flatten(), layer.mask
+    size = PIECE if weight.device.type == "cpu" else max(len(weight), 1)
+    masks = itertools.repeat(None) if mask is None else mask.flatten().split(size)
+    for part, kept in zip(weight.split(size), masks, strict=False):
+        values = part.abs().float().nan_to_num_(nan=torch.inf, posinf=torch.inf)
+        yield values if kept is None else values.masked_fill_(~kept, -1.0)

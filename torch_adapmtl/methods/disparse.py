@@ -5,31 +5,32 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torch_adapmtl._checks import check_count, check_numbers
-from torch_adapmtl.methods._base import Mode
 from torch_adapmtl._distributed import agree
-from torch_adapmtl.layers.gradient_hooks import GradientHooks
-from torch_adapmtl.layers.layer import Layer, shaped_like
-from torch_adapmtl.methods._masks import OneShot, lowest, task_gradients
+from torch_adapmtl.layers.collection import Layers
+from torch_adapmtl.layers.layer import shaped_like
+from torch_adapmtl.methods._base import Method
+from torch_adapmtl.methods.masks import OneShotController, lowest, task_gradients
 from torch_adapmtl.tensor.soft_threshold import SoftThreshold
 
-__all__ = ["DiSparse", "DiSparseMasks"]
+__all__ = ["DiSparse", "DiSparseController"]
 
 
 @dataclass(frozen=True)
-class DiSparse(Mode):
+class DiSparse(Method):
     """Disentangled sparsification (Sun et al., arXiv 2206.04662), static or dynamic.
 
-    Every task ranks the weights it depends on, shared and its own, by its own connection
-    sensitivity `|w * dL_t/dw|` on the first batch. A weight is as valuable as the task that ranks
-    it highest finds it, so that a shared one is pruned only when every task agrees; the least
-    valuable ones go, as many as the target asks for, in the first `step()` (the optimiser's first
-    step is still that of the dense model). Equal sensitivities have the same rank, that
-    of the lowest; where it is the last to go or to grow, those first in the model's order do.
+    Every task ranks the weights it depends on, shared and its own, by its connection sensitivity
+    `|w * dL_t/dw|` on the first batch. The value of a weight is the highest rank that a task gives
+    it, so that a shared weight is pruned only when every task agrees. The weights of least value
+    are pruned, as many as the target asks for, by the first `loss()`; the first optimiser step is
+    still that of the dense model. Equal sensitivities have the same rank, that of the lowest; among
+    weights of equal value the first in the model's order are pruned, and grown, first.
 
     With `dynamic`, the masks move while the model trains: every `interval` steps each layer drops
     the smallest of its weights and grows as many others, those whose gradient some task ranks
@@ -72,15 +73,19 @@ class DiSparse(Mode):
         if self.interval is not None:
             check_count("interval", self.interval)
 
+    def config(self) -> dict[str, Any]:
+        """Return the settings, without those that have no effect."""
+        return super().config() if self.dynamic else {"name": "DiSparse", "dynamic": False}
+
     def controller(
-        self, layers: Sequence[Layer], model: nn.Module, *, target: float, total_steps: int
-    ) -> DiSparseMasks:
+        self, layers: Layers, model: nn.Module, *, target_sparsity: float, total_steps: int
+    ) -> DiSparseController:
         """Make the controller."""
-        return DiSparseMasks(layers, target=target, total_steps=total_steps, mode=self)
+        return DiSparseController(self, layers, target_sparsity, total_steps)
 
 
 class _Window(SoftThreshold):
-    """A mask through which, while it is open, the gradient of pruned weights can be seen."""
+    """A mask that, while it is open, lets the gradient of pruned weights pass."""
 
     open = False
 
@@ -89,24 +94,21 @@ class _Window(SoftThreshold):
         return weight + (masked - weight).detach() if self.open else masked
 
 
-class DiSparseMasks(OneShot):
-    """The masks of `DiSparse`."""
+class DiSparseController(OneShotController):
+    """Masks the weights that no task values, and moves the masks if the method is dynamic."""
 
-    _END = 0.75
-
-    asleep = True  # a copy listens to no gradients before its first loss
+    _END = 0.75  # of the run; after it the masks stay
 
     def __init__(
-        self, layers: Sequence[Layer], *, target: float, total_steps: int, mode: DiSparse
+        self, method: DiSparse, layers: Layers, target_sparsity: float, total_steps: int
     ) -> None:
-        super().__init__(layers, target=target, total_steps=total_steps, batches=1)
-        self.mode = mode
-        self.every = mode.interval or max(1, total_steps // 50)
+        super().__init__(layers, target_sparsity, total_steps, batches=1)
+        self.method = method
+        self.every = method.interval or max(1, total_steps // 50)
         # Of each weight, the highest rank that a task gives it: by sensitivity, and by gradient.
         self._value: list[Tensor] = []
         self._wanted: list[Tensor] = []
         self._effects: list[Tensor] = []
-        self._hooks = GradientHooks(self.layers, self._close)
         for layer in layers:
             weight = layer.weight
             layer.threshold = _Window(0.0, persistent=False).to(weight.device, weight.dtype)
@@ -116,23 +118,22 @@ class DiSparseMasks(OneShot):
         return step == self.total_steps or self._moves(step)
 
     def _moves(self, step: int) -> bool:
-        due = self.mode.dynamic and step % self.every == 0
+        due = self.method.dynamic and step % self.every == 0
         return due and step < self._END * self.total_steps
 
-    def wake(self, step: int) -> None:
+    def prepare(self, step: int, due: bool) -> None:
         """Open the masks for the gradients of a step after which they move."""
-        self.asleep = False
-        opened = not self.frozen and self._seen == self.batches and self._moves(step + 1)
+        opened = not self.fixed and self.scored and self._moves(step + 1)
         for layer in self.layers:
             assert isinstance(layer.threshold, _Window)
             layer.threshold.open = opened
         self._hooks.listen(opened)
 
-    def _close(self, index: int, parameter: nn.Parameter) -> None:
-        # The optimiser must not see the gradient of a pruned weight.
-        mask = self.layers[index].threshold.mask
-        if mask is not None and parameter.grad is not None:
-            parameter.grad.mul_(mask)
+    def on_gradient(self, index: int, weight: nn.Parameter) -> None:
+        """Hide the gradient of pruned weights from the optimiser."""
+        mask = self.layers[index].mask
+        if mask is not None and weight.grad is not None:
+            weight.grad.mul_(mask)
 
     @torch.no_grad()
     def score(self, losses: Mapping[str, Tensor]) -> None:
@@ -153,7 +154,7 @@ class DiSparseMasks(OneShot):
             self._wanted = self._highest(gradients)
 
     @torch.no_grad()
-    def follow(self, losses: Mapping[str, Tensor]) -> None:
+    def observe_later(self, losses: Mapping[str, Tensor]) -> None:
         """Rank the gradients where masks move."""
         self._value, self._effects = [], []  # the masks are made
         threshold = self.layers[0].threshold
@@ -163,13 +164,12 @@ class DiSparseMasks(OneShot):
 
     def effects(self) -> list[Tensor]:
         """The connection sensitivities, summed over the tasks."""
-        return self.unmasked(lambda _, i: self._effects[i])
+        return self._effects
 
     def scores(self) -> list[Tensor]:
         """The highest rank that a task gives each weight."""
-        if not self._value:  # frozen early, or loaded from a state: the masks decide
-            return self.unmasked(lambda layer, _: layer.weight.abs())
-        return self.unmasked(lambda _, i: self._value[i])
+        # Without values (fixed early, or loaded from a state) the masks decide.
+        return self._value or [layer.weight.abs() for layer in self.layers]
 
     def _highest(self, scores: Iterable[Sequence[Tensor | None]]) -> list[Tensor]:
         """Rank each task's scores by their size; of all tasks the highest rank, flat."""
@@ -187,48 +187,45 @@ class DiSparseMasks(OneShot):
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Drop the smallest weights of every layer, and grow the most wanted others."""
+        """Drop the smallest weights of every layer, and grow as many of the most wanted others."""
         share = (1 + math.cos(math.pi * step / (self._END * self.total_steps))) / 2
         for layer, value in zip(self.layers, self._wanted, strict=False):
-            mask = layer.threshold.mask
+            mask = layer.mask
             if mask is None:
                 continue
-            alive = mask.flatten()
-            gone = ~alive
-            given = layer.given_mask  # what it leaves out was zero before, and stays so
-            free = gone if given is None else gone & given.to(gone.device).flatten()
-            count = int(self.mode.fraction * share * int(alive.sum()))
+            kept = mask.flatten()
+            free = ~kept
+            if layer.initial_mask is not None:  # its zeros were there before, and stay
+                free &= layer.initial_mask.to(free.device).flatten()
+            count = int(self.method.fraction * share * int(kept.sum()))
             count = min(count, int(free.sum()))
-            size = layer.weight.detach().abs().float().flatten().masked_fill(gone, torch.inf)
+            size = layer.weight.detach().abs().float().flatten().masked_fill(~kept, torch.inf)
             dropped = lowest([size], count)[0]
-            wanted = value.masked_fill(~free, -torch.inf)
-            grown = lowest([-wanted], count)[0]
+            grown = lowest([-value.masked_fill(~free, -torch.inf)], count)[0]
             if self.synchronize:
                 agree(grown)
-            layer.threshold.mask = shaped_like(layer.weight, (alive & ~dropped) | grown)
-            layer.weight.copy_(
-                layer.weight.masked_fill(shaped_like(layer.weight, grown | dropped), 0.0)
-            )
+            layer.threshold.mask = shaped_like(layer.weight, (kept & ~dropped) | grown)
+            moved = shaped_like(layer.weight, grown | dropped)
+            layer.weight.copy_(layer.weight.masked_fill(moved, 0.0))
         self._wanted = []
 
     @torch.no_grad()
-    def freeze(self) -> None:
-        """Hold the zeros by the masks as they are."""
-        if self._seen < self.batches:
-            super().freeze()
+    def fix(self) -> None:
+        """Fix the zeros by the masks as they are."""
+        if not self.scored:
+            super().fix()
             return
-        alive = self.unmasked(lambda layer, _: torch.ones_like(layer.weight))
-        self.hold([~flat for flat in lowest(alive, self.zeros)])
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "asleep": True}
+        ones = [torch.ones_like(layer.weight) for layer in self.layers]
+        pairs = zip(ones, self.layers, strict=True)
+        pruned = lowest([self._open(one, layer.mask) for one, layer in pairs], self.zeros)
+        self.fix_zeros([~flat for flat in pruned])
 
 
 def _ranks(scores: Tensor) -> Tensor:
     """The share of the others that each score exceeds: equal ones have the same.
 
     Args:
-        scores: Non-negative, of shape (N,); NaN counts as the lowest.
+        scores: Not negative, of shape (N,); NaN counts as the lowest.
     """
     scores = scores.nan_to_num(nan=-1.0, posinf=torch.inf)
     lower = torch.searchsorted(scores.sort().values, scores)

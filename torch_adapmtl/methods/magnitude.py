@@ -9,19 +9,19 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from torch_adapmtl.methods._base import Mode
-from torch_adapmtl.layers.layer import Layer
-from torch_adapmtl.methods._masks import Masked, lowest
-from torch_adapmtl.budget.solver import SparsitySchedule
+from torch_adapmtl._checks import check_choice
+from torch_adapmtl.budget.schedule import SparsitySchedule
+from torch_adapmtl.layers.collection import Layers
+from torch_adapmtl.methods.masks import MaskController, MaskMethod, lowest
 
-__all__ = ["Magnitude", "MagnitudeMasks"]
+__all__ = ["Magnitude", "MagnitudeController"]
 
 
 @dataclass(frozen=True)
-class Magnitude(Mode):
-    """Gradual magnitude pruning (Zhu and Gupta, arXiv 1710.01878): the smallest weights go.
+class Magnitude(MaskMethod):
+    """Gradual magnitude pruning (Zhu and Gupta, arXiv 1710.01878): the smallest weights first.
 
-    One-shot pruning with fine-tuning is the same with a schedule of no length, such as
+    One-shot pruning with finetuning is the same with a schedule of no length, such as
     `SparsitySchedule(start=0.5, end=0.5)`.
 
     Args:
@@ -33,7 +33,7 @@ class Magnitude(Mode):
         ValueError: If `scope` is neither.
 
     Example:
-        >>> from torch_adapmtl.methods import Magnitude
+        >>> from torch_adapmtl import Magnitude
         >>> Magnitude(scope="uniform").scope
         'uniform'
     """
@@ -42,57 +42,53 @@ class Magnitude(Mode):
     schedule: SparsitySchedule = field(default_factory=SparsitySchedule)
 
     def __post_init__(self) -> None:
-        if self.scope not in ("global", "uniform"):
-            raise ValueError(f"scope must be 'global' or 'uniform', got {self.scope!r}")
+        check_choice("scope", self.scope, ("global", "uniform"))
 
     def controller(
-        self, layers: Sequence[Layer], model: nn.Module, *, target: float, total_steps: int
-    ) -> MagnitudeMasks:
+        self, layers: Layers, model: nn.Module, *, target_sparsity: float, total_steps: int
+    ) -> MagnitudeController:
         """Make the controller."""
-        return MagnitudeMasks(
-            layers,
-            target=target,
-            total_steps=total_steps,
-            schedule=self.schedule,
-            uniform=self.scope == "uniform",
+        uniform = self.scope == "uniform"
+        return MagnitudeController(
+            layers, target_sparsity, total_steps, self.schedule, uniform=uniform
         )
 
 
-class MagnitudeMasks(Masked):
-    """The masks of `Magnitude`.
+class MagnitudeController(MaskController):
+    """Masks the weights of the smallest magnitude.
 
     Args:
-        layers: See `Masked`.
-        target: See `Masked`.
-        total_steps: See `Masked`.
-        schedule: See `Masked`.
+        layers: See `MaskController`.
+        target_sparsity: See `MaskController`.
+        total_steps: See `MaskController`.
+        schedule: See `MaskController`.
         uniform: Whether every layer gets the same sparsity.
     """
 
     def __init__(
         self,
-        layers: Sequence[Layer],
-        *,
-        target: float,
+        layers: Layers,
+        target_sparsity: float,
         total_steps: int,
         schedule: SparsitySchedule,
+        *,
         uniform: bool = False,
     ) -> None:
-        super().__init__(layers, target=target, total_steps=total_steps, schedule=schedule)
+        super().__init__(layers, target_sparsity, total_steps, schedule)
         self.uniform = uniform
 
     def scores(self) -> list[Tensor]:
         """The magnitudes."""
-        return self.unmasked(lambda layer, _: layer.weight.abs())
+        return [layer.weight.abs() for layer in self.layers]
 
     def choose(self, zeros: int) -> list[Tensor]:
         """Mark the smallest weights: of all, or of every layer its share."""
-        scores = self.scores()
         if not self.uniform:
-            return lowest(scores, zeros)
-        gone = [int((own == -torch.inf).sum()) for own in scores]
-        shares = _shares(zeros, self._sizes, gone)
-        return [lowest([own], share)[0] for own, share in zip(scores, shares, strict=True)]
+            return super().choose(zeros)
+        scores = self.open_scores()
+        pruned = [int((score == -torch.inf).sum()) for score in scores]
+        shares = _shares(zeros, self.layers.sizes, pruned)
+        return [lowest([score], share)[0] for score, share in zip(scores, shares, strict=True)]
 
 
 def _shares(zeros: int, sizes: Sequence[int], least: Sequence[int]) -> list[int]:
@@ -105,15 +101,15 @@ def _shares(zeros: int, sizes: Sequence[int], least: Sequence[int]) -> list[int]
     while free:
         total, before = sum(sizes[i] for i in free), 0
         rest = zeros - sum(shares[i] for i in range(len(sizes)) if i not in free)
-        own = {}
+        proportional = {}
         for i in free:
             after = before + sizes[i]
-            own[i] = rest * after // total - rest * before // total
+            proportional[i] = rest * after // total - rest * before // total
             before = after
-        short = [i for i in free if own[i] < least[i]]
+        short = [i for i in free if proportional[i] < least[i]]
         if not short:
             for i in free:
-                shares[i] = own[i]
+                shares[i] = proportional[i]
             break
         free = [i for i in free if i not in short]
     return shares

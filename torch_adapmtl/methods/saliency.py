@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from torch_adapmtl._checks import check_count, check_numbers
-from torch_adapmtl.methods._base import Mode
-from torch_adapmtl.layers.gradient_hooks import GradientHooks
-from torch_adapmtl.layers.layer import Layer
-from torch_adapmtl.methods._masks import Masked, OneShot
-from torch_adapmtl.budget.solver import SparsitySchedule
+from torch_adapmtl.budget.schedule import SparsitySchedule
+from torch_adapmtl.layers.collection import Layers
+from torch_adapmtl.methods._base import Method
+from torch_adapmtl.methods.masks import MaskController, MaskMethod, OneShotController
 
-__all__ = ["SNIP", "SNIPMasks", "Taylor", "TaylorMasks"]
+__all__ = ["SNIP", "SNIPController", "Taylor", "TaylorController"]
 
 
 @dataclass(frozen=True)
-class SNIP(Mode):
+class SNIP(Method):
     """Single-shot pruning by connection sensitivity (Lee et al., arXiv 1810.02340).
 
     The score of a weight is `|w * dL/dw|` on the first batch, at initialisation; L is the sum of
-    the task losses. The masks are made from it by the first `step()` and stay: the optimiser's
-    first step, which comes before it, is still that of the dense model.
+    the task losses. The masks are made from it by the first `loss()` and stay: the first optimiser
+    step, which uses the gradients of that batch, is still that of the dense model.
 
     Args:
         batches: How many batches to score; with more than one, the weights train meanwhile.
@@ -38,7 +37,7 @@ class SNIP(Mode):
             `zero_init_last`): they would be pruned whole. Start those scales at 1.
 
     Example:
-        >>> from torch_adapmtl.methods import SNIP
+        >>> from torch_adapmtl import SNIP
         >>> SNIP()
         SNIP(batches=1)
     """
@@ -49,19 +48,19 @@ class SNIP(Mode):
         check_count("batches", self.batches)
 
     def controller(
-        self, layers: Sequence[Layer], model: nn.Module, *, target: float, total_steps: int
-    ) -> SNIPMasks:
+        self, layers: Layers, model: nn.Module, *, target_sparsity: float, total_steps: int
+    ) -> SNIPController:
         """Make the controller."""
-        return SNIPMasks(layers, target=target, total_steps=total_steps, batches=self.batches)
+        return SNIPController(layers, target_sparsity, total_steps, self.batches)
 
 
-class SNIPMasks(OneShot):
-    """The masks of `SNIP`."""
+class SNIPController(OneShotController):
+    """Masks the weights of the smallest connection sensitivity, after the first batches."""
 
     def __init__(
-        self, layers: Sequence[Layer], *, target: float, total_steps: int, batches: int
+        self, layers: Layers, target_sparsity: float, total_steps: int, batches: int
     ) -> None:
-        super().__init__(layers, target=target, total_steps=total_steps, batches=batches)
+        super().__init__(layers, target_sparsity, total_steps, batches)
         self.store("effect")
 
     def score(self, losses: Mapping[str, Tensor]) -> None:
@@ -69,33 +68,33 @@ class SNIPMasks(OneShot):
         weights = [layer.weight for layer in self.layers]
         total = torch.stack(list(losses.values())).sum()
         gradients = torch.autograd.grad(total, weights, retain_graph=True, allow_unused=True)
-        for i, (weight, gradient) in enumerate(zip(weights, gradients, strict=True)):
+        for effect, weight, gradient in zip(self.stored("effect"), weights, gradients, strict=True):
             if gradient is not None:
-                self.stored("effect", i).add_((weight * gradient).detach().float())
+                effect.add_((weight * gradient).detach().float())
 
     def scores(self) -> list[Tensor]:
         """The connection sensitivities."""
-        return self.unmasked(lambda _, i: self.stored("effect", i).abs())
+        return [effect.abs() for effect in self.stored("effect")]
 
 
 @dataclass(frozen=True)
-class Taylor(Mode):
+class Taylor(MaskMethod):
     """Gradual pruning by first-order Taylor saliency (Molchanov et al., arXiv 1906.10771).
 
-    The score of a weight is `(w * dL/dw)**2`, its effect on the loss when it goes, averaged
-    exponentially over the backward passes; gradients that are not finite are left out. Where
-    several passes add up to one step, the average sees the sum as it grows.
+    The score of a weight is `(w * dL/dw)**2`, the squared change of the loss when it is pruned,
+    averaged exponentially over the backward passes; gradients that are not finite are skipped.
+    Under gradient accumulation, the average sees the sum of the gradients as it grows.
 
     Args:
         schedule: How the sparsity rises.
-        decay: Share of the average kept from step to step; in [0, 1).
+        decay: Share of the average kept from one backward pass to the next; in [0, 1).
 
     Raises:
         ValueError: If `decay` is out of range.
         TypeError: If it is no number.
 
     Example:
-        >>> from torch_adapmtl.methods import Taylor
+        >>> from torch_adapmtl import Taylor
         >>> Taylor().decay
         0.95
     """
@@ -109,55 +108,32 @@ class Taylor(Mode):
             raise ValueError(f"decay must lie in [0, 1), got {self.decay}")
 
     def controller(
-        self, layers: Sequence[Layer], model: nn.Module, *, target: float, total_steps: int
-    ) -> TaylorMasks:
+        self, layers: Layers, model: nn.Module, *, target_sparsity: float, total_steps: int
+    ) -> TaylorController:
         """Make the controller."""
-        return TaylorMasks(
-            layers,
-            target=target,
-            total_steps=total_steps,
-            schedule=self.schedule,
-            decay=self.decay,
-        )
+        return TaylorController(self, layers, target_sparsity, total_steps)
 
 
-class TaylorMasks(Masked):
-    """The masks of `Taylor`."""
-
-    asleep = True  # until the first loss, which comes when the thresholds are attached
+class TaylorController(MaskController):
+    """Masks the weights of the smallest averaged saliency."""
 
     def __init__(
-        self,
-        layers: Sequence[Layer],
-        *,
-        target: float,
-        total_steps: int,
-        schedule: SparsitySchedule,
-        decay: float,
+        self, method: Taylor, layers: Layers, target_sparsity: float, total_steps: int
     ) -> None:
-        super().__init__(layers, target=target, total_steps=total_steps, schedule=schedule)
-        self.decay = decay
+        super().__init__(layers, target_sparsity, total_steps, method.schedule)
+        self.method = method
         self.store("saliency")
-        self._hooks = GradientHooks(self.layers, self._average)
-
-    def wake(self, step: int) -> None:
-        """Be ready for the gradients of the step after `step`."""
-        self.asleep = False
-        self._hooks.listen(not self.frozen)
-        if self.frozen:
-            self._hooks.stop()
 
     @torch.no_grad()
-    def _average(self, index: int, parameter: nn.Parameter) -> None:
-        assert parameter.grad is not None
-        effect = (parameter * parameter.grad).float().square_()
-        average = self.stored("saliency", index)
-        # A gradient scaler leaves out a step whose gradients overflow; so does the average.
-        average.lerp_(torch.where(effect.isfinite().all(), effect, average), 1 - self.decay)
+    def on_gradient(self, index: int, weight: nn.Parameter) -> None:
+        """Take the saliency of a backward pass into the average."""
+        assert weight.grad is not None
+        effect = (weight * weight.grad).float().square_()
+        average = self.get_buffer(f"saliency_{index}")
+        # A gradient scaler skips a step whose gradients overflow; so does the average.
+        new = torch.where(effect.isfinite().all(), effect, average)
+        average.lerp_(new, 1 - self.method.decay)
 
     def scores(self) -> list[Tensor]:
         """The averaged saliencies."""
-        return self.unmasked(lambda _, i: self.stored("saliency", i))
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "asleep": True}
+        return self.stored("saliency")

@@ -1,1 +1,18 @@
-"""What a run says of itself: reports, diagnostics, checkpoints, sizes."""
+"""What a run says of itself: reports, diagnostics, checkpoints; and the figures of a model."""
+
+from __future__ import annotations
+
+from torch_adapmtl.run.performance import RelativePerformance, relative_performance
+from torch_adapmtl.run.report import ComponentRow, LayerRow, Report
+from torch_adapmtl.run.size import ModelSize, size, sparsity
+
+__all__ = [
+    "ComponentRow",
+    "LayerRow",
+    "ModelSize",
+    "RelativePerformance",
+    "Report",
+    "relative_performance",
+    "size",
+    "sparsity",
+]

@@ -1,4 +1,4 @@
-"""Being called by an optimiser after each of its steps."""
+"""Calling a function after each step of an optimiser."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Attachment"]
+__all__ = ["StepHook"]
 
 
-class Attachment:
-    """Calls a function after each step of an optimiser, and counts those that were none.
+class StepHook:
+    """Calls a function after each step of an optimiser, and counts the steps that were skipped.
 
-    A gradient scaler leaves out the step where gradients overflow, or, if the optimiser is fused,
-    lets the optimiser leave it out, which only the device knows.
+    A gradient scaler skips the step where gradients overflow. If the optimiser is fused, the scaler
+    lets the optimiser skip it, which only the device knows.
 
     Args:
         optimizer: The optimiser, or a wrapper that keeps it as `optimizer`.
-        function: What is called.
+        function: The function to call.
 
     Raises:
         TypeError: If `optimizer` is no optimiser.
@@ -45,13 +45,13 @@ class Attachment:
         self._function()
 
     def skipped(self) -> int:
-        """How many calls were for steps that the optimiser left out; waits for the device."""
+        """How many steps a fused optimiser skipped since `reset`; waits for the device."""
         return int(self._skipped)
 
-    def settle(self) -> None:
-        """Start counting anew."""
+    def reset(self) -> None:
+        """Start counting the skipped steps anew."""
         self._skipped = 0
 
     def remove(self) -> None:
-        """Call the function no more."""
+        """Stop calling the function."""
         self._hook.remove()

@@ -1,61 +1,68 @@
-"""The part of the handle's state that is not in tensors by itself, as one tensor of bytes.
+"""The state of a run in the model's state dict, and the check of what is loaded.
 
-A tensor, because much that is done with a state dict (averaging it, writing it to safetensors,
-comparing it) takes every value for one.
+Torch loads module by module and complains at the end, when weights of another run are in the model
+already. A hook on the model looks at the library's part of the state dict before any of it is
+loaded.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch import Tensor, nn
 
-from torch_adapmtl.layers.layer import Layer, shaped_like
+from torch_adapmtl.layers.collection import Layers
+from torch_adapmtl.run._packing import damaged, pack, unpack, unpack_mask
 
-__all__ = ["load", "pack", "pack_mask", "read", "save", "unpack", "unpack_mask"]
+__all__ = ["guard", "load", "save", "unguard"]
 
-_VERSION = 1
-# Room for what changes in the course of a run, in bytes.
-_PROGRESS = 512
+_VERSION = 2
+_OWN = "adapmtl."
 
 
-def save(
-    settings: Mapping[str, Any], progress: Mapping[str, Any], layers: Sequence[Layer]
-) -> Tensor:
-    """Write a run's settings, how far it has come, and its masks: the present and the given."""
-    header = {"version": _VERSION, **settings, "layers": _names(layers)}
-    masks = [layer.threshold.mask for layer in layers] + [layer.given_mask for layer in layers]
-    return pack(header, progress, masks, 2 * [layer.weight.numel() for layer in layers])
+def save(config: Mapping[str, Any], progress: Mapping[str, Any], layers: Layers) -> Tensor:
+    """Write a run's config, its progress, and its masks: the present and the initial ones.
+
+    Args:
+        config: What does not change in the course of a run.
+        progress: What does; a few numbers.
+        layers: The layers.
+    """
+    header = {"version": _VERSION, **config, "layers": layers.names}
+    masks = [layer.mask for layer in layers] + [layer.initial_mask for layer in layers]
+    return pack(header, progress, masks, 2 * layers.sizes)
 
 
-def load(state: Tensor, settings: Mapping[str, Any], layers: Sequence[Layer]) -> dict[str, Any]:
-    """Load what `save` wrote: put the masks on the layers, return how far the run had come.
+def load(state: Tensor, expected: Mapping[str, Any], layers: Layers) -> dict[str, Any]:
+    """Load what `save` wrote: put the masks on the layers, return the progress.
 
     Raises:
-        ValueError: If `read` refuses it; no mask has been changed then.
+        ValueError: If `_read` refuses it; no mask has been changed then.
     """
-    progress, masks = read(state, settings, layers)
-    present, given = masks[: len(layers)], masks[len(layers) :]
-    for layer, mask, first in zip(layers, present, given, strict=True):
-        layer.threshold.mask, layer.given_mask = mask, first
+    progress, masks = _read(state, expected, layers)
+    present, initial = masks[: len(layers)], masks[len(layers) :]
+    for layer, mask, first in zip(layers, present, initial, strict=True):
+        layer.threshold.mask, layer.initial_mask = mask, first
     return progress
 
 
-def read(
-    state: object, settings: Mapping[str, Any], layers: Sequence[Layer]
+def _read(
+    state: object, expected: Mapping[str, Any], layers: Layers
 ) -> tuple[dict[str, Any], list[Tensor | None]]:
-    """Read what `save` wrote, and check that it is for a run with these settings and layers.
+    """Read what `save` wrote, and check that it is for this run.
+
+    Args:
+        state: The tensor of bytes.
+        expected: The values of config and progress that it has to agree with.
+        layers: The layers that it has to agree with.
 
     Returns:
-        The progress, and the layers' masks, all the present ones before all the given ones.
+        The progress, and the layers' masks, all the present ones before all the initial ones.
 
     Raises:
-        ValueError: If it is damaged, or comes from another version or a run with other settings or
-            layers.
+        ValueError: If it is damaged, or comes from another version or a run with another config or
+            other layers.
     """
     header, progress, packed = unpack(state)
     if header.get("version") != _VERSION:
@@ -63,24 +70,26 @@ def read(
             f"the state dict's adapmtl state has version {header.get('version')!r}, this version "
             f"of torch-adapmtl reads {_VERSION}: load it with the version that it was saved with"
         )
-    step, frozen, initial = (progress.get(name) for name in ("step", "frozen", "initial"))
+    step, fixed, initial = (progress.get(name) for name in ("step", "fixed", "initial"))
     if (
         type(step) is not int
         or step < 0
-        or type(frozen) is not bool
+        or type(fixed) is not bool
         or type(initial) not in (int, float)
     ):
-        raise _damaged(f"it says step={step!r}, frozen={frozen!r}, initial={initial!r}")
-    for name, value in settings.items():
-        if (found := {**header, **progress}.get(name)) != value:
+        raise damaged(f"it says step={step!r}, fixed={fixed!r}, initial={initial!r}")
+    saved = {**header, **progress}
+    for name, value in expected.items():
+        if (difference := _difference(name, saved.get(name), value)) is not None:
+            path, theirs, ours = difference
             raise ValueError(
-                f"the state dict comes from a run with {name}={found}, this model was "
-                f"prepared with {name}={value}: prepare it alike"
+                f"the state dict comes from a run with {path}={theirs!r}, this model was prepared "
+                f"with {path}={ours!r}: prepare it alike"
             )
     if not isinstance(header.get("layers"), dict):
-        raise _damaged("it names no layers")
-    if header["layers"] != _names(layers):
-        differing = dict(sorted(header["layers"].items() ^ _names(layers).items()))
+        raise damaged("it names no layers")
+    if header["layers"] != layers.names:
+        differing = dict(sorted(header["layers"].items() ^ layers.names.items()))
         raise ValueError(
             f"the state dict comes from a model in which other tensors were pruned, or in "
             f"other components; they differ in {differing}: prepare the model alike (groups, "
@@ -93,118 +102,79 @@ def read(
     return progress, masks
 
 
-def _names(layers: Sequence[Layer]) -> dict[str, str]:
-    return {layer.name: layer.component for layer in layers}
+def _difference(path: str, saved: Any, expected: Any) -> tuple[str, Any, Any] | None:
+    """Where two settings first differ, as a dotted path, and what is there; None if nowhere."""
+    if isinstance(saved, dict) and isinstance(expected, dict):
+        for name in {**expected, **saved}:
+            inner = _difference(f"{path}.{name}", saved.get(name), expected.get(name))
+            if inner is not None:
+                return inner
+        return None
+    return None if saved == expected else (path, saved, expected)
 
 
-def pack(
-    header: Mapping[str, Any],
-    progress: Mapping[str, Any],
-    masks: Sequence[Tensor | None],
-    sizes: Sequence[int],
-) -> Tensor:
-    """Write what JSON can hold, and boolean masks, into a uint8 tensor on the CPU.
-
-    Its length is the same throughout a run, masks or not, because states are copied into each
-    other: by averages of a model, by distributed checkpoints.
-
-    Args:
-        header: What does not change in the course of a run.
-        progress: What does; a few numbers.
-        masks: The masks; None where there is none.
-        sizes: How many entries each of them has, or would have.
-    """
-    text = json.dumps([header, list(sizes)]).encode()
-    changing = json.dumps(progress).encode().ljust(_PROGRESS)
-    if len(changing) > _PROGRESS:
-        raise ValueError(f"progress takes {len(changing)} bytes of {_PROGRESS}: {progress}")
-    bits = [
-        torch.zeros(_bytes(size), dtype=torch.uint8) if mask is None else _packed(mask)
-        for mask, size in zip(masks, sizes, strict=True)
-    ]
-    present = torch.tensor([mask is not None for mask in masks], dtype=torch.uint8)
-    length = torch.tensor([len(text)]).view(torch.uint8)
-    return torch.cat([length, _as_tensor(text), _as_tensor(changing), present, *bits])
+def guard(model: nn.Module) -> None:
+    """Check what is loaded into `model`, which has a pruner, from now on."""
+    model.register_load_state_dict_pre_hook(_check)
 
 
-def unpack(state: object) -> tuple[dict[str, Any], dict[str, Any], list[Tensor | None]]:
-    """Read what `pack` wrote; the masks come as packed bytes.
-
-    Raises:
-        ValueError: If `pack` has not written it.
-    """
-    if not isinstance(state, Tensor):
-        raise _damaged(f"it is a {type(state).__name__}, not a tensor")
-    if state.dtype != torch.uint8 or state.ndim != 1 or state.is_meta:
-        raise _damaged(
-            f"it is a tensor of {state.dtype} and shape {tuple(state.shape)} on {state.device}, "
-            f"not one of bytes"
-        )
-    state = state.cpu()
-    try:
-        start = 8 + int(state[:8].clone().view(torch.int64))
-        if not 8 < start <= len(state):
-            raise ValueError(f"{start} of them were to be its header")
-        header, sizes = json.loads(bytes(state[8:start].tolist()))
-        progress = json.loads(bytes(state[start : start + _PROGRESS].tolist()))
-        lengths = [len(sizes), *map(_bytes, sizes)]
-        present, *bits = state[start + _PROGRESS :].split(lengths)
-        flags = present.tolist()
-        masks = [part if there else None for part, there in zip(bits, flags, strict=True)]
-        return {**header}, {**progress}, masks
-    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise _damaged(f"its {len(state)} bytes cannot be read: {error}") from error
+def unguard(model: nn.Module) -> None:
+    """Undo `guard`."""
+    hooks = model._load_state_dict_pre_hooks
+    for key in [key for key, hook in hooks.items() if getattr(hook, "hook", None) is _check]:
+        del hooks[key]
 
 
-def _damaged(found: str) -> ValueError:
-    return ValueError(
-        f"the state dict's adapmtl._extra_state is damaged, or not of torch-adapmtl ({found}); "
-        f"load another checkpoint"
-    )
-
-
-def _as_tensor(text: bytes) -> Tensor:
-    return torch.tensor(list(text), dtype=torch.uint8)
-
-
-def _bytes(size: int) -> int:
-    return -(-size // 8)
-
-
-# Averages of a model ask for its state in every step, and masks seldom change.
-_PACKED = WeakTensorKeyDictionary()
-
-
-def _packed(mask: Tensor) -> Tensor:
-    found: tuple[int, Tensor] | None = _PACKED.get(mask)
-    if found is None or found[0] != mask._version:
-        found = mask._version, pack_mask(mask).cpu()
-        _PACKED[mask] = found
-    return found[1]
-
-
-def pack_mask(mask: Tensor) -> Tensor:
-    """Pack a boolean mask into bytes, eight entries each, the first in the lowest bit."""
-    flat = mask.flatten()
-    rows = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
-    return (rows.to(torch.uint8) << _shifts(rows)).sum(1, dtype=torch.uint8)
-
-
-def unpack_mask(packed: Tensor, like: Tensor) -> Tensor:
-    """Unpack bytes into a boolean mask in the shape and on the device of `like`.
-
-    Raises:
-        ValueError: If the number of bytes does not fit.
-    """
-    if len(packed) != _bytes(like.numel()):
+def _check(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
+    """Raise a `ValueError` if the state dict is of a model that was prepared otherwise, or not."""
+    pruner: Any = model._modules.get("adapmtl")
+    if pruner is None:  # a copy that somebody has taken apart
+        return
+    part = {
+        name.removeprefix(prefix): value
+        for name, value in state_dict.items()
+        if name.startswith(prefix)
+    }
+    if _OWN + "_extra_state" not in part:
+        _check_prepared(pruner.layers, part)
+        return
+    _read(part[_OWN + "_extra_state"], pruner.expected_state(), pruner.layers)
+    for layer in pruner.layers:
+        name = _original(layer.name)
+        _check_shape(name, layer.weight, part, "of another model: make the model alike")
+    wanted = {_OWN + name for name in pruner.state_dict(keep_vars=True)}
+    saved = {name for name in part if name.startswith(_OWN)}
+    if wanted != saved:
         raise ValueError(
-            f"a packed mask of {len(packed)} bytes does not fit a weight of shape "
-            f"{tuple(like.shape)}: the state dict comes from another model"
+            f"the state dict comes from a run with other options: it has "
+            f"{sorted(saved - wanted)}, and not {sorted(wanted - saved)}; prepare the model alike"
         )
-    packed = packed.to(like.device)
-    bits = (packed.unsqueeze(1) >> _shifts(packed)) & 1
-    return shaped_like(like, bits.flatten()[: like.numel()].bool())
+    for name, tensor in (*pruner.named_parameters(), *pruner.named_buffers()):
+        _check_shape(_OWN + name, tensor, part, "with other options: prepare the model alike")
 
 
-def _shifts(tensor: Tensor) -> Tensor:
-    return torch.arange(8, dtype=torch.uint8, device=tensor.device)
+def _check_prepared(layers: Layers, part: Mapping[str, Any]) -> None:
+    for layer in layers:
+        if layer.name in part and _original(layer.name) not in part:
+            raise ValueError(
+                f"the state dict is of the model without apply_adapmtl: it has {layer.name!r}, "
+                f"not {_original(layer.name)!r}. Load it before apply_adapmtl, or after finalize()"
+            )
+
+
+def _original(name: str) -> str:
+    """The name of a layer's parameter while there is a threshold on it."""
+    path, _, tensor = name.rpartition(".")
+    return ".".join(filter(None, (path, "parametrizations", tensor, "original")))
+
+
+def _check_shape(name: str, tensor: Tensor, part: Mapping[str, Any], remedy: str) -> None:
+    value = part.get(name)
+    if not isinstance(value, Tensor):
+        return
+    shape, expected = tuple(value.shape), tuple(tensor.shape)
+    if shape != expected and (shape, expected) != ((1,), ()):  # which torch lets pass
+        raise ValueError(
+            f"the state dict's {name} has shape {shape}, this model's {expected}; it comes from a "
+            f"run {remedy}"
+        )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from math import prod
 from typing import Any, NamedTuple
+
+from torch_adapmtl.run._tables import details, html_table, text_table
 
 __all__ = ["ComponentRow", "DensePart", "LayerRow", "Report"]
 
@@ -158,7 +160,7 @@ class Report:
         return (min(found), max(found)) if found else None
 
     def scalars(self) -> dict[str, float]:
-        """Returns what a logger draws over time, by name: sparsities (fractions), task weights.
+        """Return what a logger draws over time, by name: sparsities (fractions), task weights.
 
         `for name, value in pruner.report().scalars().items(): writer.add_scalar(name, value, step)`
         is all that TensorBoard needs.
@@ -176,7 +178,7 @@ class Report:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns everything as plain dicts, lists, strings and numbers, as JSON can hold them."""
+        """Return everything as plain dicts, lists, strings and numbers, as JSON can hold them."""
         return {
             "target_sparsity": self.target_sparsity,
             "sparsity": self.sparsity,
@@ -213,7 +215,7 @@ class Report:
         }
 
     def __str__(self) -> str:
-        lines = [*_text_table(self._component_table(), left=1), self._progress()]
+        lines = [*text_table(self._component_table(), left=1), self._progress()]
         if self.given:
             lines.append(self._given_line())
         if self.task_weights:
@@ -221,11 +223,11 @@ class Report:
         if self.dense:
             lines.append(self._dense_line())
             parts = [[name, reason, f"{count:,}"] for name, reason, count in self.dense]
-            lines += [f"  {line}" for line in _text_table(parts, left=2)]
+            lines += [f"  {line}" for line in text_table(parts, left=2)]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        blocks = [_html_table(self._component_table(), left=1, caption=self._progress())]
+        blocks = [html_table(self._component_table(), left=1, caption=self._progress())]
         if self.task_weights:
             blocks.append(f"<p>{escape(self._weights_line())}</p>")
         if self.given:
@@ -236,11 +238,11 @@ class Report:
                 shape = " x ".join(map(str, row.shape))
                 counts = [f"{row.weights:,}", f"{row.zeros:,}", _percent(row.sparsity)]
                 rows.append([row.name, row.component, shape, *counts, f"{row.threshold:.3g}"])
-            blocks.append(_details(f"{len(self.layers)} layers", _html_table(rows, left=3)))
+            blocks.append(details(f"{len(self.layers)} layers", html_table(rows, left=3)))
         if self.dense:
             rows = [["tensor", "reason", "weights"]]
             rows += [[name, reason, f"{count:,}"] for name, reason, count in self.dense]
-            blocks.append(_details(self._dense_line(), _html_table(rows, left=2)))
+            blocks.append(details(self._dense_line(), html_table(rows, left=2)))
         return "<div>" + "".join(blocks) + "</div>"
 
     def _component_table(self) -> list[list[str]]:
@@ -277,34 +279,3 @@ def _percent(fraction: float) -> str:
     text = f"{100 * fraction:.2f} %"
     # 100 % says that nothing is left, so it must not come from rounding
     return "99.99 %" if text == "100.00 %" and fraction < 1 else text
-
-
-def _text_table(rows: Sequence[Sequence[str]], *, left: int) -> list[str]:
-    """Aligned lines; the first `left` columns to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = (
-            f"{cell:<{width}}" if index < left else f"{cell:>{width}}"
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  ".join(cells).rstrip())
-    return lines
-
-
-def _html_table(rows: Sequence[Sequence[str]], *, left: int, caption: str = "") -> str:
-    def line(row: Iterable[str], tag: str) -> str:
-        cells = []
-        for index, cell in enumerate(row):
-            side = "left" if index < left else "right"
-            cells.append(f'<{tag} style="text-align:{side}">{escape(cell)}</{tag}>')
-        return f"<tr>{''.join(cells)}</tr>"
-
-    head, *body = rows
-    title = f"<caption>{escape(caption)}</caption>" if caption else ""
-    lines = "".join(line(row, "td") for row in body)
-    return f"<table>{title}<thead>{line(head, 'th')}</thead><tbody>{lines}</tbody></table>"
-
-
-def _details(summary: str, body: str) -> str:
-    return f"<details><summary>{escape(summary)}</summary>{body}</details>"

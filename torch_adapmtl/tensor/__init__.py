@@ -1,1 +1,13 @@
-"""One tensor made sparse: the soft threshold, as a function and as a parametrization."""
+"""One tensor made sparse: the soft threshold, as a function, parametrization, prune method."""
+
+from __future__ import annotations
+
+from torch_adapmtl.tensor.soft_threshold import SoftThreshold, soft_threshold
+from torch_adapmtl.tensor.torch_prune import SoftThresholdPruning, soft_threshold_unstructured
+
+__all__ = [
+    "SoftThreshold",
+    "SoftThresholdPruning",
+    "soft_threshold",
+    "soft_threshold_unstructured",
+]

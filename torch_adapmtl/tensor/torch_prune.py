@@ -11,8 +11,8 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod, PruningContainer, custom_from_mask
 
-from torch_adapmtl.tensor._parametrize import attach, detach
 from torch_adapmtl._checks import check_threshold, obstacle, trouble_of_inference
+from torch_adapmtl.tensor._parametrize import attach, detach
 from torch_adapmtl.tensor.soft_threshold import SoftThreshold, soft_threshold
 
 __all__ = ["SoftThresholdPruning", "soft_threshold_unstructured"]

@@ -1,46 +1,29 @@
-"""Weights of the task losses: the sliding-window stability of AdapMTL, and plain alternatives.
-
-Every weighting maps ``{task: scalar loss}`` to one scalar that is differentiable in the losses.
-The weights themselves are detached, sum to the number of tasks T, and are computed where their
-buffers live, without the host ever waiting for the device.
-"""
+"""Plain loss weightings: fixed, equal, and by a function."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_adapmtl._checks import check_choice, check_count
-from torch_adapmtl.weighting.stability import StabilityWeighting
-from torch_adapmtl.weighting._base import LossWeighting, check_names, check_weight
+from torch_adapmtl.weighting._base import (
+    LossWeighting,
+    check_names,
+    check_tasks,
+    check_weight,
+)
 
 __all__ = [
     "CallableWeighting",
     "EqualWeighting",
     "FixedWeighting",
-    "LossWeighting",
-    "StabilityWeighting",
     "WeightFunction",
-    "make_weighting",
 ]
 
 WeightFunction = Callable[[dict[str, Tensor]], Mapping[str, Tensor | float]]
 """From ``{task: loss}`` to ``{task: weight}``."""
-
-
-class EqualWeighting(LossWeighting):
-    """Gives every task the weight 1: the plain sum of the losses.
-
-    Example:
-        >>> EqualWeighting(["seg", "depth"])({"seg": torch.tensor(3.0), "depth": None})
-        tensor(3.)
-    """
-
-    def weights(self) -> Tensor:
-        """Ones of shape (T,)."""
-        return torch.ones(len(self.tasks), device=self.device)
 
 
 class FixedWeighting(LossWeighting):
@@ -75,11 +58,34 @@ class FixedWeighting(LossWeighting):
             [float(weights[task]) / largest for task in self.tasks], dtype=torch.float64
         )
         fixed *= len(self.tasks) / fixed.sum()
+        self._by_task = dict(zip(self.tasks, fixed.float().tolist(), strict=True))
         self.register_buffer("fixed", fixed.float(), persistent=False)
 
     def weights(self) -> Tensor:
         """The weights, float32 of shape (T,)."""
         return self.fixed.clone()
+
+    def config(self) -> dict[str, Any]:
+        """Return the weights, scaled to sum to T, by task."""
+        return {"name": "FixedWeighting", "weights": dict(self._by_task)}
+
+
+class EqualWeighting(FixedWeighting):
+    """Gives every task the weight 1: the plain sum of the losses.
+
+    Args:
+        tasks: The task names, each once.
+        strict: See `LossWeighting`.
+
+    Example:
+        >>> import torch
+        >>> from torch_adapmtl import EqualWeighting
+        >>> EqualWeighting(["seg", "depth"])({"seg": torch.tensor(3.0), "depth": None})
+        tensor(3.)
+    """
+
+    def __init__(self, tasks: Sequence[str], *, strict: bool = False) -> None:
+        super().__init__(tasks, dict.fromkeys(check_tasks(tasks), 1.0), strict=strict)
 
 
 class CallableWeighting(LossWeighting):
@@ -136,17 +142,21 @@ class CallableWeighting(LossWeighting):
         """The weights of the last call (1 before it), float32 of shape (T,)."""
         return self.last.clone()
 
-    def _weights_for(self, present: dict[str, Tensor]) -> Tensor:
+    def config(self) -> dict[str, Any]:
+        """Return whether the weights are scaled; a function cannot be compared."""
+        return {**super().config(), "normalize": self.normalize}
+
+    def _weights_for(self, present: Mapping[str, Tensor]) -> Tensor:
         returned = self.fn(dict(present))
         check_names("the weights returned by fn", returned, tuple(present))
-        given = {task: self._to_weight(task, returned[task]) for task in present}
+        weights = {task: self._to_weight(task, returned[task]) for task in present}
         if self.normalize:
-            total = torch.stack(list(given.values())).sum()
-            scale = (len(given) / total).masked_fill(total <= 0, 1)
-            given = {task: weight * scale for task, weight in given.items()}
+            total = torch.stack(list(weights.values())).sum()
+            scale = (len(weights) / total).masked_fill(total <= 0, 1)
+            weights = {task: weight * scale for task, weight in weights.items()}
         before = self.last.unbind()
         self.last = torch.stack(
-            [given.get(task, before[index]) for index, task in enumerate(self.tasks)]
+            [weights.get(task, before[index]) for index, task in enumerate(self.tasks)]
         )
         return self.weights()
 
@@ -158,59 +168,3 @@ class CallableWeighting(LossWeighting):
             return weight.detach().to(device=self.device, dtype=torch.float32)
         check_weight(name, weight)
         return torch.full((), float(weight), device=self.device)
-
-
-def make_weighting(
-    spec: str | Mapping[str, float] | WeightFunction | LossWeighting,
-    tasks: Sequence[str],
-    total_steps: int,
-) -> LossWeighting:
-    """Makes a loss weighting from a short description.
-
-    Args:
-        spec: ``"stability"``: `StabilityWeighting` as in the paper's text; ``"deviation"``: the
-            same with the authors' code's direction; both with a window of ``total_steps // 40``
-            (at least 10, at most 500), starting after ``total_steps // 4`` steps, which is the
-            paper's 500 and 5,000 of 20,000. ``"equal"``: `EqualWeighting`. A mapping:
-            `FixedWeighting`. A callable: `CallableWeighting`. A `LossWeighting`: used as it is.
-        tasks: The task names, each once.
-        total_steps: Length of the training, in steps.
-
-    Returns:
-        The weighting, its buffers on the CPU unless given as a `LossWeighting`.
-
-    Raises:
-        ValueError: If the name is unknown, or the tasks of a given `LossWeighting` differ.
-        TypeError: If `spec` is of none of these kinds.
-
-    Example:
-        >>> make_weighting("stability", ["seg", "depth"], 20_000).window
-        500
-    """
-    check_count("total_steps", total_steps)
-    if isinstance(spec, LossWeighting):
-        if set(spec.tasks) != set(tasks):
-            raise ValueError(
-                f"weighting was made for the tasks {list(spec.tasks)}, the model has "
-                f"{list(tasks)}: make it for these"
-            )
-        return spec
-    if isinstance(spec, str):
-        check_choice("weighting", spec, ("stability", "deviation", "equal"))
-        if spec == "equal":
-            return EqualWeighting(tasks)
-        return StabilityWeighting(
-            tasks,
-            window=max(10, min(500, total_steps // 40)),
-            start=total_steps // 4,
-            direction="stable" if spec == "stability" else "deviating",
-        )
-    if isinstance(spec, Mapping):
-        return FixedWeighting(tasks, spec)
-    function: object = spec
-    if callable(function) and not isinstance(function, type):  # the class of a weighting, say
-        return CallableWeighting(tasks, function)
-    raise TypeError(
-        "weighting must be 'stability', 'deviation', 'equal', a mapping from task to weight, a "
-        f"callable or a LossWeighting instance, got {spec!r}"
-    )

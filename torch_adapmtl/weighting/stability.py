@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -127,7 +127,7 @@ class StabilityWeighting(LossWeighting):
         self.register_buffer("seen", torch.zeros(count, dtype=torch.int64))
 
     def observe(self, losses: Tensor, accepted: Tensor) -> None:
-        """Shifts the accepted losses into the windows and counts the step."""
+        """Shift the accepted losses into the windows and counts the step."""
         shifted = torch.cat([self.history[:, 1:], losses[:, None]], dim=1)
         self.history.copy_(torch.where(accepted[:, None], shifted, self.history))
         self.counts += accepted
@@ -170,8 +170,19 @@ class StabilityWeighting(LossWeighting):
         weights = weights.masked_fill(~ready | (self.steps <= self.start), 1)
         return weights if self.bounds is None else _shrink(weights, *self.bounds)
 
+    def config(self) -> dict[str, Any]:
+        """Return the settings."""
+        return {
+            **super().config(),
+            "window": self.window,
+            "start": self.start,
+            "direction": self.direction,
+            "deviation": self.deviation,
+            "bounds": None if self.bounds is None else list(self.bounds),
+        }
+
     def extra_repr(self) -> str:
-        """Shows the settings in the module's repr."""
+        """Show the settings in the module's repr."""
         return (
             f"{super().extra_repr()}, window={self.window}, start={self.start}, "
             f"direction={self.direction!r}, deviation={self.deviation!r}, bounds={self.bounds}"
@@ -179,7 +190,7 @@ class StabilityWeighting(LossWeighting):
 
 
 def _shrink(weights: Tensor, lower: float, upper: float) -> Tensor:
-    """Pulls weights that sum to T toward 1, just enough for `lower <= weight <= upper`."""
+    """Pull weights that sum to T toward 1, just enough for `lower <= weight <= upper`."""
     offset = weights - 1
     least, most = offset.aminmax()
     down = (upper - 1) / most.clamp(min=_TINY)

@@ -33,8 +33,8 @@ from examples.benchmark import (
     study,
 )
 from examples.benchmark import problems as module
+from torch_adapmtl import relative_performance
 from torch_adapmtl.datasets import Words
-from torch_adapmtl.run.size import relative_performance
 
 
 @pytest.fixture(scope="module")
@@ -451,7 +451,7 @@ def test_a_line_holds_the_defaults(tiny: Any) -> None:
     assert found["allocation"] == "LAMPAllocation(strength=0.75, rate=0.3, bound=5.0)"
     assert found["reach"] == "1.1"
     assert found["weighting"] == "'stability'"
-    assert found["schedule"].endswith("settled=0.9, regrow_until=0.7)")
+    assert found["schedule"].endswith("fix_at=0.9, regrow_until=0.7)")
     common = settings(tiny, "AdapMTL, common threshold", 0.9, 0)["options"]
     assert common == {**found, "allocation": "None"}
     changed = settings(tiny, "reach 1.5", 0.9, 0)["options"]

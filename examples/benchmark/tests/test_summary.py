@@ -145,7 +145,7 @@ def test_tables() -> None:
         "| --- | ---: |",
         "| SNIP | -25.00 (n = 1) |",
         "| Taylor | -7.50 ± 2.50 |",
-        "| AdapMTL | **-2.50 ± 2.50** |",
+        "| Pruner | **-2.50 ± 2.50** |",
     ]
     assert overview_table(rows, 0.9).split("\n") == [
         "| Delta_T, % at 90 % | toy |",
@@ -164,11 +164,11 @@ def test_tables() -> None:
     )
     assert paper[2] == "| dense |  |  |  |  |  |  |"
     assert (
-        paper[5] == "| AdapMTL | -5.00 ± 5.00 | +0.00 ± 0.00 | -2.50 ± 2.50 | 90.0 | 92.5 | 90.0 |"
+        paper[5] == "| Pruner | -5.00 ± 5.00 | +0.00 ± 0.00 | -2.50 ± 2.50 | 90.0 | 92.5 | 90.0 |"
     )
     first, second = metric_tables(rows, "toy", 0.9).split("\n\n")
     assert first.split("\n")[2] == "| dense | 85.00 ± 5.00 |"
-    assert second.split("\n")[5] == "| AdapMTL | 0.4500 ± 0.0500 |"
+    assert second.split("\n")[5] == "| Pruner | 0.4500 ± 0.0500 |"
 
 
 def test_what_missed_its_sparsity_is_never_the_best() -> None:

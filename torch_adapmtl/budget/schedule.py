@@ -1,0 +1,132 @@
+"""The schedule of the overall sparsity: a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from torch_adapmtl._checks import check_choice, check_numbers
+
+__all__ = ["SparsitySchedule"]
+
+# When the zeros are fixed, as a fraction of the run, unless the user says otherwise.
+_FIX_AT = 0.9
+
+
+@dataclass(frozen=True)
+class SparsitySchedule:
+    """How the overall sparsity goes from `initial` to the target in the course of training.
+
+    With p the share of the way from `start` to `end`, the sparsity is
+    `target + (initial - target) * (1 - p)**3` for the cubic shape (Zhu and Gupta, arXiv
+    1710.01878), the same with exponent 1 for the linear one and `(1 + cos(pi p)) / 2` in place of
+    the power for the cosine one. Before `start` it is `initial`, from `end` on it is the target,
+    and at the last step it is the target in any case.
+
+    Weights may become zero and return until `fix_at`. From then on masks hold exactly as many
+    zeros as the target asks for, and the other weights train on without a threshold. Between
+    `regrow_until` and `fix_at`, pruned weights receive no gradient: weights that keep learning
+    while they count as zero keep trading places with others, which is noise in a network with few
+    weights left.
+
+    Args:
+        start: When the sparsity begins to rise, as a fraction of `total_steps`.
+        end: When it reaches the target, as a fraction of `total_steps`.
+        initial: Sparsity before `start`, as a fraction of the prunable weights; a model that is
+            sparser already starts from its own sparsity.
+        shape: `"cubic"`, `"linear"` or `"cosine"`.
+        fix_at: When the zeros are fixed, as a fraction of `total_steps`;
+            `0 <= start <= end <= fix_at <= 1`, or `max(end, 0.9)` if None. Only
+            [`Adaptive`][torch_adapmtl.Adaptive] uses it, as it does the next.
+        regrow_until: Until when pruned weights receive gradients and may return, as a fraction of
+            `total_steps` between `end` and `fix_at`, or half way between them if None. With
+            `gradient="mask"` they never do.
+
+    Raises:
+        ValueError: If a fraction is outside its range, or the shape is unknown.
+        TypeError: If a fraction is no number.
+
+    Example:
+        >>> from torch_adapmtl import SparsitySchedule
+        >>> schedule = SparsitySchedule(start=0.0, end=0.5)
+        >>> [round(schedule(step, 100, target_sparsity=0.8), 3) for step in (0, 25, 50, 100)]
+        [0.0, 0.7, 0.8, 0.8]
+        >>> schedule.regrow_until, schedule.fix_at
+        (0.7, 0.9)
+    """
+
+    start: float = 0.05
+    end: float = 0.5
+    initial: float = 0.0
+    shape: Literal["cubic", "linear", "cosine"] = "cubic"
+    fix_at: float | None = None
+    regrow_until: float | None = None
+
+    def __post_init__(self) -> None:
+        check_numbers("schedule: ", start=self.start, end=self.end, initial=self.initial)
+        for name in ("fix_at", "regrow_until"):
+            value = getattr(self, name)
+            if value is not None:
+                check_numbers("schedule: ", **{name: value})
+        if not 0.0 <= self.start <= self.end <= 1.0:
+            raise ValueError(
+                f"schedule: start and end must satisfy 0 <= start <= end <= 1, as fractions of "
+                f"total_steps; got start={self.start}, end={self.end}"
+            )
+        fix_at = max(self.end, _FIX_AT) if self.fix_at is None else self.fix_at
+        if not self.end <= fix_at <= 1.0:
+            raise ValueError(
+                f"schedule: fix_at must lie between end={self.end} and 1, as a fraction of "
+                f"total_steps; got {fix_at}"
+            )
+        half = (self.end + fix_at) / 2
+        regrow_until = half if self.regrow_until is None else self.regrow_until
+        if not self.end <= regrow_until <= fix_at:
+            raise ValueError(
+                f"schedule: regrow_until must lie between end={self.end} and fix_at={fix_at}, as "
+                f"a fraction of total_steps; got {regrow_until}"
+            )
+        if not 0.0 <= self.initial < 1.0:
+            raise ValueError(f"schedule: initial must lie in [0, 1), got {self.initial}")
+        check_choice("schedule: shape", self.shape, ("cubic", "linear", "cosine"))
+        # Floats all, so that schedules that behave alike are equal and print alike.
+        numbers = {"start": self.start, "end": self.end, "initial": self.initial}
+        for name, value in {**numbers, "fix_at": fix_at, "regrow_until": regrow_until}.items():
+            object.__setattr__(self, name, float(value))
+
+    def fix_step(self, total_steps: int) -> int:
+        """The step at which the zeros are fixed."""
+        assert self.fix_at is not None
+        return max(1, math.ceil(self.fix_at * total_steps))
+
+    def regrows(self, step: int, total_steps: int) -> bool:
+        """Whether pruned weights receive gradients in the step after `step` steps."""
+        assert self.regrow_until is not None
+        return step < self.regrow_until * total_steps
+
+    def __call__(
+        self, step: int, total_steps: int, target_sparsity: float, initial: float | None = None
+    ) -> float:
+        """Return the overall sparsity, a fraction, due after `step` of `total_steps` steps.
+
+        Args:
+            step: Number of steps taken.
+            total_steps: Number of steps of the run.
+            target_sparsity: The sparsity at the end, as a fraction.
+            initial: The sparsity before `start`, in place of the schedule's own; the schedule
+                falls if it is above the target.
+        """
+        target = target_sparsity
+        initial = min(self.initial, target) if initial is None else initial
+        start, end = self.start * total_steps, self.end * total_steps
+        if step >= end or step >= total_steps:
+            return target
+        if step <= start:
+            return initial
+        rest = 1.0 - (step - start) / (end - start)
+        if self.shape == "cosine":
+            rest = (1.0 - math.cos(math.pi * rest)) / 2.0
+        elif self.shape == "cubic":
+            rest = rest**3
+        return target + (initial - target) * rest

@@ -1,0 +1,128 @@
+"""The layers of a run as one collection: their sizes, their number of weights, their components."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from torch_adapmtl.layers.layer import Layer, count_zeros
+
+__all__ = ["Layers"]
+
+
+class Layers(Sequence[Layer]):
+    """The prunable tensors of a run, in the order of `model.parameters()`.
+
+    Args:
+        layers: The layers, at least one.
+
+    Attributes:
+        sizes: Number of weights of each layer.
+        total: Number of weights of all layers, N.
+        components: Names of the components, in the order of their first layer.
+        component: For each layer the index of its component in `components`.
+
+    Example:
+        >>> import torch
+        >>> from torch_adapmtl import Layer, Layers
+        >>> a, b = torch.nn.Linear(4, 2), torch.nn.Linear(2, 3)
+        >>> layers = Layers(
+        ...     [
+        ...         Layer("a.weight", "shared", ((a, "weight"),)),
+        ...         Layer("b.weight", "b", ((b, "weight"),)),
+        ...     ]
+        ... )
+        >>> layers.sizes, layers.total, layers.components, layers.zeros_at(0.9)
+        ([8, 6], 14, ('shared', 'b'), 13)
+    """
+
+    def __init__(self, layers: Iterable[Layer]) -> None:
+        self._layers = tuple(layers)
+        self.sizes = [layer.weight.numel() for layer in self._layers]
+        self.total = sum(self.sizes)
+        self.components = tuple(dict.fromkeys(layer.component for layer in self._layers))
+        self.component = [self.components.index(layer.component) for layer in self._layers]
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self._layers)
+
+    @overload
+    def __getitem__(self, index: int) -> Layer: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Layer, ...]: ...
+    def __getitem__(self, index: int | slice) -> Layer | tuple[Layer, ...]:
+        return self._layers[index]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first layer, where all figures about layers are kept."""
+        return self._layers[0].weight.device
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The component of each layer, by the layer's name."""
+        return {layer.name: layer.component for layer in self._layers}
+
+    @property
+    def initial_zeros(self) -> list[int]:
+        """For each layer, how many of its weights were zero for good when the run began."""
+        return [count_zeros(layer.initial_mask) for layer in self._layers]
+
+    def zeros_at(self, sparsity: float) -> int:
+        """The number of zeros at a sparsity, a fraction: `round(sparsity * N)`."""
+        return round(sparsity * self.total)
+
+    def in_component(self, index: int) -> list[int]:
+        """The indices of the layers in component `index`."""
+        return [i for i, component in enumerate(self.component) if component == index]
+
+    def sum_components(self, values: Sequence[int]) -> list[int]:
+        """Sum a number of each layer by component."""
+        sums = [0] * len(self.components)
+        for component, value in zip(self.component, values, strict=True):
+            sums[component] += value
+        return sums
+
+    def count_zeros(self) -> list[int]:
+        """The zeros of each layer as the model sees it now; reads every weight."""
+        counts = [(layer.sparse() == 0).sum() for layer in self._layers]
+        return torch.stack([count.to(self.device) for count in counts]).tolist()
+
+    def attach(self) -> None:
+        """Put the thresholds on all layers, or on none if one refuses."""
+        begun = []
+        try:
+            for layer in self._layers:
+                begun.append(layer)
+                layer.attach()
+        except Exception:
+            for layer in begun:
+                layer.remove(bake=False)
+            raise
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Write the sparse weights into the parameters."""
+        for layer in self._layers:
+            layer.assign(layer.sparse())
+
+    def check_ties(self) -> None:
+        """Raise a `ValueError` if `torch.nn.utils.prune` masks a tied weight differently."""
+        for layer in self._layers:
+            masks = [module._buffers.get(name + "_mask") for module, name in layer.owners]
+            if not all(_same(masks[0], mask) for mask in masks[1:]):
+                raise ValueError(
+                    f"{layer.name!r} is tied, and torch.nn.utils.prune masks it differently in the "
+                    f"{len(masks)} modules that hold it: give all of them the same mask "
+                    f"(prune.custom_from_mask), or remove it"
+                )
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))

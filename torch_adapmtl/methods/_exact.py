@@ -1,0 +1,90 @@
+"""The exact choice of the weights with the lowest scores, in a few passes over them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torch_adapmtl.budget.solver import MAX_BITS, Bounds, Scores, from_bits, select, solve
+from torch_adapmtl.layers import sampling
+from torch_adapmtl.layers.collection import Layers
+from torch_adapmtl.layers.layer import Layer
+from torch_adapmtl.layers.sampling import Sample, magnitudes
+
+__all__ = ["choose"]
+
+_TINY = torch.finfo(torch.float32).tiny
+
+
+def choose(layers: Layers, factors: Tensor, bounds: Bounds, zeros: int) -> list[Tensor]:
+    """Choose the weights that remain when exactly `zeros` are pruned, lowest scores first.
+
+    A sample says near which levels the exact ones lie, so that only the scores near them are
+    sorted.
+
+    Args:
+        layers: The layers.
+        factors: What the magnitudes are multiplied by to become scores, for each layer, (L,).
+        bounds: Bounds in numbers of zeros.
+        zeros: How many weights to prune.
+
+    Returns:
+        For each layer which weights remain, bool and flat.
+    """
+    sample = Sample.draw(layers, large=True)
+    scores = Scores(sample.values, sample.lengths, sample.weights).scaled(factors)
+    budget = torch.tensor(zeros, dtype=torch.float64, device=factors.device)
+    low, high = scores.window(solve(scores, bounds, budget))
+    level, numbers = select(_near(layers, factors, low, high), bounds, zeros)
+    exact = torch.tensor(level, device=factors.device)
+    if not bool(((low <= exact) & (exact <= high)).all()):  # the sample was not a fair one
+        low, high = torch.full_like(low, -1), torch.full_like(high, MAX_BITS)
+        level, numbers = select(_near(layers, factors, low, high), bounds, zeros)
+    rows = zip(layers, factors.tolist(), level, numbers, strict=True)
+    return [_remaining(*row) for row in rows]
+
+
+def _near(layers: Layers, factors: Tensor, low: Tensor, high: Tensor) -> Scores:
+    """The scores within a window of levels for each layer, and how many lie below it."""
+    device = factors.device
+    lows = torch.where(low < 1, -torch.inf, from_bits(low)).tolist()
+    highs = torch.where(high < MAX_BITS, from_bits(high), torch.inf).tolist()
+    parts, lengths, below = [], [], []
+    for layer, factor, least, most in zip(layers, factors.tolist(), lows, highs, strict=True):
+        lower = torch.zeros((), dtype=torch.int64, device=layer.weight.device)
+        pieces = []
+        for piece in magnitudes(layer):
+            piece.mul_(factor)
+            under = piece < least
+            lower += under.sum()
+            pieces.append(piece[(piece <= most).logical_and_(under.logical_not_())])
+        parts += [piece.to(device) for piece in pieces]
+        lengths.append(sum(map(len, pieces)))
+        below.append(lower.to(device))
+    return Scores(torch.cat(parts), lengths, below=torch.stack(below))
+
+
+def _remaining(layer: Layer, factor: float, level: int, zeros: int) -> Tensor:
+    """Mark the weights of a layer that remain, given `select`'s answer for it: bool, flat.
+
+    All with scores below the level are pruned and, of those that tie at it, the first ones in
+    storage order, `zeros` in all.
+    """
+    keep = torch.ones(layer.weight.numel(), dtype=torch.bool, device=layer.weight.device)
+    if zeros == 0:
+        return keep
+    # Level 0 is that of the weights that a mask holds, whose scores are negative; the last level
+    # is that of all that is not finite.
+    lowest = float(from_bits(torch.tensor(level))) if level > 0 else -torch.inf
+    highest = torch.inf if level == MAX_BITS else lowest if level > 0 else -_TINY
+    places = keep.split(sampling.PIECE if keep.device.type == "cpu" else len(keep))
+    for piece, place in zip(magnitudes(layer), places, strict=True):
+        torch.ge(piece.mul_(factor), lowest, out=place)
+    missing = zeros - (len(keep) - int(torch.count_nonzero(keep)))
+    for piece, place in zip(magnitudes(layer), places, strict=True):
+        if missing == 0:
+            break
+        ties = (place & (piece.mul_(factor) <= highest)).nonzero().squeeze(1)[:missing]
+        place[ties] = False
+        missing -= len(ties)
+    return keep

@@ -1,0 +1,260 @@
+"""Hard masks on exactly as many weights as asked: the base of all methods that score weights."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_adapmtl._distributed import agree
+from torch_adapmtl.budget.schedule import SparsitySchedule
+from torch_adapmtl.layers.collection import Layers
+from torch_adapmtl.layers.gradient_hooks import GradientHooks
+from torch_adapmtl.layers.layer import shaped_like
+from torch_adapmtl.methods._base import Controller, Method
+from torch_adapmtl.tensor.soft_threshold import SoftThreshold
+
+__all__ = ["MaskController", "MaskMethod", "OneShotController", "lowest", "task_gradients"]
+
+
+def lowest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
+    """Mark the `count` lowest of all scores together; of equal ones the first in order.
+
+    Args:
+        scores: Any shapes; -inf, for weights that are pruned already, comes first, then NaN.
+        count: How many to mark.
+
+    Returns:
+        Boolean tensors, flat, one for each of `scores`.
+    """
+    flat = torch.cat([part.flatten() for part in scores])
+    # Above -inf, or a NaN could take the place of a pruned weight, which would return.
+    least = torch.finfo(flat.dtype).min
+    flat = flat.nan_to_num(nan=least, posinf=torch.inf, neginf=-torch.inf)
+    if count == 0:
+        marked = torch.zeros_like(flat, dtype=torch.bool)
+    else:
+        level = flat.kthvalue(count).values
+        marked = flat < level
+        ties = (flat == level).nonzero().squeeze(1)
+        marked[ties[: count - int(marked.sum())]] = True
+    return list(marked.split([part.numel() for part in scores]))
+
+
+def task_gradients(losses: Mapping[str, Tensor], layers: Layers) -> dict[str, list[Tensor | None]]:
+    """The gradient of each task's loss for each layer's weight; None where a task has none."""
+    weights = [layer.weight for layer in layers]
+    return {
+        task: list(torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True))
+        for task, loss in losses.items()
+    }
+
+
+class MaskMethod(Method):
+    """A method whose masks follow the rise of a schedule, and nothing else of it."""
+
+    def config(self) -> dict[str, Any]:
+        """Return the settings, without those of the schedule that have no effect."""
+        config = super().config()
+        for name in ("fix_at", "regrow_until"):
+            config.get("schedule", {}).pop(name, None)
+        return config
+
+
+class MaskController(Controller):
+    """Prunes the weights with the lowest scores, by hard masks that follow a schedule.
+
+    A pruned weight gets no gradient and stays pruned. A subclass says in `scores` what each weight
+    is worth; [a criterion of your own](../how-to/own-method.md) shows how.
+
+    Args:
+        layers: The layers; their thresholds (zero) are made here.
+        target_sparsity: Zeros among all weights of the layers at the end, as a fraction.
+        total_steps: Number of steps.
+        schedule: How the sparsity rises.
+
+    Raises:
+        ValueError: If the model has more zeros that stay than the target asks for.
+    """
+
+    def __init__(
+        self,
+        layers: Layers,
+        target_sparsity: float,
+        total_steps: int,
+        schedule: SparsitySchedule,
+    ) -> None:
+        super().__init__(layers, target_sparsity, total_steps)
+        self.schedule = schedule
+        self._initial_zeros = sum(layers.initial_zeros)
+        if self._initial_zeros > self.zeros:
+            raise ValueError(
+                f"target_sparsity={target_sparsity} asks for {self.zeros} zeros, but masks that "
+                f"are there already hold {self._initial_zeros}: raise the target or remove the "
+                f"masks"
+            )
+        for layer in layers:
+            weight = layer.weight
+            layer.threshold = SoftThreshold(0.0, persistent=False).to(weight.device, weight.dtype)
+        self._hooks = GradientHooks(layers, self.on_gradient)
+
+    @abstractmethod
+    def scores(self) -> list[Tensor]:
+        """What each weight is worth: for each layer a tensor in the weight's shape, or flat."""
+
+    def on_gradient(self, index: int, weight: nn.Parameter) -> None:
+        """See the gradient (`weight.grad`) that the layer of this index has just received.
+
+        Called in every backward pass until the zeros are fixed, if a subclass overrides it.
+        """
+
+    def thresholds(self) -> Tensor:
+        """The thresholds: none."""
+        return torch.zeros(len(self.layers), device=self.layers.device)
+
+    def prepare(self, step: int, due: bool) -> None:
+        """Listen to the gradients, where a subclass asks for them."""
+        if type(self).on_gradient is not MaskController.on_gradient:
+            self._hooks.listen(not self.fixed)
+            if self.fixed:
+                self._hooks.remove()
+
+    def choose(self, zeros: int) -> list[Tensor]:
+        """Mark the weights that are pruned when `zeros` are, by layer, bool and flat."""
+        return lowest(self.open_scores(), zeros)
+
+    def open_scores(self) -> list[Tensor]:
+        """The scores, float32 and flat, -inf where a mask has pruned a weight already."""
+        return [
+            self._open(score, layer.mask)
+            for score, layer in zip(self.scores(), self.layers, strict=True)
+        ]
+
+    @staticmethod
+    def _open(score: Tensor, mask: Tensor | None) -> Tensor:
+        score = score.detach().float().flatten()
+        return (
+            score
+            if mask is None
+            else score.masked_fill(~mask.to(score.device).flatten(), -torch.inf)
+        )
+
+    def _agreed(self, zeros: int) -> list[Tensor]:
+        """The choice, alike in all processes that train together: each has seen other batches."""
+        chosen = self.choose(zeros)
+        return [agree(flat) for flat in chosen] if self.synchronize else chosen
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Prune to where the schedule is after `step` steps."""
+        self.prune(
+            self.layers.zeros_at(self.schedule(step, self.total_steps, self.target_sparsity))
+        )
+
+    @torch.no_grad()
+    def prune(self, zeros: int) -> None:
+        """Mask the weights with the lowest scores, `zeros` in all."""
+        pruned = self._agreed(max(zeros, self._initial_zeros))
+        for layer, flat in zip(self.layers, pruned, strict=True):
+            layer.threshold.mask = shaped_like(layer.weight, ~flat) if bool(flat.any()) else None
+
+    @torch.no_grad()
+    def fix(self) -> None:
+        """Prune to the target now, exactly, and fix the zeros by masks."""
+        self.fix_zeros([~flat for flat in self._agreed(self.zeros)])
+
+    def refresh(self) -> None:
+        """Count the initial zeros of the loaded state."""
+        self._initial_zeros = sum(self.layers.initial_zeros)
+
+    def store(self, name: str) -> None:
+        """Register a buffer of zeros for each layer's weight, float32; part of the state dict."""
+        for i, layer in enumerate(self.layers):
+            zeros = torch.zeros_like(layer.weight, dtype=torch.float32)
+            self.register_buffer(f"{name}_{i}", zeros)
+
+    def stored(self, name: str) -> list[Tensor]:
+        """The buffers that `store` registered, one a layer, in the weight's shape."""
+        return [self.get_buffer(f"{name}_{i}") for i in range(len(self.layers))]
+
+
+class OneShotController(MaskController):
+    """Prunes to the target once, by scores from the gradients of the first batches.
+
+    Args:
+        layers: See `MaskController`.
+        target_sparsity: See `MaskController`.
+        total_steps: See `MaskController`.
+        batches: How many batches to score; the masks come with the last of them.
+    """
+
+    _MANY = 0.1  # a share of weights without any effect that is worth a warning
+
+    seen: Tensor
+
+    def __init__(
+        self, layers: Layers, target_sparsity: float, total_steps: int, batches: int
+    ) -> None:
+        never = SparsitySchedule(start=1.0, end=1.0)
+        super().__init__(layers, target_sparsity, total_steps, never)
+        self.batches = batches
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self._seen = 0  # the same on the host: to ask the device would wait for it in every step
+
+    @abstractmethod
+    def score(self, losses: Mapping[str, Tensor]) -> None:
+        """Add what the losses of one batch say to the scores."""
+
+    def effects(self) -> list[Tensor]:
+        """How much the losses depend on each weight, by layer; zero if they do not at all."""
+        return self.scores()
+
+    def observe_later(self, losses: Mapping[str, Tensor]) -> None:
+        """See the losses of a batch that comes after those that are scored."""
+
+    @property
+    def scored(self) -> bool:
+        """Whether all batches that are to be scored have been."""
+        return self._seen == self.batches
+
+    def due(self, step: int) -> bool:
+        """Whether an update is due after `step` steps: at the end only."""
+        return step == self.total_steps
+
+    def refresh(self) -> None:
+        """Read how many batches the loaded state has scored."""
+        super().refresh()
+        self._seen = int(self.seen)
+
+    def observe(self, losses: Mapping[str, Tensor]) -> None:
+        """Score the first batches, then prune: the masks act from the next forward pass on."""
+        if self.fixed or self.scored:
+            self.observe_later(losses)
+            return
+        self.score(losses)
+        self.seen += 1
+        self._seen += 1
+        if self._seen == self.batches:
+            with torch.no_grad():
+                share = self._share_without_effect()
+                self.prune(self.zeros)
+            if share >= self._MANY and self.zeros > self._initial_zeros:
+                warnings.warn(
+                    f"{share:.0%} of the prunable weights score exactly zero on the batches that "
+                    f"were scored, since no loss depends on them yet, and are pruned first, whole "
+                    f"layers of them. So do all residual branches whose last scale starts at zero, "
+                    f"as timm's zero_init_last has them: start it at 1 (zero_init_last=False in "
+                    f"timm). Otherwise look for dead units, or for a task without a loss in these "
+                    f"batches",
+                    stacklevel=3,
+                )
+
+    def _share_without_effect(self) -> float:
+        pairs = zip(self.effects(), self.layers, strict=True)
+        effects = torch.cat([self._open(effect, layer.mask) for effect, layer in pairs])
+        left = (effects != -torch.inf).sum().clamp(min=1)
+        return float((effects == 0).sum() / left)
