@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from torch_adapmtl import SparsitySchedule, apply_adapmtl
+from torch_adapmtl import Adaptive, SparsitySchedule, apply_adapmtl
 from torch_adapmtl.models import (
     ASPPHead,
     MultiTaskModel,
@@ -85,8 +85,7 @@ def make_step(variant: str, args: argparse.Namespace) -> Callable[[], None]:
             model,
             target_sparsity=0.9,
             total_steps=100_000,
-            reach=args.reach,
-            schedule=PARTS[variant],
+            method=Adaptive(reach=args.reach, schedule=PARTS[variant]),
         )
         combine, finish = pruner.loss, pruner.step
         finish()  # a run that is to have settled does so here

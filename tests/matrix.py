@@ -24,7 +24,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from toys import TwoTasks, batch, losses, pruned
 
-from torch_adapmtl import Pruner, SparsitySchedule, apply_adapmtl, keep_zeros, release_zeros
+from torch_adapmtl import (
+    Adaptive,
+    Pruner,
+    SparsitySchedule,
+    apply_adapmtl,
+    keep_zeros,
+    release_zeros,
+)
 from torch_adapmtl.tensor.torch_prune import find_threshold
 
 STAGES = ("before training", "mid-run", "at the end", "after finalize")
@@ -88,7 +95,7 @@ class Run:
 def prepare(net: nn.Module, **options: Any) -> Pruner:
     defaults: dict[str, Any] = {
         "target_sparsity": TARGET, "total_steps": STEPS, "example_inputs": torch.ones(2, 6),
-        "schedule": SparsitySchedule(start=0.0, end=0.5),
+        "method": Adaptive(schedule=SparsitySchedule(start=0.0, end=0.5)),
     }  # fmt: skip
     return apply_adapmtl(net, **{**defaults, **options})
 

@@ -119,7 +119,7 @@ def the_rest(scene: Scene, after: int | None) -> dict[str, Tensor]:
         pruner = prepare(model, total_steps=STEPS)
         optimizer = torch.optim.SGD(pruner.param_groups(lr=0.1))
     if not pruner._finalized:
-        pruner.weighting.nonfinite.zero_()
+        pruner.weighting.record.nonfinite.zero_()
         train(model, pruner, optimizer, range(pruner._step, STEPS))
         pruner.finalize()
         assert zeros(pruner) == round(pruner.target_sparsity * weights(pruner))
@@ -190,8 +190,8 @@ ARGUMENTS = [
     option("reach 1", V, "reach", "got 1.0", "above 1", reach=1.0),
     option("reach in words", T, "reach", "'far'", "a number", reach="far"),
     *(
-        option(f"{name} in {mode!r}", V, name, f"mode={mode!r}", "leave it out",
-               method=mode, **{name: value})
+        option(f"{name} in {method!r}", V, name, f"mode={method!r}", "leave it out",
+               method=method, **{name: value})
         for mode, name, value in (
             (Paper(), "granularity", "component"),
             (Paper(), "allocation", "sensitivity"),
@@ -551,7 +551,7 @@ LOSSES = [
     *(
         running(f"{name} in {mode}", do, V, "losses", found, remedy, after=0,
                 options={"method": mode})
-        for mode in (SNIP(), DiSparse())
+        for method in (SNIP(), DiSparse())
         for name, do, found, remedy in (
             ("a vector", loss(a=lambda real: real.expand(3)), "(3,)", ".mean()"),
             ("detached losses", loss(a=Tensor.detach), "['a']", DETACHED),
@@ -1164,11 +1164,11 @@ def test_a_model_in_training_for_quantisation() -> None:
     assert zeros(pruner) == round(0.8 * weights(pruner))
 
 
-@pytest.mark.parametrize("mode", ["adaptive", SNIP(), DiSparse()])
-def test_losses_to_look_at(mode: Any) -> None:
+@pytest.mark.parametrize("method", ["adaptive", SNIP(), DiSparse()])
+def test_losses_to_look_at(method: Any) -> None:
     """In evaluation a loss need not require grad, and it leaves no trace."""
     model = TwoTasks()
-    pruner = prepare(model, method=mode)
+    pruner = prepare(model, method=method)
 
     def look() -> None:
         with torch.no_grad():
@@ -1218,10 +1218,10 @@ def idle(model: nn.Module, pruner: Pruner, steps: int) -> list[str]:
     return [str(warning.message) for warning in caught]
 
 
-@pytest.mark.parametrize("mode", ["adaptive", "paper", Magnitude()])
-def test_stepping_without_training_is_told_once(mode: Any) -> None:
+@pytest.mark.parametrize("method", ["adaptive", "paper", Magnitude()])
+def test_stepping_without_training_is_told_once(method: Any) -> None:
     model = TwoTasks()
-    pruner = prepare(model, total_steps=400, method=mode)
+    pruner = prepare(model, total_steps=400, method=method)
     said = idle(model, pruner, 400)
     assert len(said) == 1
     assert "no weight has changed since the first" in said[0]

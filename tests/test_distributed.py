@@ -50,7 +50,7 @@ def _train_one_of_two(rank: int, folder: str) -> None:
         wrapped: nn.Module = model
         wrap_first = options.get("wrap_first", False)
         options = {key: value for key, value in options.items() if key != "wrap_first"}
-        if "mode" not in options:
+        if "method" not in options:
             options["schedule"] = EARLY
         if wrap_first:
             wrapped = nn.parallel.DistributedDataParallel(model)
@@ -69,7 +69,7 @@ def _train_one_of_two(rank: int, folder: str) -> None:
             optimizer.step()
             optimizer.zero_grad()
             pruner.step()
-            masks = [layer.threshold.mask for layer in pruner.controller.layers]
+            masks = [layer.threshold.mask for layer in pruner.layers]
             steps.append(
                 {
                     "thresholds": pruner.controller.thresholds().clone(),

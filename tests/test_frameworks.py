@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from toys import TwoTasks, batch, losses, prepare, tensors, weights, zeros
 
-from torch_adapmtl import Pruner, SparsitySchedule
+from torch_adapmtl import Adaptive, Pruner, SparsitySchedule
 
 EARLY = SparsitySchedule(start=0.0, end=0.5)
 
@@ -88,7 +88,7 @@ def fit(module: Any, folder: Path, steps: int, accumulate: int = 1, **options: A
     from torch_adapmtl.lightning import AdapMTLCallback
 
     callback = AdapMTLCallback(
-        target_sparsity=0.8, schedule=EARLY, example_inputs=torch.ones(2, 6),
+        target_sparsity=0.8, method=Adaptive(schedule=EARLY), example_inputs=torch.ones(2, 6),
         **options.pop("callback", {}),
     )  # fmt: skip
     trainer = pl.Trainer(

@@ -35,7 +35,7 @@ def test_compiled_is_as_eager(options: dict[str, Any], compile_first: bool) -> N
         graphs.append(graph)
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
-    if "mode" in options:
+    if "method" in options:
         options = {"method": Paper(start=-3.0, weight_decay=0.1), "target_sparsity": 0.3}
     else:
         # Pruned weights learn to the end: whether the one that a threshold lies on does can hang
@@ -112,7 +112,7 @@ def test_autocast() -> None:
         optimizer.step()
         optimizer.zero_grad()
         pruner.step()
-    assert pruner.controller.offsets().any()
+    assert pruner.controller.offsets.by_layer().any()
     _final(pruner, model)
 
 
@@ -139,23 +139,23 @@ def test_skipped_steps_leave_no_trace(allocation: Any) -> None:
             optimizer.zero_grad()
             pruner.step()
         assert all(tensor.isfinite().all() for tensor in pruner.buffers())
-        found.append(pruner.controller.offsets())
+        found.append(pruner.controller.offsets.by_layer())
         _final(pruner, model)
     assert found[1].isfinite().all()
 
 
 @pytest.mark.filterwarnings("ignore:no weight is left")  # of head a, by Taylor
-@pytest.mark.parametrize("mode", ["adaptive", Taylor(schedule=EARLY)], ids=["adaptive", "Taylor"])
+@pytest.mark.parametrize("method", ["adaptive", Taylor(schedule=EARLY)], ids=["adaptive", "Taylor"])
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_step_that_a_scaler_skips_is_none(fused: bool, mode: str | Taylor) -> None:
+def test_a_step_that_a_scaler_skips_is_none(fused: bool, method: str | Taylor) -> None:
     """The same run as one without the batches whose gradients overflow."""
     found = []
     overflowing = {0, 3, 4, 11, 17}
     for skipping in (False, True):
         torch.manual_seed(0)
         model = TwoTasks()
-        schedule = {"schedule": EARLY} if mode == "adaptive" else {}
-        pruner = prepare(model, method=mode, weighting="equal", **schedule)
+        schedule = {"schedule": EARLY} if method == "adaptive" else {}
+        pruner = prepare(model, method=method, weighting="equal", **schedule)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, fused=fused)
         pruner.attach(optimizer)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4, growth_interval=10**6)
@@ -231,7 +231,7 @@ def test_when_gradients_are_cleared_does_not_matter(set_to_none: bool) -> None:
                 optimizer.zero_grad(set_to_none=set_to_none)
             pruner.step()
             optimizer.zero_grad(set_to_none=set_to_none)
-        assert pruner.controller.offsets().any()
+        assert pruner.controller.offsets.by_layer().any()
         found.append(_final(pruner, model))
     assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
 
@@ -257,7 +257,7 @@ def test_accumulated_gradients_are_seen_whole() -> None:
             optimizer.step()
             optimizer.zero_grad()
             pruner.step()
-        found.append((pruner.controller.offsets(), _final(pruner, model)))
+        found.append((pruner.controller.offsets.by_layer(), _final(pruner, model)))
     torch.testing.assert_close(found[0][0], found[1][0])
     for key, value in found[0][1].items():
         torch.testing.assert_close(value, found[1][1][key])

@@ -195,7 +195,7 @@ def _assert_untouched(model: nn.Module, keys: list[str], before: dict[str, Tenso
 
 
 def test_a_failure_while_attaching_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch_adapmtl import _layers
+    from torch_adapmtl.layers import layer
 
     model = TwoTasks()
     model.twin = nn.Linear(6, 12)
@@ -203,7 +203,7 @@ def test_a_failure_while_attaching_is_undone(monkeypatch: pytest.MonkeyPatch) ->
     mask = (torch.rand(5, 12) > 0.5).float()
     prune.custom_from_mask(model.heads["a"], "weight", mask)
     before, keys = tensors(model), list(model.state_dict())
-    attach, calls = _layers.attach_threshold, []
+    attach, calls = layer.attach_threshold, []
 
     def failing(module: nn.Module, name: str, threshold: Any) -> Any:
         calls.append(module)
@@ -211,7 +211,7 @@ def test_a_failure_while_attaching_is_undone(monkeypatch: pytest.MonkeyPatch) ->
             raise RuntimeError("no")
         return attach(module, name, threshold)
 
-    monkeypatch.setattr(_layers, "attach_threshold", failing)
+    monkeypatch.setattr(layer, "attach_threshold", failing)
     with pytest.raises(RuntimeError, match=r"^no$"):
         prepare(model)
     assert len(calls) == 4

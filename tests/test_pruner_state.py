@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn.utils import prune
 from toys import TwoTasks, batch, losses, prepare, tensors, train, weights, zeros
 
-from torch_adapmtl import Pruner, SparsitySchedule, _state
+from torch_adapmtl import Pruner, SparsitySchedule
+from torch_adapmtl.run import _packing
 
 # 450 steps: an update every 9, the sparsity begins to rise at once.
 RUN: dict[str, Any] = {"total_steps": 450, "schedule": SparsitySchedule(start=0.0, end=0.1)}
@@ -56,7 +57,9 @@ def test_a_loaded_run_goes_on_bit_for_bit(stop: int, allocation: Any, tmp_path: 
     train(fresh, other, again, range(stop, 70))
     _assert_equal(fresh, model)
     if allocation != "gradient":
-        assert pruner.controller.offsets().abs().max() > 0.01  # there was something to lose
+        assert (
+            pruner.controller.offsets.by_layer().abs().max() > 0.01
+        )  # there was something to lose
 
     for handle in (pruner, other):
         handle.fix_zeros()
@@ -105,7 +108,7 @@ def test_loading_an_earlier_state_takes_the_end_back() -> None:
     assert zeros(pruner) == round(0.8 * weights(pruner))
 
 
-def test_one_key_a_component() -> None:
+def test_the_keys_that_are_added() -> None:
     model = TwoTasks()
     here = "parametrizations.weight.original"
     plain = [key.replace("weight", here) for key in model.state_dict()]
@@ -113,11 +116,11 @@ def test_one_key_a_component() -> None:
     keys = list(model.state_dict())
     added = [key for key in keys if key.startswith("adapmtl")]
     assert sorted(set(keys) - set(added)) == sorted(plain)
-    assert [key for key in added if "offset" in key] == [
-        f"adapmtl.controller.offset.{name}" for name in ("shared", "a", "b")
+    assert {key.split(".")[1] for key in added} == {"_extra_state", "controller", "weighting"}
+    assert [key for key in added if ".controller." in key] == [
+        "adapmtl.controller.level",
+        "adapmtl.controller.offsets.values",
     ]
-    assert {key.split(".")[1] for key in added} == {"_extra_state", "budget", "trace", "weighting"}
-    assert len([key for key in added if ".controller." in key]) == 4  # and the level
 
 
 # --- copies -------------------------------------------------------------------------------------
@@ -204,17 +207,17 @@ def test_a_state_packs_each_mask_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = TwoTasks()
     pruner = prepare(model)
     pruner.fix_zeros()
-    pack, packed = _state.pack_mask, []
+    pack, packed = _packing.pack_mask, []
 
     def counting(mask: torch.Tensor) -> torch.Tensor:
         packed.append(mask)
         return pack(mask)
 
-    monkeypatch.setattr(_state, "pack_mask", counting)
+    monkeypatch.setattr(_packing, "pack_mask", counting)
     first, second = model.state_dict(), model.state_dict()
     assert len(packed) == 3
     assert torch.equal(first["adapmtl._extra_state"], second["adapmtl._extra_state"])
-    pruner.controller.layers[0].threshold.mask[0, 0] ^= True
+    pruner.layers[0].threshold.mask[0, 0] ^= True
     third = model.state_dict()
     assert len(packed) == 4
     assert not torch.equal(first["adapmtl._extra_state"], third["adapmtl._extra_state"])

@@ -13,13 +13,13 @@ import pytest
 import torch
 from test_examples import load
 
-from torch_adapmtl import DiSparse, Paper, Taylor
+from torch_adapmtl import Adaptive, DiSparse, Paper, Taylor
 
 STEPS, EVERY = 50, 3  # an update at every step
 RUNS: dict[str, dict[str, Any]] = {
-    "lamp": {},
-    "sensitivity": {"allocation": "sensitivity"},
-    "gradient": {"allocation": "gradient", "granularity": "component"},
+    "adaptive": {},
+    "sensitivity": {"method": Adaptive(allocation="sensitivity")},
+    "gradient": {"method": Adaptive(allocation="gradient", granularity="component")},
     "paper": {"method": Paper(start=-4.0, weight_decay=0.1), "target_sparsity": 0.5},
     "Taylor": {"method": Taylor()},
     "DiSparse": {"method": DiSparse(dynamic=True)},

@@ -15,6 +15,7 @@ from toys import TwoTasks, batch, losses, prepare, pruned, tensors, train, weigh
 
 from torch_adapmtl import (
     SNIP,
+    Adaptive,
     DiSparse,
     Magnitude,
     Paper,
@@ -63,7 +64,7 @@ def assert_within(model: nn.Module, where: dict[str, Tensor]) -> None:
 # --- from a sparse model ------------------------------------------------------------------------
 
 
-MODES: dict[str, dict[str, Any]] = {
+METHODS: dict[str, dict[str, Any]] = {
     "lamp": {},
     "sensitivity": {"allocation": "sensitivity"},
     "gradient": {"allocation": "gradient"},
@@ -77,12 +78,12 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.filterwarnings("ignore:no weight is left")  # of so few, and by these baselines
-@pytest.mark.parametrize("mode", MODES)
-def test_zeros_stay_and_count(mode: str) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_zeros_stay_and_count(method: str) -> None:
     model = sparse_model()
     before, start = gone(model), count(gone(model))
     assert start == round(0.6 * 168)
-    pruner = prepare(model, target_sparsity=0.9, total_steps=40, **MODES[mode])
+    pruner = prepare(model, target_sparsity=0.9, total_steps=40, **METHODS[method])
     optimizer = torch.optim.Adam(pruner.param_groups(lr=1e-2, weight_decay=0.1))
     for step in range(40):
         assert zeros(pruner) >= start
@@ -104,9 +105,12 @@ def test_papers_mode_keeps_them_too() -> None:
 
 @settings(max_examples=40)
 @given(
-    start=st.floats(0.0, 0.95), more=st.floats(0.0, 1.0), initial=st.floats(0.0, 0.9),
-    shape=st.sampled_from(["cubic", "linear", "cosine"]), dense=st.booleans(),
-)  # fmt: skip
+    start=st.floats(0.0, 0.95),
+    more=st.floats(0.0, 1.0),
+    initial=st.floats(0.0, 0.9),
+    shape=st.sampled_from(["cubic", "linear", "cosine"]),
+    dense=st.booleans(),
+)
 def test_the_schedule_goes_on_from_what_is_there(
     start: float, more: float, initial: float, shape: Any, dense: bool
 ) -> None:
@@ -120,9 +124,12 @@ def test_the_schedule_goes_on_from_what_is_there(
     target = share + more * (0.98 - share)
     schedule = SparsitySchedule(start=0.0, end=0.8, initial=initial, shape=shape)
     pruner = apply_adapmtl(
-        model, target_sparsity=target, total_steps=30, groups={"main": ["*"]},
-        allocation="common", schedule=schedule,
-    )  # fmt: skip
+        model,
+        target_sparsity=target,
+        total_steps=30,
+        groups={"main": ["*"]},
+        method=Adaptive(allocation="common", schedule=schedule),
+    )
     wanted = max(share, min(initial, target))
     previous = 0.0
     for step in range(1, 31):
@@ -187,11 +194,11 @@ def test_masks_of_torch_and_zeros_of_ours_are_both_kept() -> None:
     assert_within(model, before)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("stop", [0, 11, 35])
-def test_a_loaded_run_goes_on_bit_for_bit(stop: int, mode: str) -> None:
+def test_a_loaded_run_goes_on_bit_for_bit(stop: int, method: str) -> None:
     """Also in a model that was prepared from other weights, dense ones."""
-    run: dict[str, Any] = {"target_sparsity": 0.9, "total_steps": 40, **MODES[mode]}
+    run: dict[str, Any] = {"target_sparsity": 0.9, "total_steps": 40, **METHODS[method]}
     model, fresh = sparse_model(), TwoTasks()
     pruner = prepare(model, **run)
     optimizer = torch.optim.SGD(pruner.param_groups(lr=0.1))
@@ -350,10 +357,10 @@ def test_an_attached_optimizer_goes_on() -> None:
     assert zeros(pruner) == round(0.9 * 168)
 
 
-@pytest.mark.parametrize("mode", ["paper", Taylor()], ids=str)
-def test_what_has_no_schedule_of_ours_is_not_retargeted(mode: Any) -> None:
-    pruner = prepare(TwoTasks(), method=mode)
-    with pytest.raises(RuntimeError, match=r"retarget\(\) needs mode='adaptive'.*finalize"):
+@pytest.mark.parametrize("method", ["paper", Taylor()], ids=str)
+def test_what_has_no_schedule_of_ours_is_not_retargeted(method: Any) -> None:
+    pruner = prepare(TwoTasks(), method=method)
+    with pytest.raises(RuntimeError, match=r"retarget\(\) needs method='adaptive'.*finalize"):
         pruner.retarget(0.9, total_steps=10)
     assert (pruner.target_sparsity, pruner.total_steps) == (0.8, 20)
 
@@ -459,7 +466,7 @@ def test_when_zeros_cannot_be_kept() -> None:
     model = TwoTasks()
     pruner = prepare(model)
     for call in (keep_zeros, release_zeros):
-        with pytest.raises(RuntimeError, match=r"being pruned; call finalize\(\) on its handle"):
+        with pytest.raises(RuntimeError, match=r"being pruned; call finalize\(\) on its pruner"):
             call(model)
     pruner.fix_zeros()
     pruner.finalize()

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toys import TwoTasks, batch, losses, prepare, train, weights, zeros
 from waiting import refused
 
-from torch_adapmtl import _sampling
+from torch_adapmtl.layers import sampling
 
 
 @pytest.mark.parametrize(
@@ -54,10 +54,10 @@ def test_a_step_never_waits_for_the_device(options: Any) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("mode", ["adaptive", "paper"])
-def test_cuda_says_the_same(mode: Any) -> None:
+@pytest.mark.parametrize("method", ["adaptive", "paper"])
+def test_cuda_says_the_same(method: Any) -> None:
     model = TwoTasks().cuda()
-    pruner = prepare(model, total_steps=450, method=mode, example_inputs=torch.ones(2, 6).cuda())
+    pruner = prepare(model, total_steps=450, method=method, example_inputs=torch.ones(2, 6).cuda())
     optimizer = torch.optim.SGD(pruner.param_groups(lr=0.1))
     x, targets = batch(0)
     x, targets = x.cuda(), {task: y.cuda() for task, y in targets.items()}
@@ -69,13 +69,13 @@ def test_cuda_says_the_same(mode: Any) -> None:
             pruner.loss(found).backward()
             optimizer.step()
             optimizer.zero_grad()
-            if number % 9 or mode == "paper":
+            if number % 9 or method == "paper":
                 pruner.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        if not number % 9 and mode == "adaptive":
+        if not number % 9 and method == "adaptive":
             pruner.step()
-    if mode == "adaptive":
+    if method == "adaptive":
         pruner.fix_zeros()
         assert zeros(pruner) == round(0.8 * weights(pruner))
 
@@ -101,8 +101,8 @@ class _Largest(TorchDispatchMode):
 def test_an_update_reads_a_sample_of_the_weights(
     allocation: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_sampling, "SAMPLE", 500)
-    monkeypatch.setattr(_sampling, "LAYER_SAMPLE", 50)
+    monkeypatch.setattr(sampling, "SAMPLE", 500)
+    monkeypatch.setattr(sampling, "LAYER_SAMPLE", 50)
     model = TwoTasks(4000)
     pruner = prepare(model, total_steps=1000, allocation=allocation)
     train(model, pruner, torch.optim.SGD(model.parameters(), lr=0.01), range(10))

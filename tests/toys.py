@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torch_adapmtl import Pruner, apply_adapmtl
+from torch_adapmtl import Adaptive, Pruner, apply_adapmtl
 
 
 class TwoTasks(nn.Module):
@@ -47,8 +48,11 @@ class Bag(nn.Module):
 
 
 def prepare(model: nn.Module, **options: Any) -> Pruner:
-    """`apply_adapmtl` with what `TwoTasks` needs, unless told otherwise."""
+    """`apply_adapmtl` with what `TwoTasks` needs; settings of `Adaptive` are taken directly."""
     defaults = {"target_sparsity": 0.8, "total_steps": 20, "example_inputs": torch.ones(2, 6)}
+    settings = {f.name for f in dataclasses.fields(Adaptive)} & options.keys()
+    if settings:
+        options["method"] = Adaptive(**{name: options.pop(name) for name in settings})
     return apply_adapmtl(model, **{**defaults, **options})
 
 

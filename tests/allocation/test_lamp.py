@@ -9,11 +9,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from toys import Bag, TwoTasks, prepare, train, weights, zeros
 
-from torch_adapmtl import LAMPAllocation, _sampling, apply_adapmtl
+from torch_adapmtl import Adaptive, LAMPAllocation, Layers, apply_adapmtl
 from torch_adapmtl.allocation.lamp import lamp_thresholds
+from torch_adapmtl.budget.solver import Scores
+from torch_adapmtl.layers import sampling
 from torch_adapmtl.layers.sampling import Sample
 
 SHAPES = [(8, 6), (20, 5), (3, 4, 2), (2, 2)]
+TOTAL = 48 + 100 + 24 + 4
 GROUPS = {"a": ["layers.0", "layers.1"], "b": ["layers.2", "layers.3"]}
 
 
@@ -40,11 +43,14 @@ def bag(seed: int, spread: float) -> Bag:
     return model
 
 
-def drawn(model: Bag) -> tuple[Sample, Tensor]:
+def sorted_sample(layers: Layers) -> Scores:
+    sample = Sample.draw(layers)
+    return Scores(sample.values, sample.lengths, sample.weights)
+
+
+def drawn(model: Bag) -> Scores:
     pruner = apply_adapmtl(model, target_sparsity=0.5, total_steps=10, groups=GROUPS)
-    layers = pruner.controller.layers
-    sizes = torch.tensor([layer.weight.numel() for layer in layers])
-    return Sample.draw(layers, torch.device("cpu")), sizes
+    return sorted_sample(pruner.layers)
 
 
 @given(
@@ -56,9 +62,8 @@ def drawn(model: Bag) -> tuple[Sample, Tensor]:
 def test_thresholds_are_those_of_plain_lamp(seed: int, spread: float, share: float) -> None:
     model = bag(seed, spread)
     expected = [layer.weight.detach().clone() for layer in model.layers]
-    sample, sizes = drawn(model)
-    count = round(share * int(sizes.sum()))
-    found = lamp_thresholds(sample, sizes, count)
+    count = round(share * TOTAL)
+    found = lamp_thresholds(drawn(model), count)
     assert found.tolist() == pytest.approx(plain(expected, count), rel=1e-6)
 
 
@@ -69,22 +74,22 @@ def test_a_layers_scale_does_not_matter(scale: float, share: float) -> None:
     model, scaled = bag(0, 0.0), bag(0, 0.0)
     with torch.no_grad():
         scaled.layers[1].weight.mul_(scale)
-    sample, sizes = drawn(model)
-    count = round(share * int(sizes.sum()))
-    found = lamp_thresholds(sample, sizes, count)
+    count = round(share * TOTAL)
+    found = lamp_thresholds(drawn(model), count)
     found[1] *= scale
-    torch.testing.assert_close(lamp_thresholds(drawn(scaled)[0], sizes, count), found)
+    torch.testing.assert_close(lamp_thresholds(drawn(scaled), count), found)
 
 
 def test_masked_and_zero_weights_go_first() -> None:
     model = bag(0, 0.0)
     with torch.no_grad():
         model.layers[0].weight[:4] = 0.0
-    sample, sizes = drawn(model)
-    sample.values[sample.layer == 1] = -1.0  # what a mask has taken
+    pruner = apply_adapmtl(model, target_sparsity=0.5, total_steps=10, groups=GROUPS)
+    pruner.layers[1].threshold.mask = torch.zeros(20, 5, dtype=torch.bool)
+    sample = sorted_sample(pruner.layers)
     gone = 24 + 100
-    assert lamp_thresholds(sample, sizes, gone).tolist() == [0.0] * 4
-    assert lamp_thresholds(sample, sizes, gone + 30).max() > 0
+    assert lamp_thresholds(sample, gone).tolist() == [0.0] * 4
+    assert lamp_thresholds(sample, gone + 30).max() > 0
 
 
 def test_a_sample_comes_near(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,12 +99,10 @@ def test_a_sample_comes_near(monkeypatch: pytest.MonkeyPatch) -> None:
         model.layers[1].weight.mul_(20)
     groups = {"a": ["layers.0"], "b": ["layers.1"]}
     pruner = apply_adapmtl(model, target_sparsity=0.5, total_steps=10, groups=groups)
-    sizes = torch.tensor([12_000, 16_000])
     found = []
     for size in (2**17, 4000):
-        monkeypatch.setattr(_sampling, "SAMPLE", size)
-        sample = Sample.draw(pruner.controller.layers, torch.device("cpu"))
-        found.append(lamp_thresholds(sample, sizes, 20_000))
+        monkeypatch.setattr(sampling, "SAMPLE", size)
+        found.append(lamp_thresholds(sorted_sample(pruner.layers), 20_000))
     torch.testing.assert_close(found[1], found[0], rtol=0.05, atol=0)
 
 
@@ -109,18 +112,21 @@ def test_offsets_settle_at_the_strengths_share_of_the_way(strength: float) -> No
     model = bag(1, 1.0)
     allocation = LAMPAllocation(strength=strength)
     pruner = apply_adapmtl(
-        model, target_sparsity=0.6, total_steps=200, groups=GROUPS, allocation=allocation
+        model,
+        target_sparsity=0.6,
+        total_steps=200,
+        groups=GROUPS,
+        method=Adaptive(allocation=allocation),
     )
     for _ in range(130):
         pruner.step()  # without an optimiser: the weights stay
-    sample = Sample.draw(pruner.controller.layers, torch.device("cpu"))
-    sizes = torch.tensor([layer.weight.numel() for layer in pruner.controller.layers])
-    alpha = lamp_thresholds(sample, sizes, 0.6 * int(sizes.sum()))
+    sizes = torch.tensor(pruner.layers.sizes)
+    alpha = lamp_thresholds(sorted_sample(pruner.layers), 0.6 * TOTAL)
     pruned = alpha > 0  # the smallest layer may lose nothing, and then stays as it is
     assert pruned[:3].all()
     log, share = alpha[pruned].log(), sizes[pruned] / sizes[pruned].sum()
     wanted = strength * (log - (log * share).sum())
-    found = pruner.controller.offsets()
+    found = pruner.controller.offsets.by_layer()
     torch.testing.assert_close(found[pruned], wanted, rtol=1e-3, atol=1e-3)
     assert strength == 0 or wanted.abs().max() > 0.1
 
@@ -128,11 +134,15 @@ def test_offsets_settle_at_the_strengths_share_of_the_way(strength: float) -> No
 @pytest.mark.filterwarnings("ignore:.*no weight has changed")
 def test_one_offset_a_component() -> None:
     pruner = apply_adapmtl(
-        bag(1, 1.0), target_sparsity=0.6, total_steps=60, groups=GROUPS, granularity="component"
+        bag(1, 1.0),
+        target_sparsity=0.6,
+        total_steps=60,
+        groups=GROUPS,
+        method=Adaptive(granularity="component"),
     )
     for _ in range(60):
         pruner.step()
-    a, b, c, d = pruner.controller.offsets().tolist()
+    a, b, c, d = pruner.controller.offsets.by_layer().tolist()
     assert a == b != c == d
 
 
@@ -158,4 +168,4 @@ def test_all_weights_zero_move_nothing() -> None:
     pruner = prepare(model, total_steps=20)
     for _ in range(10):
         pruner.step()
-    assert pruner.controller.offsets().tolist() == [0.0] * 3
+    assert pruner.controller.offsets.by_layer().tolist() == [0.0] * 3

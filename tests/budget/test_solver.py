@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from torch_adapmtl import SparsitySchedule
-from torch_adapmtl.budget.solver import Bounds, Scores, from_bits, pruned, select, solve, to_bits
+from torch_adapmtl.budget.solver import Bounds, Scores, from_bits, select, solve, to_bits
 
 # --- the schedule -------------------------------------------------------------------------------
 
@@ -109,7 +109,7 @@ class Problem:
         )
 
     def ready(self) -> Scores:
-        return Scores(torch.cat(self.scores), self.sizes, self.sizes)
+        return Scores(torch.cat(self.scores), self.sizes)
 
     def plain(self) -> list[list[bool]]:
         """Prune one weight after the other, the smallest score that no bound forbids."""
@@ -136,8 +136,16 @@ class Problem:
 
 
 def _marked(scores: list[Tensor], levels: list[int], numbers: list[int]) -> list[list[bool]]:
-    found = zip(scores, levels, numbers, strict=True)
-    return [pruned(score, level, k).tolist() for score, level, k in found]
+    """Prune what is below the level, and of the ties the first ones."""
+    found = []
+    for score, level, number in zip(scores, levels, numbers, strict=True):
+        bits = to_bits(score).tolist()
+        order = sorted(range(len(bits)), key=lambda j: (bits[j], j))
+        gone = set(order[:number])
+        assert all(bits[j] < level for j in order[:number] if bits[j] != level)
+        assert all(bits[j] >= level for j in order[number:])
+        found.append([j in gone for j in range(len(bits))])
+    return found
 
 
 @given(st.integers(0, 10**6), st.sampled_from([None, 1, 3, 20]), st.booleans())
@@ -206,7 +214,7 @@ def test_scores_near_the_levels_are_enough(
         near.append(scores[(bits >= low) & (bits <= high)])
         below.append((bits < low).sum())
     lengths = [len(part) for part in near]
-    window = Scores(torch.cat(near), lengths, problem.sizes, torch.stack(below))
+    window = Scores(torch.cat(near), lengths, below=torch.stack(below))
     found = select(window, problem.bounds, problem.zeros)
     # Whoever calls it with windows has to look whether the levels lie inside.
     if all(low <= at <= high for at, (low, high) in zip(found[0], windows, strict=True)):
@@ -242,15 +250,13 @@ def test_bits_are_ordered_as_the_numbers_are(a: float, b: float) -> None:
 
 def test_what_is_gone_in_any_case_goes_before_a_zero() -> None:
     scores = torch.tensor([0.0, 0.0, -1.0, 0.0])
-    ready = Scores(scores, [4], [4])
+    ready = Scores(scores, [4])
     gone, zero = to_bits(torch.tensor([-1.0, 0.0]))
     assert [ready.count(level).item() for level in (torch.tensor(-1), gone, zero)] == [0, 1, 4]
-    assert not pruned(scores, -1, 0).any()
-    assert pruned(scores, int(zero), 2).tolist() == [True, False, True, False]
     assert from_bits(torch.stack([torch.tensor(-1), gone, zero])).tolist() == [0.0, 0.0, 0.0]
 
 
 def test_a_sample_stands_for_all() -> None:
-    ready = Scores(torch.tensor([1.0, 2.0, 3.0, 4.0]), [2, 2], [20, 2])
+    ready = Scores(torch.tensor([1.0, 2.0, 3.0, 4.0]), [2, 2], torch.tensor([10.0, 1.0]))
     level = to_bits(torch.tensor(3.0))
     assert ready.count(level).tolist() == [20, 1]

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import prune
-from torch_adapmtl.methods._masks import lowest
 from toys import TwoTasks, batch, initialise, losses, prepare, tensors, train, weights, zeros
 
 from torch_adapmtl import SNIP, DiSparse, IterativeMagnitude, Magnitude, SparsitySchedule, Taylor
 from torch_adapmtl.methods.disparse import _ranks
+from torch_adapmtl.methods.masks import lowest
 
 # Layers of a dozen weights do lose them all: nothing in these methods keeps any.
 pytestmark = pytest.mark.filterwarnings("ignore:no weight is left")
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:no weight is left")
 NAMES = ("body", "heads.a", "heads.b")
 STEPS, TARGET = 20, 0.8
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}
-MODES: dict[str, Any] = {
+METHODS: dict[str, Any] = {
     "global": Magnitude(),
     "uniform": Magnitude("uniform"),
     "one-shot": Magnitude(schedule=SparsitySchedule(start=0.5, end=0.5)),
@@ -240,7 +240,7 @@ def check_equals_the_plain_version(name: str, kind: type[TwoTasks], target: floa
     torch.manual_seed(0)
     model = kind()
     plain = Plain(model, target)
-    pruner = prepare(model, mode=MODES[name], weighting="equal", target_sparsity=target)
+    pruner = prepare(model, method=METHODS[name], weighting="equal", target_sparsity=target)
     optimizer = torch.optim.SGD(model.parameters(), **SGD)
     train(model, pruner, optimizer, range(STEPS))
     ORACLES[name](plain)
@@ -268,14 +268,14 @@ def test_equals_the_plain_version_where_a_whole_layer_ties_at_zero(
     check_equals_the_plain_version(name, Branched, target)
 
 
-@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("target", [0.0, 0.37, 0.95])
 @pytest.mark.parametrize("total", [1, 7, 40])
 def test_every_baseline_is_exact(name: str, target: float, total: int) -> None:
     model = TwoTasks()
     keys = list(model.state_dict())
     options = {"total_steps": total, "target_sparsity": target, "weighting": "equal"}
-    pruner = prepare(model, mode=MODES[name], **options)
+    pruner = prepare(model, method=METHODS[name], **options)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, weight_decay=1e-2)
     train(model, pruner, optimizer, range(total))
     wanted = round(target * weights(pruner))
@@ -289,12 +289,12 @@ def test_every_baseline_is_exact(name: str, target: float, total: int) -> None:
 
 
 @pytest.mark.parametrize("stop", [7, 8])  # before a step after which masks move, and after it
-@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize("name", METHODS)
 def test_a_copy_and_a_loaded_state_go_on_as_the_original(name: str, stop: int) -> None:
     def make() -> tuple[TwoTasks, Any, torch.optim.Optimizer]:
         torch.manual_seed(0)
         model = TwoTasks()
-        pruner = prepare(model, mode=MODES[name], weighting="equal")
+        pruner = prepare(model, method=METHODS[name], weighting="equal")
         return model, pruner, torch.optim.SGD(model.parameters(), **SGD)
 
     model, pruner, optimizer = make()
@@ -354,7 +354,7 @@ def test_nan_revives_nothing(name: str) -> None:
     model = TwoTasks()
     prune.random_unstructured(model.body, "weight", amount=40)
     gone = model.body.weight_mask == 0
-    pruner = prepare(model, mode=MODES[name])
+    pruner = prepare(model, method=METHODS[name])
     pruner.controller.scores = lambda scores=pruner.controller.scores: [
         own.masked_fill(own != -torch.inf, torch.nan) for own in scores()
     ]
@@ -368,7 +368,7 @@ def test_dynamic_masks_move_and_hide_the_gradient_of_what_is_gone() -> None:
     model = TwoTasks()
     pruner = prepare(model, method=DiSparse(dynamic=True), total_steps=40, weighting="equal")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    layers = pruner.controller.layers
+    layers = pruner.layers
     seen = set()
     for step in range(40):
         pruner.loss(losses(model, step)).backward()
@@ -384,9 +384,9 @@ def test_dynamic_masks_move_and_hide_the_gradient_of_what_is_gone() -> None:
     assert 10 < len(seen) < 40  # they move, and come to rest
 
 
-def scored(model: nn.Module, mode: Any, **options: Any) -> list[str]:
+def scored(model: nn.Module, method: Any, **options: Any) -> list[str]:
     """What scoring the first three batches warns of."""
-    pruner = prepare(model, method=mode, **options)
+    pruner = prepare(model, method=method, **options)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         train(model, pruner, torch.optim.SGD(model.parameters(), lr=0.1), range(3))
@@ -396,35 +396,35 @@ def scored(model: nn.Module, mode: Any, **options: Any) -> list[str]:
 
 
 ONE_SHOT = pytest.mark.parametrize(
-    "mode", [SNIP(), DiSparse(), DiSparse(dynamic=True)], ids=["SNIP", "DiSparse", "dynamic"]
+    "method", [SNIP(), DiSparse(), DiSparse(dynamic=True)], ids=["SNIP", "DiSparse", "dynamic"]
 )
 
 
 @ONE_SHOT
-def test_a_branch_that_starts_at_zero_is_warned_of_once(mode: Any) -> None:
-    (text,) = scored(Branched(), mode)
+def test_a_branch_that_starts_at_zero_is_warned_of_once(method: Any) -> None:
+    (text,) = scored(Branched(), method)
     assert re.search(
         r"^46% of the prunable weights score exactly zero .*zero_init_last=False", text
     )
     masked = Branched()
     prune.random_unstructured(masked.body, "weight", amount=40)  # 144 of the 272 that are left
-    (text,) = scored(masked, mode)
+    (text,) = scored(masked, method)
     assert text.startswith("53% of")
 
 
 @ONE_SHOT
-def test_what_has_an_effect_is_not_warned_of(mode: Any) -> None:
-    assert scored(TwoTasks(), mode) == []
-    assert scored(Branched(), mode, target_sparsity=0.0) == []  # nothing is pruned
+def test_what_has_an_effect_is_not_warned_of(method: Any) -> None:
+    assert scored(TwoTasks(), method) == []
+    assert scored(Branched(), method, target_sparsity=0.0) == []  # nothing is pruned
     started = Branched()
     nn.init.ones_(started.norm.weight)
-    assert scored(started, mode) == []
+    assert scored(started, method) == []
     little = TwoTasks()
     nn.init.zeros_(little.body.weight[:2])  # 12 of 168
-    assert scored(little, mode) == []
+    assert scored(little, method) == []
     tied = TwoTasks()
     initialise(tied, "constant")  # ties, and none of them at zero
-    assert scored(tied, mode) == []
+    assert scored(tied, method) == []
 
 
 def test_later_batches_find_a_branch_that_started_at_zero() -> None:
@@ -446,12 +446,12 @@ def test_disparse_passes_over_a_task_without_prunable_weights() -> None:
     assert zeros(pruner) == 24
 
 
-@pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())
-def test_an_earlier_mask_counts_and_stays(mode: Any) -> None:
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+def test_an_earlier_mask_counts_and_stays(method: Any) -> None:
     model = TwoTasks()
     prune.random_unstructured(model.body, "weight", amount=40)
     before = model.body.weight_mask == 0
-    pruner = prepare(model, method=mode, weighting="equal")
+    pruner = prepare(model, method=method, weighting="equal")
     train(model, pruner, torch.optim.SGD(model.parameters(), lr=0.1), range(STEPS))
     assert zeros(pruner) == 134
     pruner.finalize()
@@ -460,5 +460,5 @@ def test_an_earlier_mask_counts_and_stays(mode: Any) -> None:
     prune.random_unstructured(model.body, "weight", amount=40)
     keys = list(model.state_dict())
     with pytest.raises(ValueError, match=r"asks for 17 zeros, but masks .* hold 40"):
-        prepare(model, method=mode, target_sparsity=0.1)
+        prepare(model, method=method, target_sparsity=0.1)
     assert list(model.state_dict()) == keys

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from toys import TwoTasks, losses, prepare, train, weights, zeros
 
 from torch_adapmtl import (
+    Adaptive,
     EqualWeighting,
     Magnitude,
     Pruner,
@@ -24,8 +25,9 @@ from torch_adapmtl import (
     StabilityWeighting,
     apply_adapmtl,
 )
-from torch_adapmtl.run.diagnostics import LossTrace, signs
+from torch_adapmtl.run.diagnostics import signs
 from torch_adapmtl.run.report import ComponentRow
+from torch_adapmtl.weighting._record import LossRecord
 
 STEPS = 60
 
@@ -121,8 +123,14 @@ def test_components_that_are_equally_sparse(options: dict[str, Any], expected: i
     torch.manual_seed(0)
     model = Twins()
     groups = {"a": ["a"], "b": ["b"]}
-    options = {"target_sparsity": 0.75, **options}
-    pruner = apply_adapmtl(model, total_steps=20, groups=groups, **options)
+    target = options.pop("target_sparsity", 0.75)
+    pruner = apply_adapmtl(
+        model,
+        target_sparsity=target,
+        total_steps=20,
+        groups=groups,
+        method=Adaptive(**options),
+    )
     for _ in range(20):
         pruner.loss(model.losses()).backward()
         pruner.step()
@@ -205,7 +213,7 @@ def test_divergence_is_seen_across_a_resumed_run() -> None:
     pruner = prepare(again, total_steps=STEPS)
     again.load_state_dict(model.state_dict())
     run(again, pruner, scale, range(STEPS // 2, STEPS))
-    assert torch.equal(half.trace.first, pruner.trace.first)
+    assert torch.equal(half.weighting.record.first, pruner.weighting.record.first)
     assert any("the loss of task 'b' ended" in text for text in finished(pruner))
 
 
@@ -219,7 +227,7 @@ def test_divergence_is_seen_across_a_resumed_run() -> None:
 )
 def test_the_trace_is_that_of_a_plain_one(steps: list[list[float | None]]) -> None:
     """First readings and an exponential average, of what is there and finite."""
-    weighting, trace = EqualWeighting(["a", "b"]), LossTrace(["a", "b"])
+    weighting = EqualWeighting(["a", "b"])
     first: dict[str, list[float]] = {"a": [], "b": []}
     recent: dict[str, float] = {}
     for step in steps:
@@ -227,18 +235,19 @@ def test_the_trace_is_that_of_a_plain_one(steps: list[list[float | None]]) -> No
         if not here:
             continue
         weighting({task: torch.tensor(value) for task, value in here.items()})
-        assert weighting.latest is not None
-        trace.read(*weighting.latest)
+        weighting.record.read()
         for task, value in here.items():
             if math.isnan(value):
                 continue
             first[task] = (first[task] + [value])[:5]
             recent[task] = 0.8 * recent.get(task, value) + 0.2 * value
     for index, task in enumerate("ab"):
-        assert trace.first[:, index].tolist() == pytest.approx(
+        assert weighting.record.first[:, index].tolist() == pytest.approx(
             [sum(first[task]), len(first[task])], rel=1e-5
         )
-        assert trace.recent[0, index].item() == pytest.approx(recent.get(task, 0.0), rel=1e-5)
+        assert weighting.record.recent[0, index].item() == pytest.approx(
+            recent.get(task, 0.0), rel=1e-5
+        )
 
 
 @pytest.mark.parametrize("others", [0.9, 0.85])
@@ -253,9 +262,9 @@ def test_signs_of_a_report(others: float) -> None:
         dense=[],
         task_weights={},
     )
-    assert len(signs(report, LossTrace([]), allocated=True, task_weights={})) == (others == 0.9)
-    assert signs(report, LossTrace([]), allocated=False, task_weights={}) == []
-    dominated = signs(report, LossTrace([]), allocated=False, task_weights={"a": 1.7, "b": 0.3})
+    assert len(signs(report, LossRecord([]), allocated=True, task_weights={})) == (others == 0.9)
+    assert signs(report, LossRecord([]), allocated=False, task_weights={}) == []
+    dominated = signs(report, LossRecord([]), allocated=False, task_weights={"a": 1.7, "b": 0.3})
     assert len(dominated) == 1
     assert "task 'a' has taken 85%" in dominated[0]
 

@@ -5,16 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
-import subprocess
-import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import torch_adapmtl
 from torch_adapmtl import Report
 from torch_adapmtl.run.report import ComponentRow, DensePart, LayerRow
 
@@ -170,13 +166,3 @@ def test_overall_is_zeros_over_weights_and_lines_are_aligned(found: list[tuple[i
     assert all(
         ("100.00 %" in line) == (z == w) for line, (w, z) in zip(lines[1:], found, strict=False)
     )
-
-
-def test_report_does_not_need_torch() -> None:
-    path = Path(torch_adapmtl.__file__).parent / "report.py"
-    code = (
-        "import runpy, sys; "
-        f"runpy.run_path({str(path)!r}, run_name='report'); "
-        "assert 'torch' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize, prune
 
 from torch_adapmtl import relative_performance, size, sparsity
 
-TABLE = Path(__file__).parent / "fixtures" / "nyuv2_mobilenetv2.csv"
+TABLE = Path(__file__).parents[1] / "fixtures" / "nyuv2_mobilenetv2.csv"
 METRICS = {
     "seg": ["miou", "pixel_acc"],
     "normal": ["angle_mean", "angle_median", "within_11_25", "within_22_5", "within_30"],

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 from toys import TwoTasks, batch, losses, prepare, train, weights, zeros
 
-from torch_adapmtl import SparsitySchedule, StabilityWeighting, apply_adapmtl, find_components
+from torch_adapmtl import (
+    Adaptive,
+    SparsitySchedule,
+    StabilityWeighting,
+    apply_adapmtl,
+    find_components,
+)
 
 EARLY = SparsitySchedule(start=0.0, end=0.5)
 
@@ -57,9 +63,12 @@ def test_components_of_a_model_that_is_called_by_task() -> None:
 def test_tasks_with_batches_of_their_own(order: str, allocation: Any) -> None:
     model = ByTask()
     pruner = apply_adapmtl(
-        model, target_sparsity=0.8, total_steps=120, task_inputs=INPUTS, schedule=EARLY,
-        allocation=allocation,
-    )  # fmt: skip
+        model,
+        target_sparsity=0.8,
+        total_steps=120,
+        task_inputs=INPUTS,
+        method=Adaptive(schedule=EARLY, allocation=allocation),
+    )
     optimizer = torch.optim.Adam(pruner.param_groups(lr=1e-2))
     first = {task: own_loss(model, task, 0).item() for task in INPUTS}
     turns = {"both": ["a b"], "alternating": ["a", "b"], "rare": ["a", "a", "a", "b"]}[order]

@@ -24,7 +24,7 @@ from torch_adapmtl import (
     LossWeighting,
     StabilityWeighting,
 )
-from torch_adapmtl.weighting.simple import make_weighting
+from torch_adapmtl.weighting._make import make_weighting
 
 TASKS = ("seg", "depth", "normal")
 
@@ -418,6 +418,8 @@ def test_state_lives_in_the_model() -> None:
         "weighting.counts",
         "weighting.steps",
         "weighting.seen",
+        "weighting.record.first",
+        "weighting.record.recent",
     ]
     assert not list(model.parameters())
 

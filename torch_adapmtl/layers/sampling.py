@@ -23,7 +23,7 @@ SAMPLE = 2**17
 LAYER_SAMPLE = 1024
 # How many times as many are sampled where zeros are fixed, once in a run: the more are sampled,
 # the fewer have to be sorted then.
-_LARGE = 32
+LARGE = 32
 # Weights read at once on a CPU: what is computed from them stays in a core's cache.
 PIECE = 2**17
 
@@ -52,7 +52,7 @@ class Sample:
             layers: The layers.
             large: Whether to sample 32 times as many, in a large model.
         """
-        device, times = layers.device, _LARGE if large else 1
+        device, times = layers.device, LARGE if large else 1
         parts = [
             _sampled(layer, positions(size, layers.total, layer.weight.device, times)).to(device)
             for layer, size in zip(layers, layers.sizes, strict=True)
