@@ -112,7 +112,9 @@ class Scores:
         """For each layer the range of levels that holds the exact one, if this is a fair sample."""
         starts, length = self.starts[:-1], self.starts.diff()
         rank = self._rank(level)
-        margin = (4.0 * length.double().sqrt() + 16.0).long()  # eight standard deviations or more
+        # Eight standard deviations of the rank, and more where they say little.
+        margin = 8.0 * (rank * (length - rank) / length.double()).clamp(min=0).sqrt() + 16.0
+        margin = margin.nan_to_num(0.0).long()
         low, high = rank - margin, rank + margin
         last, bits = len(self.keys) - 1, self.bits
         lowest = torch.where(low <= 0, -1, bits[(starts + low).clamp(0, last)])

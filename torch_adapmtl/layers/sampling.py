@@ -21,8 +21,8 @@ __all__ = ["Sample", "magnitudes", "positions", "take"]
 SAMPLE = 2**17
 # Fewest weights sampled in a layer.
 LAYER_SAMPLE = 1024
-# How many times as many are sampled where zeros are fixed, once in a run: the more are sampled,
-# the fewer have to be sorted then.
+# One weight of so many is sampled where zeros are fixed, once in a run: the more are sampled, the
+# fewer of the others have to be sorted then.
 LARGE = 32
 # Weights read at once on a CPU: what is computed from them stays in a core's cache.
 PIECE = 2**17
@@ -50,11 +50,11 @@ class Sample:
 
         Args:
             layers: The layers.
-            large: Whether to sample 32 times as many, in a large model.
+            large: Whether to sample one weight of 32, however large the model.
         """
-        device, times = layers.device, LARGE if large else 1
+        device = layers.device
         parts = [
-            _sampled(layer, positions(size, layers.total, layer.weight.device, times)).to(device)
+            _sampled(layer, positions(size, layers.total, layer.weight.device, large=large)).to(device)
             for layer, size in zip(layers, layers.sizes, strict=True)
         ]
         lengths = [len(part) for part in parts]
@@ -66,21 +66,23 @@ class Sample:
         return Sample(values, lengths, layer, weights)
 
 
-def positions(size: int, total: int, device: torch.device, times: int = 1) -> Tensor | None:
+def positions(
+    size: int, total: int, device: torch.device, *, large: bool = False
+) -> Tensor | None:
     """Where to sample a layer: evenly spread and always the same; None for all of it.
 
     Args:
         size: Number of weights of the layer.
         total: Number of weights of all layers.
         device: Where the positions are made.
-        times: How many times as many as usual to sample.
+        large: Whether to sample one weight of 32, however large the model.
     """
-    if total <= times * SAMPLE:
+    if total <= SAMPLE:
         return None
-    wanted = times * max(LAYER_SAMPLE, round(size / total * SAMPLE))
+    wanted = max(LAYER_SAMPLE, size // LARGE if large else round(size / total * SAMPLE))
     if wanted >= size:
         return None
-    spread = _cached_spread if times == 1 else _spread  # what is used once is not worth keeping
+    spread = _spread if large else _cached_spread  # what is used once is not worth keeping
     return spread(size, wanted, device)
 
 
