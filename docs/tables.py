@@ -1,6 +1,6 @@
 """Fill the tables of the compatibility page from the lines that the tests have recorded.
 
-    python docs/tables.py
+    python -m docs.tables
 
 The page's blocks, between `<!-- NAME -->` and `<!-- end -->`, are replaced; its text is not.
 """

@@ -114,7 +114,7 @@ class SoftThresholdPruning(PruningContainer):
             module.register_forward_pre_hook(self)
         raise RuntimeError(
             f"cannot apply {type(method).__name__} to {self._tensor_name!r}, which has a soft "
-            f"threshold attached: call finalize() on the handle that apply_adapmtl returned, or "
+            f"threshold attached: call finalize() on the pruner that apply_adapmtl returned, or "
             f"torch.nn.utils.prune.remove(module, {self._tensor_name!r}), first"
         )
 
@@ -140,7 +140,7 @@ def attach_threshold(
     if attached_threshold(module, name) is not None:
         raise RuntimeError(
             f"{name!r} of {type(module).__name__} already has a soft threshold; remove it first "
-            f"with torch.nn.utils.prune.remove(module, {name!r}) or the handle's finalize()"
+            f"with torch.nn.utils.prune.remove(module, {name!r}) or the pruner's finalize()"
         )
     held_parameter(module, name)
     earlier = _find_method(module, name)
