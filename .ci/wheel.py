@@ -1,4 +1,4 @@
-"""Prunes a model by the wheel alone: no extra is installed, and nothing of the repository is near."""
+"""Prunes a model by the wheel alone: no extra installed, nothing of the repository near."""
 
 from __future__ import annotations
 

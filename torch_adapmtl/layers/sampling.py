@@ -54,7 +54,9 @@ class Sample:
         """
         device = layers.device
         parts = [
-            _sampled(layer, positions(size, layers.total, layer.weight.device, large=large)).to(device)
+            _sampled(layer, positions(size, layers.total, layer.weight.device, large=large)).to(
+                device
+            )
             for layer, size in zip(layers, layers.sizes, strict=True)
         ]
         lengths = [len(part) for part in parts]
@@ -66,9 +68,7 @@ class Sample:
         return Sample(values, lengths, layer, weights)
 
 
-def positions(
-    size: int, total: int, device: torch.device, *, large: bool = False
-) -> Tensor | None:
+def positions(size: int, total: int, device: torch.device, *, large: bool = False) -> Tensor | None:
     """Where to sample a layer: evenly spread and always the same; None for all of it.
 
     Args:
