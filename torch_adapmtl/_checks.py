@@ -1,4 +1,4 @@
-"""Checks of what users pass; the errors name the argument, what was found and what to do."""
+"""Checks of arguments; the errors name the argument, the value found and the remedy."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def check_mask(mask: Tensor, weight: Tensor) -> None:
 
 
 def obstacle(weight: Tensor) -> str:
-    """What keeps a tensor from being pruned, and what to do about it; empty if nothing does."""
+    """Why a tensor cannot be pruned, and what to do about it; empty if it can."""
     if weight.is_quantized:
         return (
             f"is quantised ({weight.dtype}); prune the model in floating point and quantise it "
@@ -184,7 +184,7 @@ def obstacle(weight: Tensor) -> str:
 
 
 def trouble_of_inference(weight: Tensor) -> str:
-    """The same for a weight that was made in inference mode: no gradient can reach it."""
+    """Why a weight cannot be trained, because it was made in inference mode; empty if it can."""
     if not weight.is_inference() or torch.is_inference_mode_enabled():
         return ""
     return (

@@ -1,7 +1,7 @@
-"""What processes that train one model together share, and have to agree on.
+"""Collective operations of processes that train one model together.
 
-`DistributedDataParallel` and the like make the gradients alike, and so the weights. Losses, and
-gradients that are looked at before they are reduced, are each process's own.
+`DistributedDataParallel` and the like make gradients equal, and so the weights. Losses, and
+gradients that are read before they are reduced, differ between processes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def whole(tensor: Any) -> Tensor:
-    """A tensor as it is, or gathered from all processes if it is sharded."""
+    """The whole tensor, gathered from all processes if it is sharded."""
     found: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
     return found
 
@@ -31,7 +31,7 @@ def _together() -> bool:
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:
-    """Sum a tensor over all processes, in place; nothing where there is one process."""
+    """Sum a tensor over all processes, in place; a single process changes nothing."""
     if _together():
         dist.all_reduce(tensor)
     return tensor
@@ -57,7 +57,7 @@ def mean_over_processes(values: Tensor, accepted: Tensor) -> tuple[Tensor, Tenso
 
 
 def agree(tensor: Tensor) -> Tensor:
-    """Give all processes the boolean tensor of the first, in place; as it is where there is one."""
+    """Give all processes the boolean tensor of the first one, in place."""
     if _together():
         dist.broadcast(tensor.view(torch.uint8), 0)
     return tensor

@@ -1,4 +1,4 @@
-"""Modules whose tensors keep their precision."""
+"""A module whose tensors keep their dtype when the model is cast."""
 
 from __future__ import annotations
 

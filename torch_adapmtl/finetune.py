@@ -21,7 +21,7 @@ __all__ = ["keep_zeros", "release_zeros"]
 
 
 class _KeptZeros(SoftThreshold):
-    """The mask of `keep_zeros`, by which `release_zeros` knows its own."""
+    """The mask of `keep_zeros`; `release_zeros` removes those of this class."""
 
 
 @torch.inference_mode(False)  # the masks are for training, wherever this is called from
@@ -30,10 +30,10 @@ def keep_zeros(model: nn.Module) -> nn.Module:
 
     Every tensor of two or more dimensions that has zeros gets a mask, attached as
     [`apply_adapmtl`][torch_adapmtl.apply_adapmtl] attaches thresholds: the model computes with
-    zeros whatever momentum and weight decay make of the parameter under the mask, and no gradient
+    zeros whatever momentum and weight decay do to the parameter under the mask, and no gradient
     reaches them. Parameters keep their identity, so that an optimiser made before goes on working.
-    Tensors that are zero throughout are left alone: they have yet to be trained; so are embeddings
-    of which only the padding row is zero, as nothing trains that.
+    Tensors that are zero throughout get none: they have yet to be trained. Nor do embeddings of
+    which only the padding row is zero, since nothing trains that.
 
     To prune further, call `apply_adapmtl` instead, which keeps zeros too.
 
@@ -62,7 +62,7 @@ def keep_zeros(model: nn.Module) -> nn.Module:
         >>> int((release_zeros(model).weight == 0).sum())
         48
     """
-    _check_unhandled(model)
+    _check_unprepared(model)
     if (name := find_threshold(model)) is not None:
         raise RuntimeError(
             f"model: {name!r} has a soft threshold, or a mask of keep_zeros, already; remove it "
@@ -111,7 +111,7 @@ def release_zeros(model: nn.Module) -> nn.Module:
         >>> list(release_zeros(keep_zeros(model)).state_dict())
         ['weight']
     """
-    _check_unhandled(model)
+    _check_unprepared(model)
     for name, parameter in model.named_parameters():
         if is_sharded(parameter):
             raise RuntimeError(
@@ -164,7 +164,7 @@ def _check_single(model: nn.Module) -> None:
                     )
 
 
-def _check_unhandled(model: nn.Module) -> None:
+def _check_unprepared(model: nn.Module) -> None:
     if any(isinstance(module, Pruner) for module in model.modules()):
         raise RuntimeError(
             "model: it is being pruned; call finalize() on its pruner (model.adapmtl) first"

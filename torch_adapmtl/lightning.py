@@ -123,14 +123,14 @@ class AdapMTLCallback(Callback):
                 logger.log_metrics(scalars, step=step)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let go of the optimiser."""
+        """Detach from the optimiser."""
         if (pruner := self._pruner(pl_module)) is not None:
             pruner.detach()
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Let go of the optimiser."""
+        """Detach from the optimiser."""
         self.on_train_end(trainer, pl_module)
 
     def _model(self, pl_module: pl.LightningModule) -> nn.Module:

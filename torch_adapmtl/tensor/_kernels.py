@@ -1,4 +1,4 @@
-"""Computing sparse weights: in one go, or on a CPU in pieces that stay in its cache."""
+"""Kernels that compute sparse weights: at once, or on a CPU in pieces that stay in its cache."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["firm", "masked", "passed", "until"]
+__all__ = ["firm", "masked", "masked_gradient", "to_firm"]
 
 _PIECE = 2**17
 
 
 def _whole(weight: Tensor) -> bool:
-    """Whether to work on a weight at once, and not piece by piece."""
+    """Whether to compute a weight at once rather than piece by piece."""
     # Pieces stay in a core's cache, so that the memory is read once and written once.
     return (
         weight.device.type != "cpu"
@@ -25,8 +25,11 @@ def _whole(weight: Tensor) -> bool:
     )
 
 
-def until(reach: float, soft: Tensor, alpha: Any) -> Tensor:
-    """Give back to a soft-thresholded weight what was taken, as far as there is as much left."""
+def to_firm(reach: float, soft: Tensor, alpha: Any) -> Tensor:
+    """Turn soft into firm thresholding in place.
+
+    Add back `alpha` beyond `reach * alpha`, and proportionally less below it.
+    """
     limit = alpha * (reach - 1)
     return soft.add_(soft.clamp(-limit, limit), alpha=1 / (reach - 1))
 
@@ -35,7 +38,7 @@ def firm(weight: Tensor, alpha: float, reach: float) -> Tensor:
     """Firm thresholding of a weight by a known threshold, fast on a CPU."""
     alpha = min(alpha, torch.finfo(weight.dtype).max)
     if _whole(weight):
-        return until(reach, F.softshrink(weight, alpha), alpha)
+        return to_firm(reach, F.softshrink(weight, alpha), alpha)
     out, scratch = torch.empty_like(weight), weight.new_empty(_PIECE)
     limit = alpha * (reach - 1)
     for part, place in zip(weight.view(-1).split(_PIECE), out.view(-1).split(_PIECE), strict=True):
@@ -45,17 +48,18 @@ def firm(weight: Tensor, alpha: float, reach: float) -> Tensor:
     return out
 
 
-def passed(grad: Tensor, weight: Tensor, alpha: float) -> Tensor:
-    """The gradient where a weight is not below a known threshold, zero elsewhere, in one kernel."""
+def masked_gradient(grad: Tensor, weight: Tensor, alpha: float) -> Tensor:
+    """The gradient of the weights that are not below a known threshold, zero elsewhere."""
     if alpha == 0.0:
         return grad
-    # The kernel's are those above its threshold: above the number just below ours.
+    # This kernel passes the gradient of weights above its threshold; ours includes the threshold,
+    # so pass the largest number below it.
     kept: Tensor = torch.ops.aten.softshrink_backward(grad, weight, _below(alpha, weight.dtype))
     return kept
 
 
 def _below(number: float, dtype: torch.dtype) -> float:
-    """The largest number of the dtype that is below this positive one of it."""
+    """The largest number of the dtype below a positive number of it."""
     info = torch.finfo(dtype)
     fraction, exponent = math.frexp(number)
     # Below a power of two numbers lie half as far apart.

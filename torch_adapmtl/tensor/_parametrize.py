@@ -1,6 +1,6 @@
 """Attaching a parametrization to a tensor so that its module can still be copied and pickled.
 
-`torch.nn.utils.parametrize` does the work. It leaves three things to mend:
+`torch.nn.utils.parametrize` does the work. Three of its limits are lifted here:
 
 - a parametrized module refuses to be pickled;
 - a deep copy shares the generated class with its source, so that removing the parametrization
@@ -22,7 +22,7 @@ def attach(module: nn.Module, name: str, parametrization: nn.Module) -> None:
     """Make `module.<name>` the output of `parametrization`; the parameter keeps its identity."""
     order = _order(module)
     if parametrize.is_parametrized(module, name):
-        # First in the chain, on the parameter itself: what others made of it goes on from there.
+        # First in the chain, on the parameter itself; the parametrizations of others follow.
         parametrization.train(module.training)
         chain: Any = module.parametrizations[name]  # type: ignore[index]
         chain.insert(0, parametrization)
@@ -31,8 +31,8 @@ def attach(module: nn.Module, name: str, parametrization: nn.Module) -> None:
         # never changes shape or dtype.
         parameter = module._parameters.get(name)
         if parameter is not None:
-            # A stand-in takes what registering does to the tensor: it writes to it (`set_`), which
-            # would cut it off from a DistributedDataParallel that has wrapped the model already.
+            # Registering writes to the tensor (`set_`), which would cut a parameter off from a
+            # DistributedDataParallel that has wrapped the model already; so register a stand-in.
             module._parameters[name] = nn.Parameter(parameter.detach(), parameter.requires_grad)
         parametrize.register_parametrization(module, name, parametrization, unsafe=True)
         if parameter is not None:
@@ -44,7 +44,7 @@ def attach(module: nn.Module, name: str, parametrization: nn.Module) -> None:
 
 
 def _order(module: nn.Module) -> tuple[str, ...]:
-    """The names of the module's parameters in their old order, those taken out before included."""
+    """The names of the module's parameters in their original order, parametrized ones included."""
     known: tuple[str, ...] = ()
     if parametrize.is_parametrized(module):
         plists: Any = module.parametrizations
@@ -115,7 +115,7 @@ def _flat_weights(self: Any) -> list[Tensor | None]:
 
 
 def _ignore(self: Any, value: list[Tensor | None]) -> None:
-    """The list follows from the parameters; `nn.RNNBase` assigns it when it moves devices."""
+    """Ignore the list that `nn.RNNBase` assigns when it moves devices; it is computed instead."""
 
 
 def _nothing(self: Any) -> None:

@@ -1,7 +1,4 @@
-"""Soft thresholds on weights, as a function and as a parametrization.
-
-Everything here runs on one engine: the autograd function behind `soft_threshold`.
-"""
+"""The soft threshold on a weight: one autograd function, as a function and a parametrization."""
 
 from __future__ import annotations
 
@@ -21,16 +18,16 @@ from torch_adapmtl._checks import (
     check_threshold,
     obstacle,
 )
-from torch_adapmtl.tensor._kernels import firm, masked, passed, until
+from torch_adapmtl.tensor._kernels import firm, masked, masked_gradient, to_firm
 
 __all__ = ["SoftThreshold", "soft_threshold"]
 
 
 class _SoftThreshold(torch.autograd.Function):
-    """`S(w, alpha)`; saves the parameter and alpha for the backward, or nothing at all.
+    """`S(w, alpha)`; saves the parameter and alpha for the backward, or nothing.
 
-    `value` is alpha as a Python number where the caller knows it: then one kernel reads the weight
-    once and writes the result once, which is what copying it would cost.
+    `value` is alpha as a Python number, if the caller knows it: then one kernel reads the weight
+    once and writes the result once, at the cost of a copy.
     """
 
     generate_vmap_rule = True
@@ -49,11 +46,11 @@ class _SoftThreshold(torch.autograd.Function):
         alpha = alpha.to(weight.dtype).clamp(min=0)
         if torch.onnx.is_in_onnx_export():  # ONNX cannot tell the sign of a zero
             soft = weight - weight.clamp(-alpha, alpha)
-            return soft if reach == math.inf else until(reach, soft, alpha)
+            return soft if reach == math.inf else to_firm(reach, soft, alpha)
         # Not `sign(w) * relu(|w| - alpha)`: this form keeps NaN, infinity and the sign of a zero,
         # and makes one new tensor.
         soft = weight.clamp(-alpha, alpha).sub_(weight).copysign_(weight)
-        return soft if reach == math.inf else until(reach, soft, alpha).copysign_(weight)
+        return soft if reach == math.inf else to_firm(reach, soft, alpha).copysign_(weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -71,7 +68,7 @@ class _SoftThreshold(torch.autograd.Function):
         grad_weight = grad if needs_weight else None
         grad_alpha = None
         if not ctx.straight_through and ctx.value is not None:
-            grad_weight = passed(grad, ctx.saved_tensors[0], ctx.value)
+            grad_weight = masked_gradient(grad, ctx.saved_tensors[0], ctx.value)
         elif not ctx.straight_through or needs_alpha:
             weight, alpha = ctx.saved_tensors
             magnitude = weight.abs()
@@ -123,10 +120,10 @@ def soft_threshold(
     gradient with respect to the weight is passed on for *every* entry, so that a pruned weight keeps
     learning and can return; the paper's mask gradient leaves it where it fell.
 
-    With a finite `reach` the shrinkage ends: it is less and less for weights above \(\alpha\), and none
-    from `reach` times \(\alpha\) on (up to rounding), so that large weights are not biased. This is firm thresholding (Gao
-    and Bruce, 1997), with \(r\) the reach and \(S(w, \alpha)\,r / (r - 1)\) in between; the gradients are
-    taken to be those above.
+    With a finite `reach` the shrinkage ends: it decreases for weights above \(\alpha\) and is zero from
+    `reach` times \(\alpha\) on (up to rounding), so that large weights are not biased. This is firm
+    thresholding (Gao and Bruce, 1997), with \(r\) the reach and \(S(w, \alpha)\,r / (r - 1)\) in between;
+    the gradients stay those above.
 
     A threshold of zero is the identity. NaN and infinite weights pass through. The backward keeps
     `weight` and `alpha` alive and nothing else; the straight-through one keeps nothing unless `alpha`
@@ -170,9 +167,9 @@ def soft_threshold(
 
 
 def _elsewhere(weight: Tensor) -> bool:
-    """Whether others look at `requires_grad`: torch.compile, torch.func, and autocast.
+    """Whether torch.compile, torch.func or autocast is at work, which read `requires_grad`.
 
-    Autocast would keep a copy of everything that requires grad.
+    Autocast would keep a copy of every tensor that requires grad.
     """
     return (
         torch.compiler.is_compiling()
@@ -235,7 +232,7 @@ class SoftThreshold(nn.Module):
 
     alpha: Tensor
     mask: Tensor | None
-    # What torch.nn.utils.prune had masked before, to be put back.
+    # The mask that torch.nn.utils.prune had on the tensor before; it is put back at the end.
     earlier_mask: Tensor | None = None
 
     def __init__(
@@ -276,8 +273,8 @@ class SoftThreshold(nn.Module):
         if persistent:
             self.register_buffer("mask", mask)
         else:
-            # No buffer: one that comes in mid-run would shift the model's others, which an average
-            # of the model (torch.optim.swa_utils) pairs with its own by position.
+            # Not a buffer: one added in mid-run would shift the model's other buffers, which an
+            # average of the model (torch.optim.swa_utils) pairs with its own by position.
             self.mask = mask
 
     @torch.no_grad()
@@ -307,8 +304,9 @@ class SoftThreshold(nn.Module):
             check_mask(self.mask, weight)
             sparse = _mask(sparse, self.mask)
         if weight.requires_grad and not sparse.requires_grad and not _elsewhere(weight):
-            # Under `no_grad`. By whether a factor requires grad, torch chooses how to multiply, and
-            # what it computes differs in the last bits: be like the parameter that is there later.
+            # Under `no_grad`. Torch selects kernels by `requires_grad`, and their results differ in
+            # the last bits; match the plain parameter, so that outputs stay bit-identical after
+            # `finalize()`.
             sparse.requires_grad_()
         return sparse
 
@@ -316,7 +314,7 @@ class SoftThreshold(nn.Module):
         if torch.compiler.is_compiling() or self._known is None or self.alpha.is_inference():
             return None
         alpha, version, value = self._known
-        # Anything else that wrote to or replaced alpha made the number stale.
+        # The number is stale if anything else wrote to alpha or replaced it.
         return value if alpha is self.alpha and alpha._version == version else None
 
     def _remember(self, value: float | None) -> None:
@@ -326,7 +324,7 @@ class SoftThreshold(nn.Module):
             self._known = (self.alpha, self.alpha._version, value)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SoftThreshold:
-        # Moving to another device or dtype replaces or rewrites alpha: the number follows.
+        # Moving to another device or dtype replaces or rewrites alpha; set the number anew.
         value = SoftThreshold._value(self)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.mask is not None and "mask" not in self._buffers:

@@ -1,4 +1,4 @@
-"""The soft threshold as a `torch.nn.utils.prune` method, and its mark on a module."""
+"""The soft threshold as a `torch.nn.utils.prune` method."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ class SoftThresholdPruning(PruningContainer):
         tensor([[0., 1.]])
     """
 
-    # A container, because that is the only kind of existing method that torch asks (through
-    # `add_pruning_method`) before it stacks another one on top.
+    # A container, because torch asks only containers (through `add_pruning_method`) before it
+    # stacks another method on top.
     PRUNING_TYPE = "unstructured"
 
     def __init__(self, threshold: float = 0.0) -> None:
@@ -108,7 +108,7 @@ class SoftThresholdPruning(PruningContainer):
         detach(module, self._tensor_name)
 
     def add_pruning_method(self, method: BasePruningMethod) -> None:
-        """Refuse: a soft threshold is still at work on this tensor."""
+        """Refuse to stack another method on the soft threshold."""
         module = None if self._module is None else self._module()
         if module is not None:  # torch has taken the mark off already: put it back
             module.register_forward_pre_hook(self)
@@ -119,7 +119,7 @@ class SoftThresholdPruning(PruningContainer):
         )
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
-        """Do nothing before the forward: the parametrization computes the weight."""
+        """Do nothing before the forward pass; the parametrization computes the weight."""
 
     def __getstate__(self) -> dict[str, Any]:
         # The module itself, so that the mark in a copied module knows the copy.
@@ -253,7 +253,7 @@ def soft_threshold_unstructured(module: nn.Module, name: str, threshold: float) 
 
 
 def attached_threshold(module: nn.Module, name: str) -> SoftThreshold | None:
-    """Return the soft threshold at work on `module.<name>`, or None."""
+    """Return the soft threshold on `module.<name>`, or None."""
     if not parametrize.is_parametrized(module, name):
         return None
     plist: Any = module.parametrizations[name]  # type: ignore[index]
