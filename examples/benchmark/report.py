@@ -1,9 +1,9 @@
 """Fill the tables of the results page and of the README from the lines of the studies.
 
-    python examples/report.py                       # from docs/results/*.jsonl
-    python examples/report.py --figures             # the page's figures too
-    python examples/report.py --lines my.jsonl      # print the tables of other lines; with
-                                                    # --figures, figures beside them
+    python -m examples.benchmark.report                     # from docs/results/*.jsonl
+    python -m examples.benchmark.report --figures           # the page's figures too
+    python -m examples.benchmark.report --lines my.jsonl    # print the tables of other lines; with
+                                                            # --figures, figures beside them
 
 The blocks of a page, between `<!-- NAME -->` and `<!-- end -->`, are replaced; its text is not.
 """
@@ -15,13 +15,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from examples.benchmark import (
-    BASELINES,
-    DENSE,
-    PROBLEMS,
-    TEACHERS,
-    Row,
-    allocation_figure,
+from examples.benchmark.figures import allocation_figure, tradeoff_figure
+from examples.benchmark.lines import read
+from examples.benchmark.methods import BASELINES, DENSE
+from examples.benchmark.problems import PROBLEMS
+from examples.benchmark.studies import ROOT
+from examples.benchmark.summary import Row, summarize
+from examples.benchmark.synthetic import TEACHERS
+from examples.benchmark.tables import (
     delta_table,
     fill,
     margin_table,
@@ -30,12 +31,8 @@ from examples.benchmark import (
     overview_table,
     paper_table,
     provenance,
-    read,
-    summarize,
-    tradeoff_figure,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "results"
 PAGES = (FOLDER.with_suffix(".md"), ROOT / "README.md")
 # How far AdapMTL should be ahead of the best baseline, in points, by sparsity.
@@ -125,17 +122,16 @@ def show(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Fill the pages, or print the tables of a file."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m examples.benchmark.report",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("--lines", type=Path, help="print the tables of this file instead")
     parser.add_argument("--figures", action="store_true", help="draw the page's figures too")
-    parser.add_argument("--quick", action="store_true", help="print tables of few committed lines")
-    args = parser.parse_args()
-    if args.quick:
-        args.lines = FOLDER / "sensitivities.jsonl"
+    args = parser.parse_args(argv)
     if args.lines:
         if not args.lines.is_file():
             parser.error(f"--lines {args.lines}: there is no such file")

@@ -1,4 +1,4 @@
-"""Many runs, each a line of JSON: what is there already is not run again."""
+"""Studies: many runs, each a line of JSON; a run that is in the file is not repeated."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from examples.benchmark.lines import append, mend, read
 from examples.benchmark.methods import (
     BASELINES,
     DENSE,
@@ -32,7 +33,10 @@ from examples.benchmark.problem import Problem
 from examples.benchmark.problems import COMPARISON, OTHERS, PROBLEMS, find_problem
 from examples.benchmark.runs import machine, run, settings
 
-__all__ = ["STUDIES", "read", "study"]
+__all__ = ["ROOT", "STUDIES", "study"]
+
+#: The repository's root.
+ROOT = Path(__file__).resolve().parents[2]
 
 Key = tuple[str, str, float, int]
 
@@ -52,7 +56,8 @@ _PARTS = (
     "AdapMTL, common threshold, equal weights",
 )
 
-#: The studies of the results page: problems, methods and sparsities, and the file of lines.
+#: The studies of the results page: problems, methods, sparsities, and the file of lines, whose path
+#: is relative to `ROOT`.
 STUDIES: Mapping[str, Mapping[str, Any]] = {
     "comparison": {
         "problems": COMPARISON,
@@ -99,35 +104,6 @@ STUDIES: Mapping[str, Mapping[str, Any]] = {
         "out": "docs/results/paper.jsonl",
     },
 }
-
-
-def read(path: str | Path) -> list[dict[str, Any]]:
-    """The runs in a file of JSON lines; none if there is no such file.
-
-    A last line that a killed process left unfinished is not among them.
-
-    Args:
-        path: The file.
-
-    Raises:
-        ValueError: If a line, other than an unfinished last one, is not JSON.
-
-    Example:
-        >>> read("no such file")
-        []
-    """
-    file = Path(path)
-    found = []
-    lines = file.read_text().split("\n") if file.exists() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(
-                    f"{path}, line {number} is not the JSON of a run: {error}; take it out"
-                ) from error
-    return found
 
 
 def study(
@@ -183,13 +159,13 @@ def study(
             raise ValueError(f"{name} must be at least 1, got {count!r}")
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    end_line(path)
+    mend(path)
     missing = _missing(read(path), list(chosen.values()), methods, sparsities, seeds, device, bf16)
     calls = [(*key, steps, device, bf16) for key in missing]
     lengths = [chosen[name].steps for name, *_ in calls]
     with tqdm(total=sum(lengths), unit="step", smoothing=0.1) as bar:
         for done, line in enumerate(_lines(calls, jobs, bar.update), 1):
-            _write(path, line)
+            append(path, line)
             bar.set_postfix_str(f"{done} of {len(calls)} runs")
 
 
@@ -297,26 +273,3 @@ def _end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _write(path: Path, line: str) -> None:
-    with open(path, "a") as file:
-        file.write(line + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def end_line(path: Path) -> None:
-    """End a file that is to be added to with a whole line.
-
-    What a killed process left of a line is taken off; a whole one that lost its newline gets it.
-    """
-    whole, newline, last = path.read_bytes().rpartition(b"\n") if path.exists() else (b"",) * 3
-    if not last:
-        return
-    try:
-        json.loads(last)
-    except ValueError:
-        path.write_bytes(whole + newline)
-    else:
-        path.write_bytes(whole + newline + last + b"\n")

