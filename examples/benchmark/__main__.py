@@ -1,7 +1,7 @@
 """Train the methods on the problems, and write one line of JSON for each run.
 
     python -m examples.benchmark --study comparison --jobs 2    # a study of the results page
-    python -m examples.benchmark --problems digits --methods dense AdapMTL Taylor --sparsities 0.9
+    python -m examples.benchmark --problems digits --methods dense "adaptive (ours)" Taylor
     python -m examples.benchmark --preset paper --data rooms    # the paper's networks, on a GPU
     python -m examples.benchmark --quick    # three runs of a few steps, to see that it works
 
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from examples.benchmark.lines import read
-from examples.benchmark.methods import METHODS
+from examples.benchmark.methods import DENSE, METHODS, OURS
 from examples.benchmark.paper_scale import ENCODERS
 from examples.benchmark.problems import PROBLEMS
 from examples.benchmark.studies import ROOT, STUDIES, study
@@ -102,7 +102,7 @@ def chosen_runs(args: argparse.Namespace) -> dict[str, Any]:
             f"paper/{encoder}/{data}" for data in args.data or ["rooms"] for encoder in ENCODERS
         ]
     if args.quick:
-        chosen.update(problems=["digits"], methods=["dense", "AdapMTL", "Taylor"], sparsities=[0.9])
+        chosen.update(problems=["digits"], methods=[DENSE, OURS, "Taylor"], sparsities=[0.9])
         args.seeds, args.steps = [0], 3
     replaced = {
         name: value

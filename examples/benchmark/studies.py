@@ -23,6 +23,7 @@ from examples.benchmark.methods import (
     EARLIER,
     METHODS,
     OURS,
+    PUBLISHED,
     REGROW,
     SETTINGS,
     UNAIMED,
@@ -51,9 +52,9 @@ _SPARSITIES = (0.9, 0.97, 0.8, 0.95)  # those that matter most first
 _PAIRS = tuple(name for name in PROBLEMS if name.startswith("rooms: "))
 _PARTS = (
     OURS,
-    "AdapMTL, common threshold",
-    "AdapMTL, equal weights",
-    "AdapMTL, common threshold, equal weights",
+    "adaptive, common threshold",
+    "adaptive, equal weights",
+    "adaptive, common threshold, equal weights",
 )
 
 #: The studies of the results page: problems, methods, sparsities, and the file of lines, whose path
@@ -68,7 +69,7 @@ STUDIES: Mapping[str, Mapping[str, Any]] = {
     "others": {
         "problems": OTHERS,
         "methods": (
-            *(DENSE, "global magnitude", "IMP", "Taylor", OURS, EARLIER, "AdapMTL, equal weights"),
+            *(DENSE, "global magnitude", "IMP", "Taylor", OURS, EARLIER, "adaptive, equal weights"),
         ),
         "sparsities": (0.9, 0.97),
         "out": "docs/results/others.jsonl",
@@ -99,7 +100,13 @@ STUDIES: Mapping[str, Mapping[str, Any]] = {
     },
     "paper": {
         "problems": [f"paper/{encoder}/rooms" for encoder in ENCODERS],
-        "methods": (DENSE, "global magnitude", "DiSparse", "AdapMTL, paper mode", "AdapMTL"),
+        "methods": (
+            DENSE,
+            "global magnitude",
+            "DiSparse",
+            PUBLISHED,
+            OURS,
+        ),
         "sparsities": (0.9,),
         "out": "docs/results/paper.jsonl",
     },

@@ -33,6 +33,7 @@ from examples.benchmark import (
     study,
 )
 from examples.benchmark import problems as module
+from examples.benchmark.methods import OURS, PUBLISHED, UNAIMED
 from torch_adapmtl.datasets import Words
 from torch_adapmtl.run.size import relative_performance
 
@@ -134,13 +135,13 @@ def test_every_method_runs_and_is_exact(tiny: Any, method: str) -> None:
     json.dumps(found)
     assert set(found["metrics"]) == {"syllables", "stress", "last"}
     assert settings(tiny, method, 0.9, 0).items() <= found.items()
-    if method != DENSE and "paper" not in method:
+    if method not in UNAIMED:
         assert found["zeros"] == round(0.9 * found["weights"])
         assert sum(found["components"].values()) > 0
 
 
 def test_runs_are_functions_of_their_settings(tiny: Any) -> None:
-    first, again, other = (run(tiny, "AdapMTL", 0.9, seed) for seed in (0, 0, 1))
+    first, again, other = (run(tiny, OURS, 0.9, seed) for seed in (0, 0, 1))
     assert first["metrics"] == again["metrics"] != other["metrics"]
 
 
@@ -271,14 +272,14 @@ def test_another_machine_makes_its_own_dense_runs(
 
     on("old", DENSE, "Taylor")
     on("new", DENSE, "Taylor")  # there is nothing left to do
-    on("new", DENSE, "Taylor", "AdapMTL")
+    on("new", DENSE, "Taylor", OURS)
     on("new", "SNIP")
     on("newer", "IMP")
     assert [(line["machine"], line["method"]) for line in read(path)] == [
         ("old", DENSE),
         ("old", "Taylor"),
         ("new", DENSE),
-        ("new", "AdapMTL"),
+        ("new", OURS),
         ("new", "SNIP"),
         ("newer", DENSE),
         ("newer", "IMP"),
@@ -318,7 +319,6 @@ def test_methods_that_no_target_steers_are_run_once(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from examples.benchmark import studies
-    from examples.benchmark.methods import UNAIMED
 
     for method in UNAIMED:
         some, more = (run(tiny, method, sparsity, 0) for sparsity in (0.5, 0.9))
@@ -366,7 +366,7 @@ def test_every_phase_starts_with_a_new_optimiser_at_the_full_rate(
 
 
 @pytest.mark.parametrize(
-    ("method", "own"), [("AdapMTL, by gradient", "lr"), ("AdapMTL, paper mode", "threshold_lr")]
+    ("method", "own"), [("adaptive, by gradient", "lr"), (PUBLISHED, "threshold_lr")]
 )
 def test_thresholds_learn_at_the_rate_that_the_line_says(
     tiny: Any, method: str, own: str, monkeypatch: pytest.MonkeyPatch
@@ -414,10 +414,10 @@ def test_no_constant_is_right_about_edges_and_keypoints() -> None:
 def test_two_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "runs.jsonl"
     study(
-        problems=["teachers"], methods=[DENSE, "AdapMTL"], sparsities=[0.9], seeds=[0], out=path,
+        problems=["teachers"], methods=[DENSE, OURS], sparsities=[0.9], seeds=[0], out=path,
         steps=3, jobs=2,
     )  # fmt: skip
-    assert sorted(line["method"] for line in read(path)) == ["AdapMTL", DENSE]
+    assert {line["method"] for line in read(path)} == {OURS, DENSE}
 
 
 _ENDLESS = """
@@ -427,8 +427,8 @@ if __name__ == "__mp_main__":
     print("working", flush=True)
 if __name__ == "__main__":
     study(
-        problems=["teachers"], methods=["dense", "AdapMTL"], sparsities=[0.9], seeds=[0],
-        out="runs.jsonl", steps=10**9, jobs=2,
+        problems=["teachers"], methods=["dense", "adaptive (ours)"], sparsities=[0.9],
+        seeds=[0], out="runs.jsonl", steps=10**9, jobs=2,
     )
 """
 
@@ -447,12 +447,12 @@ def test_a_killed_study_leaves_no_process_behind(tmp_path: Path) -> None:
 
 
 def test_a_line_holds_the_defaults(tiny: Any) -> None:
-    found = settings(tiny, "AdapMTL", 0.9, 0)["options"]
+    found = settings(tiny, OURS, 0.9, 0)["options"]
     assert found["allocation"] == "LAMPAllocation(strength=0.75, rate=0.3, bound=5.0)"
     assert found["reach"] == "1.1"
     assert found["weighting"] == "'stability'"
     assert found["schedule"].endswith("settled=0.9, regrow_until=0.7)")
-    common = settings(tiny, "AdapMTL, common threshold", 0.9, 0)["options"]
+    common = settings(tiny, "adaptive, common threshold", 0.9, 0)["options"]
     assert common == {**found, "allocation": "None"}
     changed = settings(tiny, "reach 1.5", 0.9, 0)["options"]
     assert changed == {**found, "reach": "1.5"}
@@ -460,8 +460,8 @@ def test_a_line_holds_the_defaults(tiny: Any) -> None:
 
 
 def test_a_run_keeps_what_it_was_warned_of(tiny: Any) -> None:
-    assert run(tiny, "AdapMTL", 0.9, seed=0)["warnings"] == []
-    (said,) = run(tiny, "AdapMTL, paper mode", 0.9, seed=0)["warnings"]
+    assert run(tiny, OURS, 0.9, seed=0)["warnings"] == []
+    (said,) = run(tiny, PUBLISHED, 0.9, seed=0)["warnings"]
     assert said.startswith("the run ended at a sparsity of")
 
 

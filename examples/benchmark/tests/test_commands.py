@@ -33,7 +33,7 @@ def test_a_line_a_run_and_no_run_twice_from_any_folder(
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout == "3 runs in runs.jsonl\n"
     lines = read(tmp_path / "runs.jsonl")
-    assert [line["method"] for line in lines] == ["dense", "AdapMTL", "Taylor"]
+    assert [line["method"] for line in lines] == ["dense", "adaptive (ours)", "Taylor"]
     assert all(line["steps"] == 3 and line["metrics"] for line in lines)
     assert all(line["zeros"] == round(0.9 * line["weights"]) for line in lines)
     monkeypatch.chdir(tmp_path)

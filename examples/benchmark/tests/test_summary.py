@@ -60,8 +60,8 @@ def line(method: str, sparsity: float, seed: int, a: float, b: float, **other: A
 LINES = [
     line("dense", 0.0, 0, 80.0, 0.5),
     line("dense", 0.0, 1, 90.0, 0.4),
-    line("AdapMTL", 0.9, 0, 80.0, 0.5),  # as dense
-    line("AdapMTL", 0.9, 1, 81.0, 0.4),  # 10 % worse on a: -5
+    line("adaptive (ours)", 0.9, 0, 80.0, 0.5),  # as dense
+    line("adaptive (ours)", 0.9, 1, 81.0, 0.4),  # 10 % worse on a: -5
     line("Taylor", 0.9, 0, 80.0, 0.55),  # 10 % worse on b: -5
     line("Taylor", 0.9, 1, 81.0, 0.44),  # 10 % worse on both: -10
     line("SNIP", 0.9, 0, 40.0, 0.5),  # of the second seed nothing
@@ -101,9 +101,9 @@ def test_estimates_of_one_value_have_no_error() -> None:
 
 def test_rows_are_means_over_seeds_against_the_dense_model_of_the_seed() -> None:
     rows = {row.method: row for row in summarize(LINES)}
-    assert list(rows) == ["dense", "AdapMTL", "Taylor", "SNIP"]
+    assert list(rows) == ["dense", "adaptive (ours)", "Taylor", "SNIP"]
     assert rows["dense"].delta is None
-    ours = rows["AdapMTL"]
+    ours = rows["adaptive (ours)"]
     assert ours.seeds == (0, 1)
     assert ours.by_seed == pytest.approx({0: 0.0, 1: -5.0})
     assert ours.delta is not None
@@ -122,13 +122,15 @@ def test_runs_without_their_dense_run_are_left_out() -> None:
 
 def test_a_margin_is_that_over_the_best_seed_by_seed() -> None:
     rows = summarize(LINES)
-    found = margin(rows, "AdapMTL", ["Taylor", "SNIP", "absent"], problem="toy", sparsity=0.9)
+    found = margin(
+        rows, "adaptive (ours)", ["Taylor", "SNIP", "absent"], problem="toy", sparsity=0.9
+    )
     assert found is not None
     assert found.rival == "Taylor"
     assert found.left_out == ("SNIP", "absent")  # the one lacks a seed, the other all
     assert (found.ahead.mean, found.ahead.error) == pytest.approx((5.0, 0.0))
-    assert margin(rows, "AdapMTL", ["SNIP"], problem="toy", sparsity=0.9) is None
-    assert margin(rows, "AdapMTL", ["Taylor"], problem="toy", sparsity=0.8) is None
+    assert margin(rows, "adaptive (ours)", ["SNIP"], problem="toy", sparsity=0.9) is None
+    assert margin(rows, "adaptive (ours)", ["Taylor"], problem="toy", sparsity=0.8) is None
 
 
 def test_lines_that_cannot_be_compared_are_refused() -> None:
@@ -145,14 +147,14 @@ def test_tables() -> None:
         "| --- | ---: |",
         "| SNIP | -25.00 (n = 1) |",
         "| Taylor | -7.50 ± 2.50 |",
-        "| AdapMTL | **-2.50 ± 2.50** |",
+        "| adaptive (ours) | **-2.50 ± 2.50** |",
     ]
     assert overview_table(rows, 0.9).split("\n") == [
         "| Delta_T, % at 90 % | toy |",
         *delta_table(rows, "toy").split("\n")[1:],
     ]
     table, note = margin_table(rows, {0.9: 5.0}).split("\n\n")
-    assert table.split("\n")[0] == "| AdapMTL - best baseline | 90 % (aim: 5) |"
+    assert table.split("\n")[0] == "| adaptive (ours) - best baseline | 90 % (aim: 5) |"
     assert table.split("\n")[2] == "| toy | **+5.00 ± 0.00** (Taylor) |"
     assert "SNIP at 90 %" in note
     assert "LTH at 90 %" in note
@@ -164,11 +166,12 @@ def test_tables() -> None:
     )
     assert paper[2] == "| dense |  |  |  |  |  |  |"
     assert (
-        paper[5] == "| AdapMTL | -5.00 ± 5.00 | +0.00 ± 0.00 | -2.50 ± 2.50 | 90.0 | 92.5 | 90.0 |"
+        paper[5]
+        == "| adaptive (ours) | -5.00 ± 5.00 | +0.00 ± 0.00 | -2.50 ± 2.50 | 90.0 | 92.5 | 90.0 |"
     )
     first, second = metric_tables(rows, "toy", 0.9).split("\n\n")
     assert first.split("\n")[2] == "| dense | 85.00 ± 5.00 |"
-    assert second.split("\n")[5] == "| AdapMTL | 0.4500 ± 0.0500 |"
+    assert second.split("\n")[5] == "| adaptive (ours) | 0.4500 ± 0.0500 |"
 
 
 def test_what_missed_its_sparsity_is_never_the_best() -> None:
@@ -198,13 +201,15 @@ def test_methods_and_sparsities_come_in_order() -> None:
     mixed = [
         line(method, sparsity, 0, 80.0, 0.5)
         for sparsity in (0.97, 0.9)
-        for method in ("AdapMTL", "dense", "Taylor")
+        for method in ("adaptive (ours)", "dense", "Taylor")
         if method != "dense" or sparsity == 0.9
     ]
     table = order_table(summarize(mixed), ["a", "shared"]).split("\n")[2:]
     assert [row.split(" | ")[:2] for row in table] == [
-        ["| Taylor", "90 %"], ["| AdapMTL", "90 %"], ["| Taylor", "97 %"], ["| AdapMTL", "97 %"]
-    ]  # fmt: skip
+        [f"| {method}", f"{percent} %"]
+        for percent in (90, 97)
+        for method in ("Taylor", "adaptive (ours)")
+    ]
 
 
 def test_provenance() -> None:
@@ -234,12 +239,12 @@ def test_only_what_is_between_markers_is_replaced() -> None:
 def test_figures(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     rows = summarize(LINES)
-    figure = tradeoff_figure(rows, ["AdapMTL", "Taylor", "absent"])
+    figure = tradeoff_figure(rows, ["adaptive (ours)", "Taylor", "absent"])
     (axis,) = figure.axes
     curves = dict(zip(axis.get_legend_handles_labels()[1], axis.containers, strict=True))
-    assert list(curves) == ["AdapMTL", "Taylor"]
-    assert curves["AdapMTL"][0].get_ydata().tolist() == pytest.approx([-2.5])
+    assert list(curves) == ["adaptive (ours)", "Taylor"]
+    assert curves["adaptive (ours)"][0].get_ydata().tolist() == pytest.approx([-2.5])
     figure.savefig(tmp_path / "tradeoff.png")
-    (axis,) = allocation_figure(rows, 0.9, ["AdapMTL", "Taylor"]).axes
+    (axis,) = allocation_figure(rows, 0.9, ["adaptive (ours)", "Taylor"]).axes
     heights = [bar.get_height() for bar in axis.containers[0]]
     assert heights == pytest.approx([10.0, 7.5])
