@@ -1,13 +1,14 @@
-"""Files of JSON lines, one for each run: read, appended to, and mended after a killed process."""
+"""Files of JSON lines, one for each run."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["append", "mend", "read"]
+__all__ = ["append", "mend", "provenance", "read"]
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
@@ -62,3 +63,20 @@ def mend(path: Path) -> None:
         path.write_bytes(whole + newline)
     else:
         path.write_bytes(whole + newline + last + b"\n")
+
+
+def provenance(runs: Sequence[Mapping[str, Any]]) -> str:
+    """How many runs there are, how long they took, and where and with what they were made."""
+    hours = sum(run.get("seconds", 0.0) for run in runs) / 3600
+    seeds = sorted({run["seed"] for run in runs})
+    parts = [f"{len(runs)} runs, {hours:.1f} hours of training in all; seeds {seeds}"]
+    if failed := [run for run in runs if "failed" in run]:
+        parts[0] += f", {len(failed)} of which failed"
+    for key in ("machine", "threads"):
+        parts.append(f"{key}: {', '.join(sorted({str(r[key]) for r in runs if key in r}))}")
+    versions = [run.get("versions", {}) for run in runs if "failed" not in run]
+    for name in dict.fromkeys(name for packages in versions for name in packages):
+        known = [packages[name] for packages in versions if name in packages]
+        said = "" if len(known) == len(versions) else f" (as {len(known)} of the lines say)"
+        parts.append(f"{name} {', '.join(sorted(set(known)))}{said}")
+    return "; ".join(parts) + "."

@@ -64,29 +64,54 @@ def test_the_published_algorithm_starts_from_the_best_pair_that_was_tried() -> N
         assert max(near, key=near.__getitem__) == f"{PUBLISHED}, {pair}"
 
 
-def test_lines_of_others_get_all_tables_and_figures(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    """A file of lines that somebody else may have made: those of digits, but not at 80 %."""
+    path = tmp_path / "mine.jsonl"
+    with (report.FOLDER / "comparison.jsonl").open(encoding="utf-8") as lines:
+        kept = [line for line in lines if '"problem": "digits"' in line]
+    path.write_text("".join(line for line in kept if '"sparsity": 0.8' not in line))
+    return path
+
+
+def test_other_lines_get_all_tables_and_figures(
+    mine: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    mine = tmp_path / "mine.jsonl"
-    kept = [
-        line
-        for line in (report.FOLDER / "comparison.jsonl").read_text().splitlines()
-        if '"problem": "digits"' in line and '"sparsity": 0.8' not in line
-    ]
-    mine.write_text("\n".join(kept) + "\n")
     report.main(["--lines", str(mine), "--figures"])
     printed = capsys.readouterr().out
-    for text in ("## digits, 97 %", "| left | accuracy |", "distance, % zero"):
-        assert text in printed
-    pictures = {path.name for path in tmp_path.glob("*.png")}
-    assert pictures == {
+    for text in ("# mine", "## At 95 %", "### digits, 97 %", "| left | accuracy |"):
+        assert f"\n{text}" in f"\n{printed}"
+    assert {path.name for path in mine.parent.glob("*.png")} == {
         "tradeoff.png",
         "allocation90.png",
         "allocation95.png",
         "allocation97.png",
     }
-    for wrong, said in (("no such", "no such file"), ("dense", "compared with dense ones")):
-        mine.write_text("\n".join(line for line in kept if '"method": "dense"' in line) + "\n")
-        with pytest.raises(SystemExit):
-            report.main(["--lines", str(mine if wrong == "dense" else tmp_path / wrong)])
-        assert said in capsys.readouterr().err
+
+
+def test_all_tables_are_written_into_a_folder(
+    mine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = mine.parent / "new" / "tables"
+    report.main(["--lines", str(mine), "--tables", str(folder)])
+    assert [path.name for path in folder.iterdir()] == ["mine.md"]
+    assert capsys.readouterr().out == ""
+    report.main(["--tables", str(folder), "--figures"])
+    pages = {path.stem: path.read_text(encoding="utf-8") for path in folder.glob("*.md")}
+    assert pages.keys() == {"mine", *report.committed()}
+    assert "seeds in order" in pages["sensitivities"]
+    assert report.blocks(report.committed())["comparison: margin"]() in pages["comparison"]
+    assert {path.name for path in folder.glob("*.png")} == {"tradeoff.png", "allocation90.png"}
+
+
+def test_lines_without_a_comparison_are_refused(
+    mine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        report.main(["--lines", str(mine.with_name("absent.jsonl"))])
+    assert "no such file" in capsys.readouterr().err
+    dense = [line for line in mine.read_text().splitlines() if '"method": "dense"' in line]
+    mine.write_text("\n".join(dense) + "\n")
+    with pytest.raises(SystemExit):
+        report.main(["--lines", str(mine)])
+    assert "compared with a dense run" in capsys.readouterr().err

@@ -16,7 +16,9 @@ pytest.importorskip("torchmetrics")
 from examples.benchmark import (
     Estimate,
     allocation_figure,
+    better_table,
     delta_table,
+    difference_table,
     fill,
     margin,
     margin_table,
@@ -154,12 +156,11 @@ def test_tables() -> None:
         *delta_table(rows, "toy").split("\n")[1:],
     ]
     table, note = margin_table(rows, {0.9: 5.0}).split("\n\n")
-    assert table.split("\n")[0] == "| adaptive (ours) - best baseline | 90 % (aim: 5) |"
+    assert table.split("\n")[0] == "| adaptive (ours) minus the best baseline | 90 % (aim: 5) |"
     assert table.split("\n")[2] == "| toy | **+5.00 ± 0.00** (Taylor) |"
-    assert "SNIP at 90 %" in note
-    assert "LTH at 90 %" in note
-    assert "Taylor" not in note
+    assert note == "Not all seeds or problems have been run yet of: SNIP at 90 %."
     assert "| +5.00 ± 0.00 (Taylor) |" in margin_table(rows, {0.9: 5.1})
+    assert "| 90 % |" in margin_table(rows, {0.9: None})
     paper = paper_table(rows, "toy", 0.9).split("\n")
     assert (
         paper[0] == "|  | Δ a | Δ b | Delta_T, % | shared, % zero | a, % zero | overall, % zero |"
@@ -172,6 +173,45 @@ def test_tables() -> None:
     first, second = metric_tables(rows, "toy", 0.9).split("\n\n")
     assert first.split("\n")[2] == "| dense | 85.00 ± 5.00 |"
     assert second.split("\n")[5] == "| adaptive (ours) | 0.4500 ± 0.0500 |"
+
+
+def test_the_published_algorithm_has_a_column_with_the_sparsity_it_reached() -> None:
+    published = [
+        line("AdapMTL as published", 0.9, seed, 72.0, 0.4, reached=0.93) for seed in (0, 1)
+    ]
+    rows = summarize([*LINES, *published])
+    header, _, row = margin_table(rows, {0.9: None}).split("\n\n")[0].split("\n")
+    assert header.endswith("| 90 %, minus AdapMTL as published |")
+    ahead = statistics.fmean([0 - (-10 + 20) / 2, -5 - (-20 + 0) / 2])
+    assert row.endswith(f"| {ahead:+.2f} ± 5.00 (at 93 %) |")
+
+
+def test_differences_are_bold_where_all_seeds_agree() -> None:
+    better = [line("reach 1.5", 0.9, 0, 80.0, 0.5), line("reach 1.5", 0.9, 1, 82.8, 0.4)]
+    rows = summarize([*LINES, *better])
+    methods = ["Taylor", "SNIP", "reach 1.5", "IMP"]
+    assert difference_table(rows, methods, [0.9]).split("\n") == [
+        "| minus adaptive (ours), at 90 % | toy |",
+        "| --- | ---: |",
+        "| Taylor | **-5.0 ± 0.0** |",
+        "| SNIP | **-25.0** |",
+        "| reach 1.5 | +0.5 ± 0.5 |",  # no difference in one seed
+    ]
+    both = difference_table(rows, ["Taylor"], [0.9, 0.97]).split("\n")
+    assert both[0] == "| minus adaptive (ours), at 90 / 97 % | toy |"
+    assert both[2] == "| Taylor | **-5.0 ± 0.0** / none |"
+
+
+def test_better_is_what_wins_in_every_seed() -> None:
+    winning = [line("IMP", 0.9, 0, 88.0, 0.5), line("IMP", 0.9, 1, 82.8, 0.4)]
+    once = [line("LTH", 0.9, 0, 96.0, 0.5), line("LTH", 0.9, 1, 80.1, 0.4)]
+    denser = [line("paper", 0.9, seed, 100.0, 0.1, reached=0.31) for seed in (0, 1)]
+    rows = summarize([*LINES, *winning, *once, *denser])
+    assert better_table(rows, [0.9, 0.97]).split("\n") == [
+        "| problem | better in every seed at 90 % | better in every seed at 97 % |",
+        "| --- | --- | --- |",
+        "| toy | IMP (+3.0 ± 2.0) |  |",
+    ]
 
 
 def test_what_missed_its_sparsity_is_never_the_best() -> None:
