@@ -130,7 +130,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             device=args.device,
             bf16=args.bf16,
         )
-    except (ValueError, FileNotFoundError, RuntimeError) as error:  # a run's are in its line
+    except (
+        ValueError,
+        FileNotFoundError,
+        RuntimeError,
+    ) as error:  # errors of runs are in their lines
         raise SystemExit(f"{_PROG}: {error}") from None
     print(f"{len(read(chosen['out']))} runs in {chosen['out']}")
 

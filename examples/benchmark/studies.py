@@ -39,16 +39,17 @@ __all__ = ["ROOT", "STUDIES", "study"]
 #: The repository's root.
 ROOT = Path(__file__).resolve().parents[2]
 
+# A problem, a method, a sparsity and a seed; and the same with steps, device and bf16.
 Key = tuple[str, str, float, int]
-
 Call = tuple[str, str, float, int, int | None, str, bool]
 
+# The fields of a line that identify a run.
 _SETTINGS = (
     *("problem", "method", "sparsity", "seed", "options", "steps", "batch", "lr"),
     *("weight_decay", "threshold_lr", "device", "bf16"),
 )
 
-_SPARSITIES = (0.9, 0.97, 0.8, 0.95)  # those that matter most first
+_SPARSITIES = (0.9, 0.97, 0.8, 0.95)  # the most important first
 _PAIRS = tuple(name for name in PROBLEMS if name.startswith("rooms: "))
 _PARTS = (
     OURS,
@@ -127,26 +128,26 @@ def study(
 ) -> None:
     """Run every method at every sparsity and seed on every problem, and add a line for each run.
 
-    A run that fails has a line that says so, keeps no other run from being made, and is made anew
-    the next time. A bar on standard error counts the steps.
+    A run that fails adds a line with its error; the others go on, and it is tried again the next
+    time. A bar on standard error counts the steps.
 
     Args:
         problems: Names from `PROBLEMS`, or `paper/ENCODER/DATA`.
-        methods: Names from `METHODS`; those that no target steers (the dense model, the paper's
-            mode) are run at the first sparsity only.
+        methods: Names from `METHODS`; those without a target (the dense model, the published
+            algorithm) are run at the first sparsity only.
         sparsities: Zeros among the prunable weights, as fractions.
-        seeds: Seeds.
-        out: The file of lines; runs that are in it with the same settings are left out. The dense
-            run of a seed is made again on a machine that others of the seed are missing on.
-        steps: Optimiser steps, in place of the problem's own.
+        seeds: Seeds of the initial weights and of the order of batches.
+        out: The file of lines; a run that is in it with the same settings is not repeated. If this
+            machine adds runs of a seed, it also makes its own dense run of that seed.
+        steps: Optimiser steps; None for the problem's.
         jobs: How many runs at a time, each with one thread.
         device: Where to train.
         bf16: Whether the forward pass runs under autocast to bfloat16.
 
     Raises:
-        ValueError: If a problem, a method, a sparsity or the number of jobs or steps is none, or a
-            line of the file is damaged; before the first run.
-        RuntimeError: If a process of several is killed, as for want of memory.
+        ValueError: Before the first run, if a problem, method, sparsity or the number of jobs or
+            steps is not valid, or a line of the file is damaged.
+        RuntimeError: If one of several processes is killed, for example for lack of memory.
 
     Example:
         >>> from examples.benchmark import study
@@ -185,9 +186,10 @@ def _missing(
     device: str,
     bf16: bool,
 ) -> Iterable[Key]:
-    """The runs that are not done yet, or failed; all methods of one seed before the next seed.
+    """The runs that are not in the file or failed, seed by seed.
 
-    Where runs of a seed are missing whose dense run is another machine's, so is that of this one.
+    If runs of a seed are missing and its dense run was made on another machine, the dense run of
+    this machine is missing, too.
     """
     here = machine(device)
     known = {_identity(line) for line in done if "failed" not in line}
@@ -215,7 +217,7 @@ def _missing(
 
 
 def _identity(line: dict[str, Any]) -> str:
-    """What makes two runs the same: all that `settings` names."""
+    """A key that is equal for runs of equal settings."""
     return json.dumps([line[name] for name in _SETTINGS], sort_keys=True)
 
 
@@ -224,7 +226,7 @@ def _shortened(problem: Problem, steps: int | None) -> Problem:
 
 
 def _one(call: Call, advance: Callable[[int], object] = lambda steps: None) -> str:
-    """Run a call, and say in its line if it fails: the others are not to wait for it."""
+    """Make a run; if it fails, its line has the error, so that the other runs go on."""
     name, method, sparsity, seed, steps, device, bf16 = call
     problem = _shortened(find_problem(name), steps)
     known = settings(problem, method, sparsity, seed, device=device, bf16=bf16)
@@ -243,17 +245,17 @@ def _one(call: Call, advance: Callable[[int], object] = lambda steps: None) -> s
         line = {**known, "failed": f"{type(error).__name__}: {error}"}
     finally:
         torch.set_num_threads(threads)
-    progress(problem.steps)  # those that a failed run has not taken
+    progress(problem.steps)  # count the steps that a failed run did not take
     return json.dumps(line)
 
 
 def _lines(calls: Sequence[Call], jobs: int, advance: Callable[[int], object]) -> Iterator[str]:
-    """The lines of the calls, as they come; `advance` is told of the steps that were taken."""
+    """The lines of the runs, in the order in which they end; calls `advance` with steps taken."""
     if jobs == 1:
         for call in calls:
             yield _one(call, advance)
         return
-    # Not a Pool: its processes may have none of their own, which read data.
+    # Not a Pool: its processes are daemons, which cannot start processes that read data.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, initializer=_end_with_parent) as pool:
         try:
@@ -263,15 +265,15 @@ def _lines(calls: Sequence[Call], jobs: int, advance: Callable[[int], object]) -
                 yield line
         except BrokenProcessPool as error:
             raise RuntimeError(
-                f"one of the {jobs} processes was killed, perhaps for want of memory; the runs "
-                "that ended are in the file: go on with fewer jobs"
+                f"one of the {jobs} processes was killed, perhaps for lack of memory; finished "
+                "runs are in the file: go on with fewer jobs"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 def _end_with_parent() -> None:
-    """Have this process end if its parent is killed, rather than train on for nobody."""
+    """End this process when its parent is killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

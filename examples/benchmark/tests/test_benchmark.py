@@ -67,7 +67,7 @@ def test_words_are_as_they_are_spoken(words: tuple[Words, Words]) -> None:
     assert len(test) == pytest.approx(len(train) / 9, rel=0.001)
     spelt = {train.spelling(i) for i in range(0, len(train), 50)}
     assert spelt.isdisjoint(test.spelling(i) for i in range(len(test)))
-    entries = {split.spelling(i): split[i][1] for split in words for i in range(len(split))}
+    places = {split.spelling(i): (split, i) for split in words for i in range(len(split))}
     # B AH0 N AE1 N AH0: three syllables, the second stressed
     for word, syllables, stress, last in [
         ("banana", 3, 1, "AH"),
@@ -75,10 +75,11 @@ def test_words_are_as_they_are_spoken(words: tuple[Words, Words]) -> None:
         ("understand", 3, 2, "D"),
         ("computer", 3, 1, "ER"),
     ]:
-        found = entries[word]
-        assert int(found["syllables"]) + 1 == syllables
-        assert int(found["stress"]) == stress
-        assert train.phonemes[found["last"]] == last
+        split, index = places[word]
+        _, targets = split[index]
+        assert int(targets["syllables"]) + 1 == syllables
+        assert int(targets["stress"]) == stress
+        assert train.phonemes[targets["last"]] == last
     assert train.classes == {"syllables": 6, "stress": 6, "last": len(train.phonemes)}
 
 
@@ -104,12 +105,14 @@ def truth(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_every_problem_has_losses_and_metrics(name: str) -> None:
+def test_every_problem_has_losses_and_metrics(name: str, words: tuple[Words, Words]) -> None:
     problem = PROBLEMS[name]
     if name.startswith("rooms"):
         # not all of them are rendered for a test
         rooms = module.Rooms(4, image_size=40, tasks=tuple(problem.make_tasks()))
         samples = Samples(*rooms.tensors())
+    elif name == "words":
+        samples = Samples(*words[1].tensors()).at_most(4)  # what `load` returns, read once
     else:
         samples = problem.load()[1].at_most(4)
     model, tasks = problem.make_model(), problem.make_tasks()
@@ -411,15 +414,6 @@ def test_no_constant_is_right_about_edges_and_keypoints() -> None:
         assert torch.equal(samples.inputs, smoothed.inputs)
 
 
-def test_two_at_a_time(tmp_path: Path) -> None:
-    path = tmp_path / "runs.jsonl"
-    study(
-        problems=["teachers"], methods=[DENSE, OURS], sparsities=[0.9], seeds=[0], out=path,
-        steps=3, jobs=2,
-    )  # fmt: skip
-    assert {line["method"] for line in read(path)} == {OURS, DENSE}
-
-
 _ENDLESS = """
 from examples.benchmark import study
 
@@ -427,7 +421,7 @@ if __name__ == "__mp_main__":
     print("working", flush=True)
 if __name__ == "__main__":
     study(
-        problems=["teachers"], methods=["dense", "adaptive (ours)"], sparsities=[0.9],
+        problems=["teachers"], methods=["dense"], sparsities=[0.9],
         seeds=[0], out="runs.jsonl", steps=10**9, jobs=2,
     )
 """
@@ -442,8 +436,8 @@ def test_a_killed_study_leaves_no_process_behind(tmp_path: Path) -> None:
         assert process.stdout is not None
         assert process.stdout.readline().strip() == b"working"
         process.kill()
-        # The workers have the other end of the pipe too: it ends when the last of them does.
-        assert process.stdout.read().strip() in (b"", b"working")
+        # The worker has the other end of the pipe, too: reading ends when it does.
+        assert process.stdout.read().strip() == b""
 
 
 def test_a_line_holds_the_defaults(tiny: Any) -> None:

@@ -18,12 +18,13 @@ from examples.benchmark.__main__ import arguments, chosen_runs, main
 from examples.benchmark.studies import ROOT
 
 
-def test_a_line_a_run_and_no_run_twice_from_any_folder(
+def test_two_at_a_time_from_any_folder_and_no_run_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    options = ["--quick", "--problems", "teachers"]
     done = subprocess.run(
-        [sys.executable, "-m", "examples.benchmark", "--quick"],
+        [sys.executable, "-m", "examples.benchmark", *options, "--jobs", "2"],
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         capture_output=True,
@@ -33,11 +34,12 @@ def test_a_line_a_run_and_no_run_twice_from_any_folder(
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout == "3 runs in runs.jsonl\n"
     lines = read(tmp_path / "runs.jsonl")
-    assert [line["method"] for line in lines] == ["dense", "adaptive (ours)", "Taylor"]
+    methods = sorted(line["method"] for line in lines)  # they may end in any order
+    assert methods == ["Taylor", "adaptive (ours)", "dense"]
     assert all(line["steps"] == 3 and line["metrics"] for line in lines)
     assert all(line["zeros"] == round(0.9 * line["weights"]) for line in lines)
     monkeypatch.chdir(tmp_path)
-    main(["--quick"])
+    main(options)
     assert read("runs.jsonl") == lines
     assert [path.name for path in tmp_path.iterdir()] == ["runs.jsonl"]
 
