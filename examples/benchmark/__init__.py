@@ -1,30 +1,33 @@
-"""The harness behind the published comparison: problems, methods, runs, studies, and tables.
+"""The harness of the published comparison: problems, methods, runs, studies, and tables.
 
-It needs the extra `examples`. `examples/benchmark.py` and `examples/report.py` are its command
-lines.
+It needs the extra `examples`, and the repository's root on the path. Its commands are
+`python -m examples.benchmark`, which trains, and `python -m examples.benchmark.report`, which makes
+tables and figures.
 """
 
 from __future__ import annotations
 
 from examples.benchmark.data import Data, Samples, Streamed
 from examples.benchmark.figures import allocation_figure, tradeoff_figure
+from examples.benchmark.lines import provenance, read
 from examples.benchmark.methods import BASELINES, DENSE, METHODS, SETTINGS, VARIANTS
+from examples.benchmark.page import fill
 from examples.benchmark.paper_scale import ENCODERS, paper_problem
 from examples.benchmark.problem import Problem
 from examples.benchmark.problems import COMPARISON, OTHERS, PROBLEMS, find_problem
 from examples.benchmark.runs import evaluate, run, settings
-from examples.benchmark.studies import STUDIES, read, study
-from examples.benchmark.summary import Estimate, Margin, Row, margin, summarize
+from examples.benchmark.studies import STUDIES, study
+from examples.benchmark.summary import Estimate, Margin, Row, differences, margin, summarize
 from examples.benchmark.synthetic import TEACHERS
 from examples.benchmark.tables import (
+    better_table,
     delta_table,
-    fill,
+    difference_table,
     margin_table,
     metric_tables,
     order_table,
     overview_table,
     paper_table,
-    provenance,
 )
 
 __all__ = [
@@ -47,7 +50,10 @@ __all__ = [
     "Samples",
     "Streamed",
     "allocation_figure",
+    "better_table",
     "delta_table",
+    "difference_table",
+    "differences",
     "evaluate",
     "fill",
     "find_problem",

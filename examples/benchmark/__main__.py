@@ -1,34 +1,31 @@
-"""Train every method on every problem, and write a line of JSON for each run.
+"""Train the methods on the problems, and write one line of JSON for each run.
 
-    python examples/benchmark.py --study comparison --jobs 2        # what the results page shows
-    python examples/benchmark.py --problems digits --methods dense AdapMTL Taylor --sparsities 0.9
-    python examples/benchmark.py --preset paper --data rooms      # the paper's nets, on a GPU
-    python examples/benchmark.py --quick      # three runs of a few steps, to see that it runs
+    python -m examples.benchmark --study comparison --jobs 2    # a study of the results page
+    python -m examples.benchmark --problems digits --methods dense "adaptive (ours)" Taylor
+    python -m examples.benchmark --preset paper --data rooms    # the paper's networks, on a GPU
+    python -m examples.benchmark --quick    # three runs of a few steps, to see that it works
 
-Without --study, --preset or --problems it is the whole comparison, which takes hours. A run that is
-in the file already is not run again, so that a study can be stopped and resumed.
-`examples/report.py` makes tables and figures of the lines.
+Without --study, --preset or --problems it runs the whole comparison, which takes hours. A run that
+is in the file already is not repeated, so a study can be stopped and resumed.
+`python -m examples.benchmark.report` makes tables and figures of the lines.
 """
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from examples.benchmark import (
-    ENCODERS,
-    METHODS,
-    PROBLEMS,
-    STUDIES,
-    read,
-    study,
-)
+from examples.benchmark.lines import read
+from examples.benchmark.methods import DENSE, METHODS, OURS
+from examples.benchmark.paper_scale import ENCODERS
+from examples.benchmark.problems import PROBLEMS
+from examples.benchmark.studies import ROOT, STUDIES, study
 
-ROOT = Path(__file__).resolve().parent.parent
-NAMES = "\n".join(
+_PROG = "python -m examples.benchmark"
+_NAMES = "\n".join(
     [
         "problems (quote those with spaces), or paper/ENCODER/DATA:",
         *(f"  {name}" for name in PROBLEMS),
@@ -38,77 +35,92 @@ NAMES = "\n".join(
 )
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line, and choose device and precision where it does not."""
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=NAMES, formatter_class=argparse.RawTextHelpFormatter
+        prog=_PROG,
+        description=__doc__,
+        epilog=_NAMES,
+        formatter_class=argparse.RawTextHelpFormatter,
     )
-    parser.add_argument("--study", choices=STUDIES, help="one of the results page's, as a whole")
+    parser.add_argument("--study", choices=STUDIES, help="a whole study of the results page")
     parser.add_argument(
         "--preset",
         choices=("cpu", "paper"),
         default="cpu",
-        help="cpu: small nets, a minute or two a run; paper: the paper's nets, on a GPU",
+        help="cpu: small networks, a minute or two a run;\npaper: the paper's networks, on a GPU",
     )
     parser.add_argument(
-        "--data", nargs="+", help="of the paper preset: rooms (the default) or folders"
+        "--data",
+        nargs="+",
+        help="for --preset paper: rooms (default), or folders with NYU-v2 or Tiny-Taskonomy",
     )
-    parser.add_argument("--problems", nargs="+", metavar="PROBLEM", help="in place of the preset's")
-    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="in place of all")
+    parser.add_argument("--problems", nargs="+", metavar="PROBLEM", help="default: the preset's")
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="default: the study's")
     parser.add_argument("--sparsities", nargs="+", type=float, help="fractions, such as 0.9")
     parser.add_argument(
-        "--seeds", nargs="+", type=int, default=[3, 4, 5], help="0 and 1 chose the defaults"
+        "--seeds",
+        nargs="+",
+        type=int,
+        default=[3, 4, 5],
+        help="default: 3 4 5; the library's defaults were chosen with 0 and 1",
     )
-    parser.add_argument("--out", help="file of lines to add to")
-    parser.add_argument("--steps", type=int, help="in place of each problem's own")
+    parser.add_argument("--out", help="file to which lines are added")
+    parser.add_argument("--steps", type=int, help="optimizer steps; default: the problem's")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
-    parser.add_argument("--device", help="cuda for the paper preset, else cpu")
+    parser.add_argument("--device", help="default: cuda for the paper preset, else cpu")
     parser.add_argument(
         "--bf16",
         action=argparse.BooleanOptionalAction,
-        help="autocast to bfloat16, as the paper preset does",
+        help="autocast to bfloat16; default: only for the paper preset",
     )
     parser.add_argument("--quick", action="store_true", help="three runs of a few steps")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.study and args.preset == "paper":
-        parser.error("--preset paper has problems of its own: leave out --study")
+        parser.error("--preset paper chooses its own problems: leave out --study")
     if args.data and args.preset != "paper":
-        parser.error("--data is of the paper's nets: add --preset paper")
+        parser.error("--data needs the paper's networks: add --preset paper")
     if args.bf16 is None:
-        args.bf16 = paper(args)
+        args.bf16 = _paper_scale(args)
     if args.device is None:
-        args.device = "cuda" if paper(args) else "cpu"
-        if paper(args) and not torch.cuda.is_available():
-            parser.error("the paper preset is for a GPU, and torch sees none: say --device cpu")
+        args.device = "cuda" if _paper_scale(args) else "cpu"
+        if _paper_scale(args) and not torch.cuda.is_available():
+            parser.error("the paper preset needs a GPU, and torch finds none: add --device cpu")
     return args
 
 
-def paper(args: argparse.Namespace) -> bool:
-    """Whether the paper's nets are wanted."""
+def _paper_scale(args: argparse.Namespace) -> bool:
     return "paper" in (args.preset, args.study)
 
 
-def wanted(args: argparse.Namespace) -> dict[str, Any]:
-    """Which runs: the study's or the preset's, but for what is given."""
+def chosen_runs(args: argparse.Namespace) -> dict[str, Any]:
+    """Problems, methods, sparsities and output file: the study's, unless options replace them."""
     chosen = dict(STUDIES[args.study or ("paper" if args.preset == "paper" else "comparison")])
     chosen["out"] = str(ROOT / chosen["out"])
     if args.preset == "paper":
-        folders = args.data or ["rooms"]
-        chosen["problems"] = [f"paper/{e}/{data}" for data in folders for e in ENCODERS]
+        chosen["problems"] = [
+            f"paper/{encoder}/{data}" for data in args.data or ["rooms"] for encoder in ENCODERS
+        ]
     if args.quick:
-        chosen.update(problems=["digits"], methods=["dense", "AdapMTL", "Taylor"], sparsities=[0.9])
+        chosen.update(problems=["digits"], methods=[DENSE, OURS, "Taylor"], sparsities=[0.9])
         args.seeds, args.steps = [0], 3
-    given = {name: getattr(args, name) for name in ("problems", "methods", "sparsities", "out")}
-    given = {name: value for name, value in given.items() if value is not None}
-    own = args.device == ("cuda" if paper(args) else "cpu") and args.bf16 == paper(args)
-    if args.quick or args.steps is not None or not (args.study and own) or "problems" in given:
-        chosen["out"] = "runs.jsonl"  # the results page is made of whole studies
-    return {**chosen, **given}
+    replaced = {
+        name: value
+        for name in ("problems", "methods", "sparsities", "out")
+        if (value := getattr(args, name)) is not None
+    }
+    # Only runs as the results page has them go into its files.
+    device = "cuda" if _paper_scale(args) else "cpu"
+    usual = args.device == device and args.bf16 == _paper_scale(args) and args.steps is None
+    if not (args.study and usual) or args.quick or "problems" in replaced:
+        chosen["out"] = "runs.jsonl"
+    return {**chosen, **replaced}
 
 
-def main() -> None:
-    """Run what is missing."""
-    args = arguments()
-    chosen = wanted(args)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Make the runs that are missing."""
+    args = arguments(argv)
+    chosen = chosen_runs(args)
     try:
         study(
             **chosen,
@@ -118,8 +130,12 @@ def main() -> None:
             device=args.device,
             bf16=args.bf16,
         )
-    except (ValueError, FileNotFoundError, RuntimeError) as error:  # a run's are in its line
-        raise SystemExit(f"benchmark.py: {error}") from None
+    except (
+        ValueError,
+        FileNotFoundError,
+        RuntimeError,
+    ) as error:  # errors of runs are in their lines
+        raise SystemExit(f"{_PROG}: {error}") from None
     print(f"{len(read(chosen['out']))} runs in {chosen['out']}")
 
 

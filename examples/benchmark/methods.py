@@ -26,14 +26,20 @@ Options = dict[str, Any]
 #: The method that prunes nothing; what the others are compared with.
 DENSE = "dense"
 
-#: The method that is compared with the others.
-OURS = "AdapMTL"
+#: The library's default method, which is not the published algorithm.
+OURS = "adaptive (ours)"
 
-#: The same with pruned weights that learn until the zeros settle.
-REGROW = "AdapMTL, regrow until 90 %"
+#: The same, but pruned weights learn until the zeros are fixed.
+REGROW = "adaptive, regrow until 90 %"
 
-#: The same with the schedule that it had before.
-EARLIER = "AdapMTL, settled at 70 %"
+#: The same with the schedule that was the default before.
+EARLIER = "adaptive, fixed at 70 %"
+
+#: The algorithm of the AdapMTL paper.
+PUBLISHED = "AdapMTL as published"
+
+#: The same with the task weights of the authors' code, which differ from those of the paper's text.
+PUBLISHED_CODE = "AdapMTL as published, code's weighting"
 
 _ONCE = SparsitySchedule(start=0.5, end=0.5)
 
@@ -56,30 +62,30 @@ BASELINES: Mapping[str, Callable[[Problem], Options]] = {
     "Taylor": lambda _: {"method": Taylor()},
 }
 
-#: Pruner with the library's defaults, in the paper's mode, and with a part or two changed.
+#: The default method, the published algorithm, and the default with one or two parts changed.
 VARIANTS: Mapping[str, Callable[[Problem], Options]] = {
     OURS: _ours(),
     REGROW: _ours(schedule=SparsitySchedule(regrow_until=0.9)),
-    "AdapMTL, paper mode": lambda problem: {
+    PUBLISHED: lambda problem: {
         "method": problem.paper,
         "weighting": "stability",
     },
-    "AdapMTL, paper mode, code's weighting": lambda problem: {
+    PUBLISHED_CODE: lambda problem: {
         "method": problem.paper,
         "weighting": "deviation",
     },
     EARLIER: _ours(schedule=SparsitySchedule(fix_at=0.7, regrow_until=0.7)),
-    "AdapMTL, common threshold": _ours(allocation="common"),
-    "AdapMTL, by sensitivity": _ours(allocation="sensitivity"),
-    "AdapMTL, by gradient": _ours(allocation="gradient"),
-    "AdapMTL, equal weights": _ours("equal"),
-    "AdapMTL, common threshold, equal weights": _ours("equal", allocation="common"),
-    "AdapMTL, code's weighting": _ours("deviation"),
+    "adaptive, common threshold": _ours(allocation="common"),
+    "adaptive, by sensitivity": _ours(allocation="sensitivity"),
+    "adaptive, by gradient": _ours(allocation="gradient"),
+    "adaptive, equal weights": _ours("equal"),
+    "adaptive, common threshold, equal weights": _ours("equal", allocation="common"),
+    "adaptive, code's weighting": _ours("deviation"),
 }
 
 
-#: Methods that end where they end, whatever sparsity is asked for.
-UNAIMED = (DENSE, "AdapMTL, paper mode", "AdapMTL, paper mode, code's weighting")
+#: Methods whose sparsity at the end does not depend on the target.
+UNAIMED = (DENSE, PUBLISHED, PUBLISHED_CODE)
 
 
 def _weighting(window: float, start: float) -> Callable[[Problem], Options]:
@@ -96,7 +102,7 @@ def _weighting(window: float, start: float) -> Callable[[Problem], Options]:
     return make
 
 
-#: Pruner with one number changed.
+#: The default method with one number changed.
 SETTINGS: Mapping[str, Callable[[Problem], Options]] = {
     "window x 1/2": _weighting(0.5, 1),
     "window x 4": _weighting(4, 1),
@@ -106,7 +112,7 @@ SETTINGS: Mapping[str, Callable[[Problem], Options]] = {
     "pruning from 20 %": _ours(schedule=SparsitySchedule(start=0.2)),
     "pruned by 35 %": _ours(schedule=SparsitySchedule(end=0.35)),
     "pruned by 65 %": _ours(schedule=SparsitySchedule(end=0.65)),
-    "settled at 50 %": _ours(schedule=SparsitySchedule(fix_at=0.5)),
+    "fixed at 50 %": _ours(schedule=SparsitySchedule(fix_at=0.5)),
     "regrow until 50 %": _ours(schedule=SparsitySchedule(regrow_until=0.5)),
     "rate 0.1": _ours(allocation=LAMPAllocation(rate=0.1)),
     "rate 1": _ours(allocation=LAMPAllocation(rate=1.0)),

@@ -1,53 +1,70 @@
 """Fill the tables of the results page and of the README from the lines of the studies.
 
-    python examples/report.py                       # from docs/results/*.jsonl
-    python examples/report.py --figures             # the page's figures too
-    python examples/report.py --lines my.jsonl      # print the tables of other lines; with
-                                                    # --figures, figures beside them
+    python -m examples.benchmark.report                     # from docs/results/*.jsonl
+    python -m examples.benchmark.report --figures           # draw the page's figures too
+    python -m examples.benchmark.report --tables DIR        # write all tables, a page for each file
+    python -m examples.benchmark.report --lines my.jsonl    # print all tables of your own lines, or
+                                                            # write them (--tables), and draw them
 
-The blocks of a page, between `<!-- NAME -->` and `<!-- end -->`, are replaced; its text is not.
+The last two leave the pages as they are. Of a page, only the blocks between `<!-- NAME -->` and
+`<!-- end -->` are replaced.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from examples.benchmark import (
-    BASELINES,
-    DENSE,
-    PROBLEMS,
-    TEACHERS,
-    Row,
-    allocation_figure,
+from examples.benchmark.figures import allocation_figure, tradeoff_figure
+from examples.benchmark.lines import provenance, read
+from examples.benchmark.methods import BASELINES, DENSE, METHODS, OURS, PUBLISHED
+from examples.benchmark.page import fill
+from examples.benchmark.problems import PROBLEMS
+from examples.benchmark.studies import ROOT
+from examples.benchmark.summary import Row, summarize
+from examples.benchmark.synthetic import TEACHERS
+from examples.benchmark.tables import (
+    better_table,
     delta_table,
-    fill,
+    difference_table,
     margin_table,
     metric_tables,
     order_table,
     overview_table,
     paper_table,
-    provenance,
-    read,
-    summarize,
-    tradeoff_figure,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "results"
 PAGES = (FOLDER.with_suffix(".md"), ROOT / "README.md")
-# How far AdapMTL should be ahead of the best baseline, in points, by sparsity.
+# How far the default method should be ahead of the best baseline, in points, by sparsity; set
+# before the first run.
 AIMS = {0.8: 0.0, 0.9: 2.0, 0.95: 0.0, 0.97: 5.0}
+# What the figures show.
 DRAWN = (
-    *("AdapMTL", "Taylor", "IMP", "SNIP", "global magnitude"),
-    *("DiSparse dynamic", "uniform magnitude"),
+    *(OURS, PUBLISHED, "Taylor", "global magnitude", "SNIP", "DiSparse dynamic"),
+    *("IMP", "uniform magnitude"),
 )
+ALLOCATED = DRAWN[:6]
+# The ablation: on all problems of the comparison, and settings that were varied on two of them.
+ABLATION = (
+    PUBLISHED,
+    "adaptive, common threshold",
+    "adaptive, by sensitivity",
+    "adaptive, by gradient",
+    "adaptive, equal weights",
+    "adaptive, code's weighting",
+    "adaptive, common threshold, equal weights",
+    "adaptive, fixed at 70 %",
+)
+VARIED = ("fixed at 50 %", "mask gradient", "reach inf", "by component")
+
+Lines = Sequence[Mapping[str, Any]]
 
 
-def in_order(lines: Sequence[dict[str, Any]]) -> list[Row]:
-    """What the lines say, by problem: lines are in the order in which runs happened to end."""
+def ordered_rows(lines: Lines) -> list[Row]:
+    """Summarize lines, in the order of `PROBLEMS`; runs end in no particular order."""
     order = list(PROBLEMS)
     return sorted(
         summarize(lines),
@@ -55,45 +72,25 @@ def in_order(lines: Sequence[dict[str, Any]]) -> list[Row]:
     )
 
 
-def problems(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(row.problem for row in rows))
+def blocks(lines: Mapping[str, Lines]) -> dict[str, Callable[[], str]]:
+    """What makes each block of the pages, from lines by the name of their file."""
+    rows = {name: ordered_rows(lines[name]) for name in lines}
+    comparison, eight = rows["comparison"], [*rows["comparison"], *rows["others"]]
+    methods = (*BASELINES, OURS, PUBLISHED)
+    return {
+        "runs": lambda: _overall(lines),
+        "comparison: margin": lambda: margin_table(comparison, AIMS),
+        "at 90 %": lambda: overview_table([row for row in eight if row.method in methods], 0.9),
+        "comparison: ablation": lambda: difference_table(comparison, ABLATION, (0.9, 0.97)),
+        "settings: ablation": lambda: difference_table(rows["settings"], VARIED, (0.95,)),
+        "better": lambda: better_table([*eight, *rows["sensitivities"]], (0.9, 0.97)),
+    }
 
 
-def sections(rows: Sequence[Row], table: Callable[[str], str], level: str = "###") -> str:
-    """One table for each problem, under its name."""
-    return "\n\n".join(f"{level} {name}\n\n{table(name)}" for name in problems(rows))
-
-
-def paper_form(rows: Sequence[Row], problem: str, sparsity: float) -> str:
-    return paper_table(rows, problem, sparsity) + "\n\n" + metric_tables(rows, problem, sparsity)
-
-
-def details(rows: Sequence[Row], sparsity: float) -> str:
-    """Every problem's tables of the paper's form at one sparsity, folded."""
-    parts = []
-    for name in problems(rows):
-        if all(row.sparsity != sparsity for row in rows if row.problem == name):
-            continue
-        tables = paper_form(rows, name, sparsity).split("\n")
-        indented = "\n".join(f"    {line}".rstrip() for line in tables)
-        parts.append(f'??? note "{name}, {100 * sparsity:g} %"\n\n{indented}')
-    return "\n\n".join(parts)
-
-
-def blocks(lines: dict[str, list[dict[str, Any]]]) -> dict[str, Callable[[], str]]:
-    """What makes each block of the page; `lines` by the name of their file."""
-    rows = {name: in_order(own) for name, own in lines.items()}
-    made: dict[str, Callable[[], str]] = {}
-    for study, own in rows.items():
-        made[f"{study}: runs"] = lambda study=study: provenance(lines[study])
-        made[f"{study}: delta"] = lambda own=own: sections(own, lambda name: delta_table(own, name))
-        made[f"{study}: margin"] = lambda own=own: margin_table(own, AIMS)
-        made[f"{study}: order"] = lambda own=own: order_table(own, list(TEACHERS))
-        for sparsity in sorted({row.sparsity for row in own if row.method != DENSE}):
-            at = f"at {100 * sparsity:g} %"
-            made[f"{study}: details {at}"] = lambda own=own, s=sparsity: details(own, s)
-            made[f"{study}: {at}"] = lambda own=own, s=sparsity: overview_table(own, s)
-    return made
+def _overall(lines: Mapping[str, Lines]) -> str:
+    """What all studies of the page took together."""
+    pages = ("comparison", "others", "sensitivities", "settings")
+    return provenance([run for name in pages for run in lines[name]])
 
 
 def committed() -> dict[str, list[dict[str, Any]]]:
@@ -101,62 +98,97 @@ def committed() -> dict[str, list[dict[str, Any]]]:
     return {path.stem: read(path) for path in sorted(FOLDER.glob("*.jsonl"))}
 
 
+def all_tables(name: str, lines: Lines) -> str:
+    """All tables of a file of lines, as a page in Markdown."""
+    rows = ordered_rows(lines)
+    pruned = [row for row in rows if row.delta is not None]
+    problems = list(dict.fromkeys(row.problem for row in pruned))
+    sparsities = sorted({row.sparsity for row in pruned})
+    parts = [f"# {name}", provenance(lines)]
+    if any(row.method == OURS for row in pruned) and any(r.method in BASELINES for r in pruned):
+        parts.append(margin_table(rows, {s: AIMS.get(s) for s in sparsities}))
+    for sparsity in sparsities:
+        parts += [f"## At {100 * sparsity:g} %", overview_table(rows, sparsity)]
+        if any((row.method, row.sparsity) == (OURS, sparsity) for row in pruned):
+            others = [method for method in METHODS if method not in (DENSE, OURS)]
+            parts.append(difference_table(rows, others, (sparsity,)))
+    for problem in problems:
+        parts += [f"## {problem}", delta_table(rows, problem)]
+        here = [row for row in pruned if row.problem == problem]
+        if set(TEACHERS) <= {name for row in here for name in row.components}:
+            parts.append(order_table(here, list(TEACHERS)))
+        for sparsity in sorted({row.sparsity for row in here}):
+            parts += [
+                f"### {problem}, {100 * sparsity:g} %",
+                paper_table(rows, problem, sparsity),
+                metric_tables(rows, problem, sparsity),
+            ]
+    return "\n\n".join(parts) + "\n"
+
+
 def draw(
-    rows: Sequence[Row], methods: Sequence[str], sparsities: Sequence[float], folder: Path
+    rows: Sequence[Row],
+    curves: Sequence[str],
+    bars: Sequence[str],
+    sparsities: Sequence[float],
+    folder: Path,
 ) -> None:
     """Write trade-off curves, and the allocations at some sparsities."""
-    figures = {"tradeoff.png": tradeoff_figure(rows, methods)}
+    figures = {"tradeoff.png": tradeoff_figure(rows, curves)}
     for sparsity in sparsities:
-        own = [row for row in rows if row.method in methods]
-        figures[f"allocation{100 * sparsity:g}.png"] = allocation_figure(own, sparsity, methods)
+        figures[f"allocation{100 * sparsity:g}.png"] = allocation_figure(rows, sparsity, bars)
     for name, figure in figures.items():
         figure.savefig(folder / name, dpi=120)
 
 
-def show(rows: Sequence[Row]) -> str:
-    """All tables of a file of lines."""
-    sparse = [row for row in rows if row.delta is not None]
-    parts = [sections(sparse, lambda name: delta_table(rows, name), level="##")]
-    if any(row.method in BASELINES for row in sparse):
-        parts.append(margin_table(rows, AIMS))
-    for sparsity in sorted({row.sparsity for row in sparse}):
-        for name in problems([row for row in sparse if row.sparsity == sparsity]):
-            parts.append(f"## {name}, {100 * sparsity:g} %\n\n{paper_form(rows, name, sparsity)}")
-    return "\n\n".join(parts)
-
-
-def main() -> None:
-    """Fill the pages, or print the tables of a file."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--lines", type=Path, help="print the tables of this file instead")
-    parser.add_argument("--figures", action="store_true", help="draw the page's figures too")
-    parser.add_argument("--quick", action="store_true", help="print tables of few committed lines")
-    args = parser.parse_args()
-    if args.quick:
-        args.lines = FOLDER / "sensitivities.jsonl"
-    if args.lines:
-        if not args.lines.is_file():
-            parser.error(f"--lines {args.lines}: there is no such file")
-        rows = in_order(read(args.lines))
-        methods = list(dict.fromkeys(row.method for row in rows if row.method != DENSE))
-        if not methods:
-            parser.error(
-                f"--lines {args.lines}: no runs there that can be compared with dense ones"
-            )
-        print(show(rows))
-        if args.figures:
-            found = sorted({row.sparsity for row in rows if row.method != DENSE})
-            draw(rows, methods, found, args.lines.parent)
-        return
-    lines = committed()
+def fill_pages(lines: Mapping[str, Lines]) -> None:
+    """Fill the results page and the README."""
     made = blocks(lines)
     for page in PAGES:
         page.write_text(fill(page.read_text(encoding="utf-8"), made), encoding="utf-8")
-    if args.figures:
-        draw(in_order(lines["comparison"]), DRAWN, (0.9, 0.97), FOLDER)
-    print(f"{sum(map(len, lines.values()))} runs")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Fill the pages, or make all tables."""
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.benchmark.report",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument(
+        "--lines", type=Path, metavar="FILE", help="lines of runs; default: the committed ones"
+    )
+    parser.add_argument("--tables", type=Path, metavar="DIR", help="write all tables there")
+    parser.add_argument(
+        "--figures", action="store_true", help="draw figures, in DIR or beside the lines"
+    )
+    args = parser.parse_args(argv)
+    if args.lines and not args.lines.is_file():
+        parser.error(f"--lines {args.lines}: there is no such file")
+    lines = {args.lines.stem: read(args.lines)} if args.lines else committed()
+    rows = ordered_rows(lines[args.lines.stem if args.lines else "comparison"])
+    methods = list(dict.fromkeys(row.method for row in rows if row.delta is not None))
+    if not methods:
+        parser.error(
+            f"--lines {args.lines}: no run there can be compared with a dense run of its seed"
+        )
+
+    if args.tables:
+        args.tables.mkdir(parents=True, exist_ok=True)
+        for name in lines:
+            page = all_tables(name, lines[name])
+            (args.tables / f"{name}.md").write_text(page, encoding="utf-8")
+    elif args.lines:
+        print(all_tables(args.lines.stem, lines[args.lines.stem]))
+    else:
+        fill_pages(lines)
+        print(f"{sum(map(len, lines.values()))} runs")
+
+    if args.figures and args.lines:
+        sparsities = sorted({row.sparsity for row in rows if row.delta is not None})
+        draw(rows, methods, methods, sparsities, args.tables or args.lines.parent)
+    elif args.figures:
+        draw(rows, DRAWN, ALLOCATED, (0.9,), args.tables or FOLDER)
 
 
 if __name__ == "__main__":

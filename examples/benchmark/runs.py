@@ -120,7 +120,7 @@ def run(
         >>> from dataclasses import replace
         >>> from examples.benchmark import find_problem, run
         >>> short = replace(find_problem("teachers"), steps=10)
-        >>> line = run(short, "AdapMTL", sparsity=0.9, seed=0)
+        >>> line = run(short, "adaptive (ours)", sparsity=0.9, seed=0)
         >>> line["zeros"], line["weights"], list(line["metrics"])
         (12154, 13504, ['narrow', 'middle', 'wide'])
     """

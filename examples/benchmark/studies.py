@@ -1,4 +1,4 @@
-"""Many runs, each a line of JSON: what is there already is not run again."""
+"""Studies: many runs, each a line of JSON; a run that is in the file is not repeated."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from examples.benchmark.lines import append, mend, read
 from examples.benchmark.methods import (
     BASELINES,
     DENSE,
     EARLIER,
     METHODS,
     OURS,
+    PUBLISHED,
     REGROW,
     SETTINGS,
     UNAIMED,
@@ -32,27 +34,32 @@ from examples.benchmark.problem import Problem
 from examples.benchmark.problems import COMPARISON, OTHERS, PROBLEMS, find_problem
 from examples.benchmark.runs import machine, run, settings
 
-__all__ = ["STUDIES", "read", "study"]
+__all__ = ["ROOT", "STUDIES", "study"]
 
+#: The repository's root.
+ROOT = Path(__file__).resolve().parents[2]
+
+# A problem, a method, a sparsity and a seed; and the same with steps, device and bf16.
 Key = tuple[str, str, float, int]
-
 Call = tuple[str, str, float, int, int | None, str, bool]
 
+# The fields of a line that identify a run.
 _SETTINGS = (
     *("problem", "method", "sparsity", "seed", "config", "steps", "batch", "lr"),
     *("weight_decay", "threshold_lr", "device", "bf16"),
 )
 
-_SPARSITIES = (0.9, 0.97, 0.8, 0.95)  # those that matter most first
+_SPARSITIES = (0.9, 0.97, 0.8, 0.95)  # the most important first
 _PAIRS = tuple(name for name in PROBLEMS if name.startswith("rooms: "))
 _PARTS = (
     OURS,
-    "AdapMTL, common threshold",
-    "AdapMTL, equal weights",
-    "AdapMTL, common threshold, equal weights",
+    "adaptive, common threshold",
+    "adaptive, equal weights",
+    "adaptive, common threshold, equal weights",
 )
 
-#: The studies of the results page: problems, methods and sparsities, and the file of lines.
+#: The studies of the results page: problems, methods, sparsities, and the file of lines, whose path
+#: is relative to `ROOT`.
 STUDIES: Mapping[str, Mapping[str, Any]] = {
     "comparison": {
         "problems": COMPARISON,
@@ -63,7 +70,7 @@ STUDIES: Mapping[str, Mapping[str, Any]] = {
     "others": {
         "problems": OTHERS,
         "methods": (
-            *(DENSE, "global magnitude", "IMP", "Taylor", OURS, EARLIER, "AdapMTL, equal weights"),
+            *(DENSE, "global magnitude", "IMP", "Taylor", OURS, EARLIER, "adaptive, equal weights"),
         ),
         "sparsities": (0.9, 0.97),
         "out": "docs/results/others.jsonl",
@@ -94,40 +101,17 @@ STUDIES: Mapping[str, Mapping[str, Any]] = {
     },
     "paper": {
         "problems": [f"paper/{encoder}/rooms" for encoder in ENCODERS],
-        "methods": (DENSE, "global magnitude", "DiSparse", "AdapMTL, paper mode", "AdapMTL"),
+        "methods": (
+            DENSE,
+            "global magnitude",
+            "DiSparse",
+            PUBLISHED,
+            OURS,
+        ),
         "sparsities": (0.9,),
         "out": "docs/results/paper.jsonl",
     },
 }
-
-
-def read(path: str | Path) -> list[dict[str, Any]]:
-    """The runs in a file of JSON lines; none if there is no such file.
-
-    A last line that a killed process left unfinished is not among them.
-
-    Args:
-        path: The file.
-
-    Raises:
-        ValueError: If a line, other than an unfinished last one, is not JSON.
-
-    Example:
-        >>> read("no such file")
-        []
-    """
-    file = Path(path)
-    found = []
-    lines = file.read_text().split("\n") if file.exists() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(
-                    f"{path}, line {number} is not the JSON of a run: {error}; take it out"
-                ) from error
-    return found
 
 
 def study(
@@ -144,26 +128,26 @@ def study(
 ) -> None:
     """Run every method at every sparsity and seed on every problem, and add a line for each run.
 
-    A run that fails has a line that says so, keeps no other run from being made, and is made anew
-    the next time. A bar on standard error counts the steps.
+    A run that fails adds a line with its error; the others go on, and it is tried again the next
+    time. A bar on standard error counts the steps.
 
     Args:
         problems: Names from `PROBLEMS`, or `paper/ENCODER/DATA`.
-        methods: Names from `METHODS`; those that no target steers (the dense model, the paper's
-            mode) are run at the first sparsity only.
+        methods: Names from `METHODS`; those without a target (the dense model, the published
+            algorithm) are run at the first sparsity only.
         sparsities: Zeros among the prunable weights, as fractions.
-        seeds: Seeds.
-        out: The file of lines; runs that are in it with the same settings are left out. The dense
-            run of a seed is made again on a machine that others of the seed are missing on.
-        steps: Optimiser steps, in place of the problem's own.
+        seeds: Seeds of the initial weights and of the order of batches.
+        out: The file of lines; a run that is in it with the same settings is not repeated. If this
+            machine adds runs of a seed, it also makes its own dense run of that seed.
+        steps: Optimiser steps; None for the problem's.
         jobs: How many runs at a time, each with one thread.
         device: Where to train.
         bf16: Whether the forward pass runs under autocast to bfloat16.
 
     Raises:
-        ValueError: If a problem, a method, a sparsity or the number of jobs or steps is none, or a
-            line of the file is damaged; before the first run.
-        RuntimeError: If a process of several is killed, as for want of memory.
+        ValueError: Before the first run, if a problem, method, sparsity or the number of jobs or
+            steps is not valid, or a line of the file is damaged.
+        RuntimeError: If one of several processes is killed, for example for lack of memory.
 
     Example:
         >>> from examples.benchmark import study
@@ -183,13 +167,13 @@ def study(
             raise ValueError(f"{name} must be at least 1, got {count!r}")
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    end_line(path)
+    mend(path)
     missing = _missing(read(path), list(chosen.values()), methods, sparsities, seeds, device, bf16)
     calls = [(*key, steps, device, bf16) for key in missing]
     lengths = [chosen[name].steps for name, *_ in calls]
     with tqdm(total=sum(lengths), unit="step", smoothing=0.1) as bar:
         for done, line in enumerate(_lines(calls, jobs, bar.update), 1):
-            _write(path, line)
+            append(path, line)
             bar.set_postfix_str(f"{done} of {len(calls)} runs")
 
 
@@ -202,9 +186,10 @@ def _missing(
     device: str,
     bf16: bool,
 ) -> Iterable[Key]:
-    """The runs that are not done yet, or failed; all methods of one seed before the next seed.
+    """The runs that are not in the file or failed, seed by seed.
 
-    Where runs of a seed are missing whose dense run is another machine's, so is that of this one.
+    If runs of a seed are missing and its dense run was made on another machine, the dense run of
+    this machine is missing, too.
     """
     here = machine(device)
     known = {_identity(line) for line in done if "failed" not in line}
@@ -232,7 +217,7 @@ def _missing(
 
 
 def _identity(line: dict[str, Any]) -> str:
-    """What makes two runs the same: all that `settings` names."""
+    """A key that is equal for runs of equal settings."""
     return json.dumps([line[name] for name in _SETTINGS], sort_keys=True)
 
 
@@ -241,7 +226,7 @@ def _shortened(problem: Problem, steps: int | None) -> Problem:
 
 
 def _one(call: Call, advance: Callable[[int], object] = lambda steps: None) -> str:
-    """Run a call, and say in its line if it fails: the others are not to wait for it."""
+    """Make a run; if it fails, its line has the error, so that the other runs go on."""
     name, method, sparsity, seed, steps, device, bf16 = call
     problem = _shortened(find_problem(name), steps)
     known = settings(problem, method, sparsity, seed, device=device, bf16=bf16)
@@ -260,17 +245,17 @@ def _one(call: Call, advance: Callable[[int], object] = lambda steps: None) -> s
         line = {**known, "failed": f"{type(error).__name__}: {error}"}
     finally:
         torch.set_num_threads(threads)
-    progress(problem.steps)  # those that a failed run has not taken
+    progress(problem.steps)  # count the steps that a failed run did not take
     return json.dumps(line)
 
 
 def _lines(calls: Sequence[Call], jobs: int, advance: Callable[[int], object]) -> Iterator[str]:
-    """The lines of the calls, as they come; `advance` is told of the steps that were taken."""
+    """The lines of the runs, in the order in which they end; calls `advance` with steps taken."""
     if jobs == 1:
         for call in calls:
             yield _one(call, advance)
         return
-    # Not a Pool: its processes may have none of their own, which read data.
+    # Not a Pool: its processes are daemons, which cannot start processes that read data.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, initializer=_end_with_parent) as pool:
         try:
@@ -280,15 +265,15 @@ def _lines(calls: Sequence[Call], jobs: int, advance: Callable[[int], object]) -
                 yield line
         except BrokenProcessPool as error:
             raise RuntimeError(
-                f"one of the {jobs} processes was killed, perhaps for want of memory; the runs "
-                "that ended are in the file: go on with fewer jobs"
+                f"one of the {jobs} processes was killed, perhaps for lack of memory; finished "
+                "runs are in the file: go on with fewer jobs"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 def _end_with_parent() -> None:
-    """Have this process end if its parent is killed, rather than train on for nobody."""
+    """End this process when its parent is killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -297,26 +282,3 @@ def _end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _write(path: Path, line: str) -> None:
-    with open(path, "a") as file:
-        file.write(line + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def end_line(path: Path) -> None:
-    """End a file that is to be added to with a whole line.
-
-    What a killed process left of a line is taken off; a whole one that lost its newline gets it.
-    """
-    whole, newline, last = path.read_bytes().rpartition(b"\n") if path.exists() else (b"",) * 3
-    if not last:
-        return
-    try:
-        json.loads(last)
-    except ValueError:
-        path.write_bytes(whole + newline)
-    else:
-        path.write_bytes(whole + newline + last + b"\n")

@@ -1,4 +1,4 @@
-"""What the runs of a study say: means over seeds, with their standard errors."""
+"""Summaries of a study's runs: means over seeds, with their standard errors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from examples.benchmark.methods import DENSE
 from torch_adapmtl import RelativePerformance, relative_performance
 
-__all__ = ["Estimate", "Margin", "Row", "margin", "summarize"]
+__all__ = ["Estimate", "Margin", "Row", "differences", "margin", "summarize"]
 
 Run = Mapping[str, Any]
 
@@ -62,12 +62,12 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Row:
-    """A method at a sparsity on a problem.
+    """The runs of a method at a sparsity on a problem.
 
     Attributes:
         problem: Name of the problem.
         method: Name of the method.
-        sparsity: What was asked for, as a fraction.
+        sparsity: The target, as a fraction.
         seeds: The seeds that have a dense run of the same machine to compare with, in order.
         delta: Delta_T against the dense model of the same seed, in percent; None for the dense
             model.
@@ -76,7 +76,7 @@ class Row:
         metrics: Each metric of each task.
         components: Sparsity of each component, as a fraction.
         components_by_seed: The same for each of `seeds`.
-        reached: Sparsity that the run ended at, as a fraction.
+        reached: Sparsity at the end of the run, as a fraction.
     """
 
     problem: str
@@ -93,16 +93,16 @@ class Row:
 
     @property
     def missed(self) -> bool:
-        """Whether the runs ended at another sparsity than was asked for, by half a percent."""
+        """Whether the runs ended more than half a percent of the weights away from the target."""
         return abs(self.reached.mean - self.sparsity) > 0.005
 
 
 def summarize(runs: Iterable[Run]) -> list[Row]:
     """Group the runs by problem, method and sparsity, in the order in which they first come.
 
-    Each is compared with the dense run of its seed on its machine: processors sum in orders of
-    their own, and a training run makes much of a last bit. Runs that failed, or whose dense run is
-    missing, are left out.
+    Each is compared with the dense run of its seed on its machine: processors sum in different
+    orders, and training amplifies rounding errors. Runs that failed, or whose dense run is missing,
+    are left out.
 
     Args:
         runs: Lines of a study, as `read` returns them.
@@ -147,9 +147,9 @@ def summarize(runs: Iterable[Run]) -> list[Row]:
     for (problem, method, sparsity), group in groups.items():
         seeds = tuple(sorted(seed for seed, run in group.items() if _place(run) in dense))
         if seeds:
-            own = [group[seed] for seed in seeds]
-            against = [dense[_place(run)] for run in own]
-            rows.append(_row(problem, method, sparsity, seeds, own, against))
+            chosen = [group[seed] for seed in seeds]
+            against = [dense[_place(run)] for run in chosen]
+            rows.append(_row(problem, method, sparsity, seeds, chosen, against))
     return rows
 
 
@@ -172,9 +172,12 @@ def _row(
         method,
         sparsity,
         seeds,
-        None if method == DENSE else Estimate.of([found.delta for found in compared]),
-        {seed: found.delta for seed, found in zip(seeds, compared, strict=True)},
-        {task: Estimate.of([found.tasks[task] for found in compared]) for task in first["metrics"]},
+        None if method == DENSE else Estimate.of([change.delta for change in compared]),
+        {seed: change.delta for seed, change in zip(seeds, compared, strict=True)},
+        {
+            task: Estimate.of([change.tasks[task] for change in compared])
+            for task in first["metrics"]
+        },
         {
             task: {
                 name: Estimate.of([run["metrics"][task][name] for run in runs]) for name in metrics
@@ -201,14 +204,20 @@ def _relative(run: Run, dense: Run) -> RelativePerformance:
         ) from error
 
 
+def differences(row: Row, reference: Row) -> list[float]:
+    """Delta_T of a row minus that of another, in points, for each seed that both have."""
+    shared = [seed for seed in reference.seeds if seed in row.by_seed]
+    return [row.by_seed[seed] - reference.by_seed[seed] for seed in shared]
+
+
 @dataclass(frozen=True)
 class Margin:
     """How far a method is above the best of others, on a problem at a sparsity.
 
     Attributes:
         rival: The best of the others, by its mean over the same seeds.
-        ahead: The difference of the two Delta_T seed by seed, in points; negative if behind.
-        left_out: Those of the others that lack a run of one of the method's seeds.
+        ahead: The difference of the two Delta_T, seed by seed, in points; negative if behind.
+        left_out: Those of the others without a run for each of the method's seeds.
     """
 
     rival: str
@@ -233,17 +242,14 @@ def margin(
     """
     others = tuple(others)
     here = {row.method: row for row in rows if row.problem == problem and row.sparsity == sparsity}
-    own = here.get(method)
+    row = here.get(method)
     rivals = [
         here[name]
         for name in others
-        if name in here and own is not None and set(own.seeds) <= set(here[name].seeds)
+        if name in here and row is not None and set(row.seeds) <= set(here[name].seeds)
     ]
-    if own is None or not rivals:
+    if row is None or not rivals:
         return None
-    ahead = {
-        rival.method: Estimate.of([own.by_seed[s] - rival.by_seed[s] for s in own.seeds])
-        for rival in rivals
-    }
+    ahead = {rival.method: Estimate.of(differences(row, rival)) for rival in rivals}
     best = min(ahead, key=lambda name: ahead[name].mean)
     return Margin(best, ahead[best], tuple(name for name in others if name not in ahead))

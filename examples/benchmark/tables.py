@@ -1,39 +1,38 @@
-"""Tables of a study in Markdown, and the page that they are filled into."""
+"""Tables of a study in Markdown."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from examples.benchmark.methods import BASELINES, DENSE, METHODS, OURS
-from examples.benchmark.summary import Estimate, Row, margin
+from examples.benchmark.methods import BASELINES, DENSE, METHODS, OURS, PUBLISHED
+from examples.benchmark.summary import Estimate, Row, differences, margin
 
 __all__ = [
+    "better_table",
     "delta_table",
-    "fill",
+    "difference_table",
     "margin_table",
     "metric_tables",
     "order_table",
     "overview_table",
     "paper_table",
-    "provenance",
 ]
 
 Column: TypeAlias = str | float
 
 
 def delta_table(rows: Iterable[Row], problem: str) -> str:
-    """Delta_T of every method at every sparsity; the best of each column in bold."""
+    """Delta_T of every method at every sparsity on one problem; the best of a column in bold."""
     rows = [row for row in rows if row.problem == problem and row.delta is not None]
     cells = {(row.method, row.sparsity): row for row in rows}
     return _deltas("Delta_T, %", cells, sorted({row.sparsity for row in rows}), _percent)
 
 
 def overview_table(rows: Iterable[Row], sparsity: float) -> str:
-    """Delta_T of every method on every problem, at one sparsity; the best of each in bold."""
+    """Delta_T of every method on every problem at one sparsity; the best of a column in bold."""
     rows = [row for row in rows if row.delta is not None and row.sparsity == sparsity]
     cells = {(row.method, row.problem): row for row in rows}
     problems = list(dict.fromkeys(row.problem for row in rows))
@@ -46,7 +45,7 @@ def _deltas(
     columns: Sequence[Column],
     label: Callable[[Any], str],
 ) -> str:
-    """Methods down, `columns` across; what missed its sparsity says so and cannot be the best."""
+    """Methods down, `columns` across; a run that missed its sparsity is never the best."""
     most = max((len(row.seeds) for row in cells.values()), default=0)
     best = {
         column: max(
@@ -60,46 +59,118 @@ def _deltas(
         row = cells.get((method, column))
         if row is None:
             return ""
-        found = _delta(row, bold=not row.missed and _mean(row) == best[column])
-        return f"{found} (n = {len(row.seeds)})" if len(row.seeds) < most else found
+        delta = _delta(row, bold=not row.missed and _mean(row) == best[column])
+        return f"{delta} (n = {len(row.seeds)})" if len(row.seeds) < most else delta
 
     methods = _methods(cells.values())
     body = [[method, *(text(method, column) for column in columns)] for method in methods]
     return _table([corner, *map(label, columns)], body)
 
 
-def margin_table(rows: Sequence[Row], aims: Mapping[float, float], method: str = OURS) -> str:
-    """How far a method is above the best baseline (named), by problem and sparsity.
+def margin_table(
+    rows: Sequence[Row], aims: Mapping[float, float | None], method: str = OURS
+) -> str:
+    """How far a method is ahead of the best baseline (named), by problem and sparsity.
+
+    The last column has how far it is ahead of the published algorithm; in brackets, the sparsity at
+    which that one ended.
 
     Args:
         rows: What `summarize` returned.
-        aims: By sparsity the points to be ahead by; a margin that is at least that is in bold.
+        aims: By sparsity the points to be ahead by, or None; a margin of at least that is in bold.
         method: The method.
     """
-    body, without = [], set()
+    rivals = [name for name in BASELINES if any(row.method == name for row in rows)]
+    published = next((row.sparsity for row in rows if row.method == PUBLISHED), None)
+    body, incomplete = [], set()
     for problem in dict.fromkeys(row.problem for row in rows):
         cells = [problem]
-        for s, aim in aims.items():
-            found = margin(rows, method, BASELINES, problem=problem, sparsity=s)
-            if found is None:
+        for sparsity, aim in aims.items():
+            ahead = margin(rows, method, rivals, problem=problem, sparsity=sparsity)
+            if ahead is None:
                 cells.append("")
                 continue
-            without |= {(name, s) for name in found.left_out}
-            text = found.ahead.format("+.2f")
-            cells.append(f"{f'**{text}**' if found.ahead.mean >= aim else text} ({found.rival})")
+            incomplete |= {(name, sparsity) for name in ahead.left_out}
+            text = ahead.ahead.format("+.2f")
+            reached = aim is not None and ahead.ahead.mean >= aim
+            cells.append(f"{f'**{text}**' if reached else text} ({ahead.rival})")
+        if published is not None:
+            row = _row(rows, PUBLISHED, problem, published)
+            ahead = margin(rows, method, [PUBLISHED], problem=problem, sparsity=published)
+            cells.append(ahead.ahead.format("+.2f") + _reached(row) if ahead and row else "")
         body.append(cells)
-    table = _table(
-        [f"{method} - best baseline", *(f"{_percent(s)} (aim: {aims[s]:g})" for s in aims)], body
-    )
-    left_out = {name: sorted(s for other, s in without if other == name) for name, _ in without}
-    if not left_out:
-        return table
-    notes = [
-        f"{name} at {', '.join(map(_percent, left_out[name]))}"
-        for name in BASELINES
-        if name in left_out
+    header = [f"{method} minus the best baseline"]
+    header += [
+        _percent(sparsity) + ("" if aim is None else f" (aim: {aim:g})")
+        for sparsity, aim in aims.items()
     ]
-    return f"{table}\n\nNot all seeds or problems have been run yet of: {'; '.join(notes)}."
+    if published is not None:
+        header.append(f"{_percent(published)}, minus {PUBLISHED}")
+    table = _table(header, body)
+    missing = [
+        f"{name} at {', '.join(_percent(s) for other, s in sorted(incomplete) if other == name)}"
+        for name in rivals
+        if any(other == name for other, _ in incomplete)
+    ]
+    if not missing:
+        return table
+    return f"{table}\n\nNot all seeds or problems have been run yet of: {'; '.join(missing)}."
+
+
+def difference_table(
+    rows: Sequence[Row], methods: Sequence[str], sparsities: Sequence[float], reference: str = OURS
+) -> str:
+    """Delta_T of methods minus that of a reference, seed by seed, on every problem.
+
+    A cell has a value for each sparsity, in bold where the sign is the same in every seed. Methods
+    without a run are left out.
+    """
+    problems = list(dict.fromkeys(row.problem for row in rows if row.method == reference))
+    body = []
+    for method in methods:
+        cells = []
+        for problem in problems:
+            values = [_difference(rows, method, reference, problem, s) for s in sparsities]
+            cells.append(" / ".join(value or "none" for value in values) if any(values) else "")
+        if any(cells):
+            body.append([method, *cells])
+    zeros = " / ".join(f"{100 * sparsity:g}" for sparsity in sparsities)
+    return _table([f"minus {reference}, at {zeros} %", *problems], body)
+
+
+def _difference(
+    rows: Iterable[Row], method: str, reference: str, problem: str, sparsity: float
+) -> str:
+    row, base = (_row(rows, name, problem, sparsity) for name in (method, reference))
+    points = differences(row, base) if row and base else []
+    if not row or not points:
+        return ""
+    text = Estimate.of(points).format("+.1f")
+    alike = min(points) > 0 or max(points) < 0
+    return (f"**{text}**" if alike else text) + _reached(row)
+
+
+def better_table(rows: Sequence[Row], sparsities: Sequence[float], method: str = OURS) -> str:
+    """Which methods are better than one in every seed, by problem and sparsity."""
+    body = []
+    for problem in dict.fromkeys(row.problem for row in rows):
+        cells = [_better(rows, method, problem, sparsity) for sparsity in sparsities]
+        if any(cells):
+            body.append([problem, *cells])
+    header = ["problem", *(f"better in every seed at {_percent(s)}" for s in sparsities)]
+    return _table(header, body, sides="l" * len(header))
+
+
+def _better(rows: Sequence[Row], method: str, problem: str, sparsity: float) -> str:
+    base = _row(rows, method, problem, sparsity)
+    better = []
+    for row in rows:
+        alike = (row.problem, row.sparsity) == (problem, sparsity)
+        points = differences(row, base) if base and alike and row.method != method else []
+        if points and min(points) > 0 and not row.missed:
+            better.append((row.method, Estimate.of(points)))
+    better.sort(key=lambda pair: -pair[1].mean)
+    return "; ".join(f"{name} ({points.format('+.1f')})" for name, points in better)
 
 
 def paper_table(rows: Iterable[Row], problem: str, sparsity: float) -> str:
@@ -132,15 +203,15 @@ def metric_tables(rows: Iterable[Row], problem: str, sparsity: float) -> str:
 
 
 def order_table(rows: Iterable[Row], components: Sequence[str]) -> str:
-    """How dense each component is left, and whether they come in this order, least dense first."""
+    """The density of each component, and in how many seeds they rise in the order given."""
     body = []
     rows = [row for row in rows if row.delta is not None]
     methods = _methods(rows)
     for row in sorted(rows, key=lambda row: (row.sparsity, methods.index(row.method))):
         kept = [100 * (1 - row.components[name].mean) for name in components]
         ordered = sum(
-            all(own[a] > own[b] for a, b in itertools.pairwise(components))
-            for own in row.components_by_seed.values()
+            all(zeros[a] > zeros[b] for a, b in itertools.pairwise(components))
+            for zeros in row.components_by_seed.values()
         )
         body.append(
             [
@@ -151,71 +222,30 @@ def order_table(rows: Iterable[Row], components: Sequence[str]) -> str:
                 _delta(row),
             ]
         )
-    header = ["", "zeros", *(f"{name}, % kept" for name in components)]
+    header = ["", "zeros", *(f"{name}, % nonzero" for name in components)]
     return _table([*header, "seeds in order", "Delta_T, %"], body)
 
 
-def provenance(runs: Sequence[Mapping[str, Any]]) -> str:
-    """How many runs there are, how long they took, and where and with what they were made."""
-    hours = sum(run.get("seconds", 0.0) for run in runs) / 3600
-    seeds = sorted({run["seed"] for run in runs})
-    parts = [f"{len(runs)} runs, {hours:.1f} hours of training in all; seeds {seeds}"]
-    if failed := [run for run in runs if "failed" in run]:
-        parts[0] += f", {len(failed)} of which failed"
-    for key in ("machine", "threads"):
-        parts.append(f"{key}: {', '.join(sorted({str(r[key]) for r in runs if key in r}))}")
-    versions = [run.get("versions", {}) for run in runs if "failed" not in run]
-    for name in dict.fromkeys(name for found in versions for name in found):
-        known = [found[name] for found in versions if name in found]
-        said = "" if len(known) == len(versions) else f" (as {len(known)} of the lines say)"
-        parts.append(f"{name} {', '.join(sorted(set(known)))}{said}")
-    return "; ".join(parts) + "."
-
-
-def fill(page: str, blocks: Mapping[str, Callable[[], str]]) -> str:
-    r"""Replace what stands between the markers of a page.
-
-    A block is between `<!-- NAME -->` and `<!-- end -->`, each on a line of its own.
-
-    Args:
-        page: The text of the page.
-        blocks: For each name what makes its text.
-
-    Raises:
-        KeyError: If the page has a block that is not in `blocks`.
-
-    Example:
-        >>> print(fill("<!-- a -->\nold\n<!-- end -->", {"a": lambda: "new"}))
-        <!-- a -->
-        <BLANKLINE>
-        new
-        <BLANKLINE>
-        <!-- end -->
-    """
-
-    def replace(found: re.Match[str]) -> str:
-        if found[2] not in blocks:
-            raise KeyError(
-                f"the page has a block {found[2]!r}, which nothing makes: is there a file of lines "
-                f"for it? There are {list(blocks)}"
-            )
-        return f"{found[1]}\n\n{blocks[found[2]]()}\n\n<!-- end -->"
-
-    return re.sub(r"(?ms)^(<!-- ([^\n]+) -->)$.*?^<!-- end -->$", replace, page)
+def _row(rows: Iterable[Row], method: str, problem: str, sparsity: float) -> Row | None:
+    wanted = method, problem, sparsity
+    return next((r for r in rows if (r.method, r.problem, r.sparsity) == wanted), None)
 
 
 def _at(rows: Iterable[Row], problem: str, sparsity: float) -> list[Row]:
-    own = [row for row in rows if row.problem == problem]
-    own = [row for row in own if row.method == DENSE or row.sparsity == sparsity]
-    order = _methods(own)
-    return sorted(own, key=lambda row: order.index(row.method))
+    chosen = [
+        row
+        for row in rows
+        if row.problem == problem and (row.method == DENSE or row.sparsity == sparsity)
+    ]
+    order = _methods(chosen)
+    return sorted(chosen, key=lambda row: order.index(row.method))
 
 
 def _methods(rows: Iterable[Row]) -> list[str]:
     """The methods: dense, the baselines, ours and its variants, as the harness lists them."""
-    found = dict.fromkeys(row.method for row in rows)
-    known = [method for method in METHODS if method in found]
-    return known + [method for method in found if method not in known]
+    names = dict.fromkeys(row.method for row in rows)
+    known = [method for method in METHODS if method in names]
+    return known + [method for method in names if method not in known]
 
 
 def _components(rows: Sequence[Row]) -> list[str]:
@@ -227,12 +257,16 @@ def _mean(row: Row) -> float:
     return row.delta.mean
 
 
-def _delta(row: Row | None, bold: bool = False) -> str:
-    if row is None or row.delta is None:
+def _delta(row: Row, bold: bool = False) -> str:
+    if row.delta is None:
         return ""
     text = row.delta.format("+.2f")
-    text = f"**{text}**" if bold else text
-    return f"{text} (at {100 * row.reached.mean:.0f} %)" if row.missed else text
+    return (f"**{text}**" if bold else text) + _reached(row)
+
+
+def _reached(row: Row) -> str:
+    """The sparsity that the runs ended at, where it is not what was asked for."""
+    return f" (at {100 * row.reached.mean:.0f} %)" if row.missed else ""
 
 
 def _percent(fraction: float) -> str:
@@ -247,6 +281,8 @@ def _metric(estimate: Estimate) -> str:
     return estimate.format(".2f" if abs(estimate.mean) >= 1 else ".4f")
 
 
-def _table(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    rule = ["---", *("---:" for _ in header[1:])]
+def _table(header: Sequence[str], body: Iterable[Sequence[str]], sides: str = "") -> str:
+    """A Markdown table; `sides` has a letter, l or r, for each column (default: l, then r)."""
+    sides = sides or "l" + "r" * (len(header) - 1)
+    rule = [{"l": "---", "r": "---:"}[side] for side in sides]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *body])

