@@ -9,11 +9,11 @@ from your folders; they need Pillow and numpy.
 from __future__ import annotations
 
 from torch_adapmtl.datasets._scenes import RoomScenes
+from torch_adapmtl.datasets._transforms import IGNORE, KINDS, RandomFlip, RandomScaleCrop
 from torch_adapmtl.datasets.digits import MultiDigits
 from torch_adapmtl.datasets.nyuv2 import NYUv2
 from torch_adapmtl.datasets.rooms import Rooms
 from torch_adapmtl.datasets.taskonomy import TinyTaskonomy
-from torch_adapmtl.datasets.transforms import IGNORE, KINDS, RandomFlip, RandomScaleCrop
 from torch_adapmtl.datasets.words import Words
 
 __all__ = [

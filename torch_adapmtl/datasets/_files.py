@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_adapmtl.datasets.transforms import resize_nearest
+from torch_adapmtl.datasets._transforms import resize_nearest
 
 if TYPE_CHECKING:
     from PIL import Image

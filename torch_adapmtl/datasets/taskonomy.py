@@ -19,7 +19,7 @@ from torch_adapmtl.datasets._files import (
     read_numbers,
     resized,
 )
-from torch_adapmtl.datasets.transforms import RandomScaleCrop
+from torch_adapmtl.datasets._transforms import RandomScaleCrop
 
 __all__ = ["TinyTaskonomy"]
 

@@ -6,12 +6,12 @@ imported when they are called.
 
 from __future__ import annotations
 
-from torch_adapmtl.models.encoders import (
+from torch_adapmtl.models._encoders import (
     dilated_mobilenet_v2,
     dilated_resnet34,
     feature_channels,
 )
-from torch_adapmtl.models.heads import ASPPHead, ClassificationHead, DenseHead, RegressionHead
+from torch_adapmtl.models._heads import ASPPHead, ClassificationHead, DenseHead, RegressionHead
 from torch_adapmtl.models.multitask import MultiTaskModel
 
 __all__ = [
