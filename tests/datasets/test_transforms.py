@@ -91,11 +91,7 @@ def test_arguments_are_not_changed() -> None:
 
 
 def test_the_share_of_flips_follows_p() -> None:
-    for p, low, high, count in (
-        (0.0, 0.0, 0.0, 100),
-        (0.3, 0.25, 0.35, 1500),
-        (1.0, 1.0, 1.0, 100),
-    ):
+    for p, count, low, high in [(0.0, 100, 0, 0), (0.3, 1500, 0.25, 0.35), (1.0, 100, 1, 1)]:
         flipped, _ = RandomFlip(p)(torch.arange(2.0).expand(count, 1, 1, 2), {})
         assert low <= float(flipped[:, 0, 0, 0].mean()) <= high
 
