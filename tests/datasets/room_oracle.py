@@ -18,7 +18,7 @@ SPHERES = range(3, 6)
 # The class of each face in the order of `PlainRoom.face_distances`.
 CLASS_OF_FACE = torch.tensor([0, 1, 2, 2, 2, 2] + [3] * 18 + [4] * 3)
 
-every_scene = pytest.mark.parametrize("index", range(0, SCENES, 2))
+every_scene = pytest.mark.parametrize("index", range(0, SCENES, 3))
 
 
 @cache

