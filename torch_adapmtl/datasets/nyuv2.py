@@ -44,7 +44,7 @@ class NYUv2(Dataset[tuple[Tensor, dict[str, Tensor]]]):
       `normal/N.npy` (H, W, 3; 0: unknown).
 
     In both, an example is an image `(3, H, W)` in [0, 1] and targets for
-    [`torch_adapmtl.tasks`][torch_adapmtl.tasks]: `segmentation` `(H, W)` int64, 255 where unknown;
+    `torch_adapmtl.tasks`: `segmentation` `(H, W)` int64, 255 where unknown;
     `normal` `(3, H, W)`, of unit length, 0 where unknown; `depth` `(1, H, W)` in metres, 0 where
     unknown. Depths and normals that are not finite are unknown.
 

@@ -40,7 +40,7 @@ class TinyTaskonomy(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     `semseg_prior_factor.npy`, the weight of each class in the loss.
 
     An example is an image `(3, H, W)` in [0, 1] and targets for
-    [`torch_adapmtl.tasks`][torch_adapmtl.tasks]:
+    `torch_adapmtl.tasks`:
 
     - `segmentation`, `(H, W)` int64: 17 classes, 255 where unknown. In the file 0 means unknown,
       and other values are the class plus one.
