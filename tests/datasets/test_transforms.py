@@ -1,4 +1,4 @@
-"""Joint augmentations: geometry stays right, choices follow the generator."""
+"""Augmentations of an image and its targets: geometry, padding, random numbers, errors."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_normals_of_a_flipped_room_are_those_of_its_depth(index: int) -> None:
         assert torch.equal(flipped[task], targets[task].flip(-1))
     expected = normals_of(flipped["depth"][0], centred(SIZE), centred(SIZE), focal)
     assert worst_angle(flipped, expected) < 0.5
-    # Without the change of sign, it would not be so.
+    # Without the change of sign they would not be.
     unsigned = {**flipped, "normal": targets["normal"].flip(-1)}
     assert worst_angle(unsigned, expected) > 10
 
@@ -81,32 +81,31 @@ def test_flipping_twice_is_the_identity() -> None:
     assert all(torch.equal(back[task], targets[task]) for task in ALL)
 
 
-def test_flips_leave_their_arguments_alone() -> None:
+def test_arguments_are_not_changed() -> None:
     image, targets, _ = example(1)
-    kept = image.clone(), copy.deepcopy(targets)
+    image_before, targets_before = image.clone(), copy.deepcopy(targets)
     for transform in (RandomFlip(1.0), RandomScaleCrop(30)):
         transform(image, targets)
-        assert torch.equal(image, kept[0])
-        assert all(torch.equal(targets[task], kept[1][task]) for task in ALL)
+        assert torch.equal(image, image_before)
+        assert all(torch.equal(targets[task], targets_before[task]) for task in ALL)
 
 
 def test_the_share_of_flips_follows_p() -> None:
-    images = torch.arange(2.0).expand(2000, 1, 1, 2)
-    for p, low, high in ((0.0, 0.0, 0.0), (0.3, 0.25, 0.35), (1.0, 1.0, 1.0)):
-        flipped, _ = RandomFlip(p)(images, {})
+    for p, count, low, high in [(0.0, 100, 0, 0), (0.3, 1500, 0.25, 0.35), (1.0, 100, 1, 1)]:
+        flipped, _ = RandomFlip(p)(torch.arange(2.0).expand(count, 1, 1, 2), {})
         assert low <= float(flipped[:, 0, 0, 0].mean()) <= high
 
 
-def test_depth_and_normals_follow_the_zoom_that_came_out() -> None:
+def test_depth_and_normals_follow_the_zoom_in_whole_pixels() -> None:
     # 10 x 16 pixels at 0.53 are 5 x 8 (0.5 and 0.5); at 0.63 they are 6 x 10 (0.6 and 0.625)
     depth, slope = torch.full((1, 10, 16), 3.0), torch.tensor([0.48, 0.36, -0.8])
     targets = {"depth": depth, "normal": slope[:, None, None].expand(3, 10, 16)}
     for zoom, size, (down, across) in [(0.53, (5, 8), (0.5, 0.5)), (0.63, (6, 10), (0.6, 0.625))]:
         _, out = RandomScaleCrop(size, scale=(zoom, zoom))(torch.zeros(3, 10, 16), targets)
         torch.testing.assert_close(out["depth"], torch.full((1, *size), 3.0 / across))
-        # The plane z = z0 + 0.6 x + 0.45 y, pressed to (x, y down / across, z / across).
-        turned = torch.tensor([0.6 / across, 0.45 / down, -1.0])
-        expected = (turned / turned.norm())[:, None, None].expand(3, *size)
+        # The plane z = z0 + 0.6 x + 0.45 y, compressed to (x, y down / across, z / across).
+        normal = torch.tensor([0.6 / across, 0.45 / down, -1.0])
+        expected = (normal / normal.norm())[:, None, None].expand(3, *size)
         torch.testing.assert_close(out["normal"], expected)
 
 
@@ -118,26 +117,26 @@ def test_zoomed_rooms_stay_consistent(index: int, zoom: float) -> None:
     zoomed_image, zoomed = RandomScaleCrop(size, scale=(zoom, zoom))(image, targets)
     assert zoomed_image.shape == (3, size, size)
     assert zoomed["normal"].norm(dim=0).sub(1).abs().max() < 1e-5
-    # The pixels of the source that were taken, as coordinates in the new image; where a source
-    # pixel was taken twice, only the first is looked at.
+    # The source pixels of the new image, as coordinates in it. Where it holds a source pixel twice,
+    # only the first is used.
     taken = ((torch.arange(size) + 0.5) / zoom).long()
     step = max(1, round(zoom))
     positions = (taken[::step].double() + 0.5) * zoom - size / 2
     thinned = {task: target[..., ::step, ::step] for task, target in zoomed.items()}
     expected = normals_of(thinned["depth"][0], positions, positions, focal)  # the same camera
     assert worst_angle(thinned, expected) < 0.5
-    # Dividing the depth alone, as is often done, tilts the surfaces.
-    untilted = {**thinned, "normal": targets["normal"][:, taken][:, :, taken][:, ::step, ::step]}
-    assert worst_angle(untilted, expected) > 5
+    # With the depth divided and the normals unchanged, the two do not agree.
+    unchanged = {**thinned, "normal": targets["normal"][:, taken][:, :, taken][:, ::step, ::step]}
+    assert worst_angle(unchanged, expected) > 5
     source = targets["depth"][0][taken][:, taken]
     torch.testing.assert_close(zoomed["depth"][0], source / zoom)
 
-    _, kept = RandomScaleCrop(size, scale=(zoom, zoom), same_camera=False)(image, targets)
-    assert torch.equal(kept["depth"][0], source)
-    assert torch.equal(kept["normal"], targets["normal"][:, taken][:, :, taken])
+    _, other_camera = RandomScaleCrop(size, scale=(zoom, zoom), same_camera=False)(image, targets)
+    assert torch.equal(other_camera["depth"][0], source)
+    assert torch.equal(other_camera["normal"], targets["normal"][:, taken][:, :, taken])
     for task in ("segmentation", "edges", "keypoints"):
-        assert torch.equal(kept[task], zoomed[task])
-        assert torch.equal(kept[task], targets[task][..., taken, :][..., taken])
+        assert torch.equal(other_camera[task], zoomed[task])
+        assert torch.equal(other_camera[task], targets[task][..., taken, :][..., taken])
 
 
 @given(
@@ -148,7 +147,7 @@ def test_zoomed_rooms_stay_consistent(index: int, zoom: float) -> None:
     st.sampled_from([0.3, 0.5, 1.0, 1.3, 2.0]),
     st.integers(0, 2**31),
 )
-def test_crops_have_the_size_asked_and_padding_is_ignored(
+def test_crops_have_the_requested_size_and_padding_is_unknown(
     height: int, width: int, crop_height: int, crop_width: int, zoom: float, seed: int
 ) -> None:
     image = torch.rand(3, height, width) + 1
@@ -173,47 +172,48 @@ def test_crops_have_the_size_asked_and_padding_is_ignored(
 
 
 def test_a_crop_without_zoom_is_a_window() -> None:
-    image, targets, _ = example(2)
-    crop = RandomScaleCrop(20, scale=(1.0, 1.0))
-    places = set()
+    image, targets = torch.rand(3, 20, 20), {"segmentation": torch.randint(5, (20, 20))}
+    crop = RandomScaleCrop(8, scale=(1.0, 1.0))
+    windows = image.unfold(1, 8, 1).unfold(2, 8, 1)
+    positions = set()
     for seed in range(40):
         out, cut = crop(image, targets, torch.Generator().manual_seed(seed))
-        windows = image.unfold(1, 20, 1).unfold(2, 20, 1)
         same = (windows - out[:, None, None]).abs().amax((0, 3, 4)) < 1e-5
         assert same.sum() == 1
         top, left = (int(k) for k in same.nonzero()[0])
         assert torch.equal(
-            cut["segmentation"], targets["segmentation"][top : top + 20, left : left + 20]
+            cut["segmentation"], targets["segmentation"][top : top + 8, left : left + 8]
         )
-        places.add((top, left))
-    assert len(places) > 30
+        positions.add((top, left))
+    assert len(positions) > 30
 
 
 @pytest.mark.parametrize("size", [2, 6])
-def test_every_place_of_a_window_and_of_a_picture_in_padding_comes(size: int) -> None:
+def test_every_position_of_the_crop_and_of_the_padding_occurs(size: int) -> None:
     image = torch.arange(1.0, 17.0).view(1, 4, 4)
-    places = set()
+    positions = set()
     for seed in range(200):
         crop = RandomScaleCrop(size, scale=(1.0, 1.0))
         out, _ = crop(image, {}, torch.Generator().manual_seed(seed))
         top, left = (int(k) for k in (out[0] > 0).nonzero()[0])
-        places.add((top, left, int(out[0, top, left])))
+        positions.add((top, left, int(out[0, top, left])))
     corners = [1, 2, 3, 5, 6, 7, 9, 10, 11]  # those of a window of 2 in the picture
     wanted = {(0, 0, corner) for corner in corners} if size == 2 else set()
-    assert places == (wanted or {(top, left, 1) for top in range(3) for left in range(3)})
+    assert positions == (wanted or {(top, left, 1) for top in range(3) for left in range(3)})
 
 
-def test_zooms_are_uniform_and_places_do_not_follow_them() -> None:
+def test_zooms_are_uniform_and_positions_do_not_depend_on_them() -> None:
     generator = torch.Generator().manual_seed(0)
-    columns = torch.arange(100.0).expand(1, 100, 100)  # of a picture as "depth", divided by zoom
+    columns = torch.arange(100.0).expand(1, 100, 100)  # as a depth, which the zoom divides
     zooms, shares = [], []
     for _ in range(400):
         image, targets = torch.ones(1, 100, 100), {"depth": columns.clone() + 1}
-        _, out = RandomScaleCrop(50)(image, targets, generator)  # 50 at the least: no padding
-        steps = out["depth"][0, 0].diff()
-        zooms.append(1 / (float(steps.sum()) / 49) ** 0.5)  # a column is 1 / zoom of them, twice
+        _, out = RandomScaleCrop(50)(image, targets, generator)  # at least 50 pixels: no padding
+        steps = out["depth"][0, 0].diff()  # 1 / zoom columns, divided by the zoom
+        zooms.append(1 / (float(steps.mean())) ** 0.5)
         spare = round(100 * zooms[-1]) - 50
-        first = float(out["depth"][0, 0, 0]) * zooms[-1] * zooms[-1]  # in columns of the zoomed
+        # The crop's first column in the zoomed image.
+        first = float(out["depth"][0, 0, 0]) * zooms[-1] * zooms[-1]
         shares.append(first / max(spare, 1))
     zoom, share = torch.tensor(zooms), torch.tensor(shares)
     assert 0.49 < zoom.min() < 0.53
@@ -224,7 +224,7 @@ def test_zooms_are_uniform_and_places_do_not_follow_them() -> None:
     assert torch.corrcoef(torch.stack([zoom[wide], share[wide]]))[0, 1].abs() < 0.2
 
 
-def test_images_are_zoomed_about_their_pixels_middles_and_smoothed() -> None:
+def test_zoomed_images_are_aligned_at_pixel_centres_and_smoothed() -> None:
     ramp = torch.arange(16.0).expand(1, 16, 16)
     out, _ = RandomScaleCrop(32, scale=(2.0, 2.0))(ramp, {})
     torch.testing.assert_close(out[0, 0, 2:-2], (torch.arange(2, 30) + 0.5) / 2 - 0.5)
@@ -233,7 +233,7 @@ def test_images_are_zoomed_about_their_pixels_middles_and_smoothed() -> None:
     torch.testing.assert_close(out[0, :, 2:-2], torch.full((8, 4), 0.25), atol=0.1, rtol=0)
 
 
-def test_ignored_pixels_stay_ignored() -> None:
+def test_unknown_pixels_stay_unknown() -> None:
     image, targets, _ = example(3)
     targets = {task: target.clone() for task, target in targets.items()}
     targets["segmentation"][:10] = 255
@@ -248,7 +248,7 @@ def test_ignored_pixels_stay_ignored() -> None:
 
 
 @pytest.mark.parametrize("transform", [RandomFlip(), RandomScaleCrop((30, 26))])
-def test_choices_follow_the_generator_and_a_batch_is_its_examples(
+def test_results_follow_the_generator_and_a_batch_equals_its_examples(
     transform: RandomFlip | RandomScaleCrop,
 ) -> None:
     images, targets = Rooms(8, image_size=SIZE, tasks=ALL).tensors()
@@ -259,24 +259,26 @@ def test_choices_follow_the_generator_and_a_batch_is_its_examples(
     assert not torch.equal(out, other)
     generator = torch.Generator().manual_seed(3)
     for i in range(8):
-        one, own = transform(images[i], {t: targets[t][i] for t in ALL}, generator)
-        assert torch.equal(out[i], one)
+        alone, alone_targets = transform(images[i], {t: targets[t][i] for t in ALL}, generator)
+        assert torch.equal(out[i], alone)
         for task in ALL:
-            torch.testing.assert_close(cut[task][i], own[task], rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(
+                cut[task][i], alone_targets[task], rtol=0, atol=0, equal_nan=True
+            )
     torch.manual_seed(0)
     first, _ = transform(images, targets)
     torch.manual_seed(0)
     assert torch.equal(first, transform(images, targets)[0])
 
 
-def test_further_tasks_are_named_by_kind() -> None:
+def test_kinds_of_further_tasks() -> None:
     image = torch.rand(3, 4, 6)
     targets = {
         "parts": torch.randint(0, 3, (4, 6)),
         "shading": torch.rand(1, 4, 6),
         "label": torch.tensor(3),
     }
-    with pytest.raises(ValueError, match=r"task 'parts' means is not known; say it with kinds="):
+    with pytest.raises(ValueError, match=r"the target of task 'parts' is unknown; pass kinds="):
         RandomFlip()(image, targets)
     kinds = {"parts": "labels", "shading": "map", "label": "none"}
     _, flipped = RandomFlip(1.0, kinds=kinds)(image, targets)
@@ -289,7 +291,7 @@ def test_further_tasks_are_named_by_kind() -> None:
     assert set(KINDS) == set(ALL)  # unchanged by the call
 
 
-def test_errors_of_the_augmentations() -> None:
+def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match=r"p must be in \[0, 1\], got 1.5"):
         RandomFlip(1.5)
     with pytest.raises(ValueError, match=r"kinds\['a'\] must be one of .*got 'picture'"):

@@ -1,23 +1,23 @@
-"""Targets that are drawn rather than hit: edges and keypoints."""
+"""Targets that no single ray gives: edges and keypoints."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from torch_adapmtl.datasets._raycast import nearest, to_camera, triple
+from torch_adapmtl.datasets._raycast import as_vector, first_hits, to_camera
 from torch_adapmtl.datasets._scenes import BOXES, RoomScenes
 
 __all__ = ["edge_map", "keypoint_map", "visible_keypoints"]
 
 _CORNERS = [(x, y, z) for x in (-1.0, 1.0) for y in (-1.0, 1.0) for z in (-1.0, 1.0)]
 _RADIUS = 0.06  # of the shorter side of the image
-_NEAR = 0.05  # metres; a point closer than this to the camera's plane is not projected
-_TOLERANCE = 1e-3  # of the distance: a corner is not hidden by its own box's faces
+_NEAR = 0.05  # metres; points nearer to the camera's plane are not projected
+_TOLERANCE = 1e-3  # of the distance, so that the faces of its box do not hide a corner
 
 
 def edge_map(face: Tensor) -> Tensor:
-    """1.0 where a 4-neighbour has another number, `(B, 1, H, W)` like `face`."""
+    """1.0 where one of the four neighbours has another face number, `(B, 1, H, W)` as `face`."""
     edges = torch.zeros(face.shape, device=face.device)
     across = (face[..., :, 1:] != face[..., :, :-1]).float()
     down = (face[..., 1:, :] != face[..., :-1, :]).float()
@@ -32,7 +32,7 @@ def edge_map(face: Tensor) -> Tensor:
 
 
 def keypoint_map(scenes: RoomScenes, height: int, width: int) -> Tensor:
-    """The heat map of the visible keypoints, `(B, height * width)`."""
+    """The heat map of the visible keypoints, `(B, height * width)`; see `Rooms`."""
     x, y, visible = visible_keypoints(scenes, height, width)
     device = x.device
     columns = torch.arange(width, device=device) + 0.5
@@ -48,11 +48,11 @@ def keypoint_map(scenes: RoomScenes, height: int, width: int) -> Tensor:
 
 
 def visible_keypoints(scenes: RoomScenes, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The boxes' corners and the spheres' centres in the image.
+    """The corners of the boxes and the centres of the spheres, projected into the image.
 
     Returns:
-        Column and row in pixels and whether the point is in the image and in sight (nothing
-        before a corner; nothing before its sphere for a centre), each `(B, K)`.
+        Column, row (both in pixels) and whether the point is visible, each `(B, K)`. A visible
+        point lies in the image and no object hides it, not counting the sphere around a centre.
     """
     signs = torch.tensor(_CORNERS, device=scenes.keys.device)
     corners = scenes.half[:, :BOXES, None, :] * signs
@@ -64,7 +64,7 @@ def visible_keypoints(scenes: RoomScenes, height: int, width: int) -> tuple[Tens
     corners = corners + scenes.centre[:, :BOXES, None, :]
     points = torch.cat([corners.flatten(1, 2), scenes.centre[:, BOXES:]], dim=1)
     px, py, pz = points.unbind(2)
-    origin = triple(scenes.camera)
+    origin = as_vector(scenes.camera)
     ray = (px - origin[0], py - origin[1], pz - origin[2])
 
     right, down, forward = to_camera(scenes, ray)
@@ -73,9 +73,8 @@ def visible_keypoints(scenes: RoomScenes, height: int, width: int) -> tuple[Tens
     x, y = right / depth * focal + width / 2, down / depth * focal + height / 2
     inside = (forward > _NEAR) & (x >= 0) & (x < width) & (y >= 0) & (y < height)
 
-    distance, what = nearest(scenes, origin, ray)
-    is_centre = torch.arange(points.shape[1], device=what.device) >= BOXES * len(_CORNERS)
-    number = torch.arange(points.shape[1], device=what.device) - BOXES * len(_CORNERS)
-    in_sight = torch.where(is_centre, what == number + BOXES + 1, distance >= 1 - _TOLERANCE)
-    # Objects that a room lacks lie below its floor, out of sight.
+    distance, hit = first_hits(scenes, origin, ray)
+    sphere = torch.arange(points.shape[1], device=hit.device) - BOXES * len(_CORNERS)
+    in_sight = torch.where(sphere >= 0, hit == sphere + BOXES + 1, distance >= 1 - _TOLERANCE)
+    # Objects that a room does not have lie below its floor, which hides them.
     return x, y, inside & in_sight

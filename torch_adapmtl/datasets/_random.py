@@ -1,6 +1,7 @@
-"""Random numbers that are a function of a key, so that an example never depends on its batch.
+"""Random numbers that are a function of a key, so that an example does not depend on its batch.
 
-Everything here is integer arithmetic and exact conversions: the same numbers on every device.
+All functions use integer arithmetic and exact conversions, so the numbers are the same on every
+device.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def uniform(keys: Tensor) -> Tensor:
 
 
 def rough_uniform(keys: Tensor) -> Tensor:
-    """Like `uniform`, at half the cost, for textures: keys must not be chosen adversarially."""
+    """Like `uniform`, but with a weaker hash at half the cost. Meant for textures."""
     x = keys * _signed(_MULTIPLIER_1)
     x = (x ^ _shift(x, 29)) * _signed(_MULTIPLIER_2)
     return _shift(x, 40).to(torch.float32) * 2.0**-24
@@ -39,9 +40,9 @@ def rough_uniform(keys: Tensor) -> Tensor:
 def bell_triples(keys: Tensor) -> Tensor:
     """Hash int64 keys to three bell-shaped values each, of mean 0 and variance 1: `(3, *shape)`.
 
-    A value is the sum of four 5-bit numbers, so it lies within +-3.4 and takes 125 levels: a
-    bell without `log` or `cos`, whose last bit depends on the place in the batch. The three
-    sums are formed at once in three lanes of one integer.
+    A value is the sum of four 5-bit numbers, so it lies within +-3.4 and takes 125 levels. It needs
+    neither `log` nor `cos`, whose last bit depends on the position in the batch. The three sums
+    are computed at once, in three lanes of one integer.
     """
     bits = mix(keys)
     lanes = 0x1F | 0x1F << 20 | 0x1F << 40
@@ -54,21 +55,21 @@ def bell_triples(keys: Tensor) -> Tensor:
 
 
 def example_keys(seed: int, indices: Tensor) -> Tensor:
-    """One int64 key per example, from the seed of the set and the examples' indices."""
+    """Make one int64 key for each example, from the seed of the data set and the indices."""
     start = torch.tensor(_signed(seed), dtype=torch.int64, device=indices.device)
     return mix(mix(start + _signed(_GOLDEN)) + indices.to(torch.int64) * _signed(_GOLDEN))
 
 
 class Draws:
-    """A stream of uniform numbers per example: each call gives the next ones.
+    """A stream of uniform random numbers for each example. Each call returns the next ones.
 
     Args:
-        keys: One int64 key per example, `(B,)`.
+        keys: One int64 key for each example, `(B,)`.
     """
 
     def __init__(self, keys: Tensor) -> None:
         self._keys = keys
-        self._used = 0
+        self._drawn = 0
 
     def __call__(self, low: float, high: float, *shape: int) -> Tensor:
         """Draw float32 values `(B, *shape)` uniformly from [low, high)."""
@@ -83,22 +84,22 @@ class Draws:
         return self._next(length).argsort(dim=1, stable=True)
 
     def _next(self, *shape: int) -> Tensor:
-        count = 1
-        for extent in shape:
-            count *= extent
-        counters = torch.arange(self._used, self._used + count, device=self._keys.device)
-        self._used += count
+        count = math.prod(shape)
+        counters = torch.arange(self._drawn, self._drawn + count, device=self._keys.device)
+        self._drawn += count
         keys = self._keys[:, None] + (counters + 1) * _signed(_GOLDEN)
         return uniform(keys).reshape(len(self._keys), *shape)
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    # int64 shifts keep the sign; the mask makes the shift a logical one.
+    """Shift to the right, filling with zeros."""
+    # int64 shifts copy the sign bit; the mask clears the copies, as a logical shift does.
     mask = (1 << (64 - bits)) - 1
     shifted: Tensor = (x >> bits) & mask
     return shifted
 
 
 def _signed(value: int) -> int:
+    """The int64 value with the same low 64 bits."""
     value &= (1 << 64) - 1
     return value - (1 << 64) if value >= 1 << 63 else value

@@ -1,4 +1,4 @@
-"""The picture of a room: textures, one point light, shadows and pixel noise."""
+"""The image of a room: textures, one point light, shadows and pixel noise."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torch_adapmtl.datasets._random import bell_triples, mix, rough_uniform
-from torch_adapmtl.datasets._raycast import Hits, blocked, dot, triple
+from torch_adapmtl.datasets._raycast import Hits, as_vector, blocked, dot
 from torch_adapmtl.datasets._scenes import RoomScenes
 
 __all__ = ["shade"]
@@ -14,15 +14,15 @@ __all__ = ["shade"]
 _AMBIENT = 0.4
 _DIFFUSE = 1.2
 _FALLOFF = 0.06  # per square metre
-_GRAIN = 0.12  # how much of the noise every texture gets
-_LIFT = 2e-3  # metres that a shadow ray starts above its surface
+_GRAIN = 0.12  # share of noise in every texture
+_LIFT = 2e-3  # metres between a surface and the start of a shadow ray
 _PRIMES = (73856093, 19349663, 83492791)
 
 
 def shade(scenes: RoomScenes, hits: Hits, *, shadows: bool, noise: float) -> Tensor:
-    """Light the hits of `N` rays: RGB in [0, 1], `(3, B, N)`."""
+    """The colours that `N` rays see: RGB in [0, 1], `(3, B, N)`."""
     colour = _texture(scenes, hits)
-    light = triple(scenes.light)
+    light = as_vector(scenes.light)
     to_light = (
         light[0] - hits.point[0],
         light[1] - hits.point[1],
@@ -41,12 +41,13 @@ def shade(scenes: RoomScenes, hits: Hits, *, shadows: bool, noise: float) -> Ten
     image = colour * (_AMBIENT + _DIFFUSE * diffuse)
     if noise:
         counters = torch.arange(image.shape[2], device=image.device)
-        # Mixed, so that these keys are not those of the scene's other numbers.
+        # `mix` makes these keys differ from those of the scene's other random numbers.
         image = image + noise * bell_triples(mix(scenes.keys + 1)[:, None] + counters)
     return image.clamp(0, 1)
 
 
 def _texture(scenes: RoomScenes, hits: Hits) -> Tensor:
+    """The colour of the surface at each hit, `(3, B, N)`."""
     surface = hits.surface
     frequency = scenes.frequency.gather(1, surface)
     x, y, z = (
@@ -67,7 +68,7 @@ def _texture(scenes: RoomScenes, hits: Hits) -> Tensor:
 
 
 def _value_noise(keys: Tensor, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-    """Random numbers in [0, 1) on the integer lattice, smoothly joined."""
+    """Noise in [0, 1]: random numbers on the half-integer lattice, interpolated smoothly."""
     corners, weights = [], []
     for position, prime in zip((2 * x, 2 * y, 2 * z), _PRIMES, strict=True):
         floor = position.floor()

@@ -1,8 +1,7 @@
-"""NYU-v2 with its three dense tasks, from either of the two preparations in use."""
+"""NYU-v2 with three dense tasks, in either of two common layouts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from torch_adapmtl.datasets._files import (
+    Transform,
     check_files,
     check_size,
-    listed,
     read_array,
     read_image,
-    resized,
+    read_index,
+    resize_example,
 )
 
 __all__ = ["NYUv2"]
@@ -25,45 +25,43 @@ __all__ = ["NYUv2"]
 _INDEX = "nyu_v2_3task.json"
 _COLUMNS = ("image", "segmentation", "normal", "depth")
 _FOLDERS = ("image", "label", "normal", "depth")
-_NO_DEPTH = 3e-5
-_IGNORE = 255
-_SLACK = 0.01  # by which a resized image may leave [0, 1]
-
-Transform = Callable[[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
+_NO_DEPTH = 3e-5  # metres; depths up to here are unknown
+_UNKNOWN_CLASS = 255
+_TOLERANCE = 0.01  # by which the pixels of a resized image may exceed [0, 1]
 
 
 class NYUv2(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     """NYU-v2 (Silberman et al., ECCV 2012): segmentation, depth and surface normals.
 
-    Nothing is downloaded. `root` is a folder in one of two layouts, told apart by what is in it:
+    Nothing is downloaded. `root` is a folder in one of two layouts, which its files identify:
 
-    - that of the paper's code, with `nyu_v2_3task.json`: under `train` and `test` it lists rows of
-      image, segmentation, normal and depth, as paths from `root`. Segmentation is an 8-bit image
-      of 40 classes (255: unknown), normals an 8-bit image (255 in all channels: unknown; else
-      -1 to 1), depth a `.npy` in metres (up to 3e-5: unknown).
-    - that of MTAN and LibMTL, with folders `train` and `val`, in each `image/N.npy` (H, W, 3, from
-      0 to 1), `label/N.npy` (13 classes, -1: unknown), `depth/N.npy` (H, W, 1) and `normal/N.npy`
-      (H, W, 3; 0: unknown).
+    - The paper's layout has an index `nyu_v2_3task.json` with keys `train` and `test`. Each lists
+      rows of image, segmentation, normal and depth, as paths from `root`. The segmentation is an
+      8-bit image of 40 classes (255: unknown). Normals are an 8-bit image that stands for -1 to 1
+      (255 in all channels: unknown). Depth is a `.npy` file in metres (up to 3e-5: unknown).
+    - The layout of MTAN and LibMTL has folders `train` and `val`. Each holds `image/N.npy`
+      (H, W, 3, from 0 to 1), `label/N.npy` (13 classes, -1: unknown), `depth/N.npy` (H, W, 1) and
+      `normal/N.npy` (H, W, 3; 0: unknown).
 
-    Either way an example is an image `(3, H, W)` in [0, 1], and targets as
-    [`torch_adapmtl.tasks`][torch_adapmtl.tasks] take them: `segmentation` `(H, W)` int64, 255 where
-    unknown; `normal` `(3, H, W)`, of unit length, 0 where unknown; `depth` `(1, H, W)` in metres, 0
-    where unknown. Depths and normals that are not finite are unknown too.
+    In both, an example is an image `(3, H, W)` in [0, 1] and targets for
+    `torch_adapmtl.tasks`: `segmentation` `(H, W)` int64, 255 where unknown;
+    `normal` `(3, H, W)`, of unit length, 0 where unknown; `depth` `(1, H, W)` in metres, 0 where
+    unknown. Depths and normals that are not finite are unknown.
 
     Args:
         root: The folder.
-        split: `"train"` or `"test"` (the second layout's `val`).
-        size: Height and width that every example is resized to (targets by nearest pixel), as the
-            paper's test set is to 321; None to leave them.
-        transform: Called with image and targets last, for instance a `RandomScaleCrop`.
+        split: `"train"` or `"test"` (the folder `val` of the second layout).
+        size: Height and width to resize every example to (targets by nearest pixel); the paper
+            resizes its test set to 321. None for the size of the files.
+        transform: Called last, with image and targets, for instance a `RandomScaleCrop`.
 
     Attributes:
         classes: Number of classes of the segmentation: 40 or 13.
 
     Raises:
-        FileNotFoundError: If `root` is in neither layout, or a file is missing.
-        ValueError: If `split` is neither, or a file is not as described above; the first example
-            is read at once to see that.
+        FileNotFoundError: If `root` has neither layout, or a file is missing.
+        ValueError: If `split` is unknown, or a file does not have the described content. The first
+            example is read at once to check it.
 
     Example:
         >>> NYUv2("no/such/folder")
@@ -84,10 +82,10 @@ class NYUv2(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         self.root = Path(root)
         self.size = (size, size) if isinstance(size, int) else size
         self.transform = transform
-        self._listed = (self.root / _INDEX).is_file()
-        if self._listed:
+        self._has_index = (self.root / _INDEX).is_file()
+        if self._has_index:
             self.classes = 40
-            self._rows = listed(self.root / _INDEX, split, _COLUMNS)
+            self._rows = read_index(self.root / _INDEX, split, _COLUMNS)
         else:
             self.classes = 13
             folder = self.root / ("train" if split == "train" else "val")
@@ -103,7 +101,7 @@ class NYUv2(Dataset[tuple[Tensor, dict[str, Tensor]]]):
                 raise FileNotFoundError(f"{folder / 'image'} holds no .npy files")
             self._rows = [[f"{folder.name}/{kind}/{n}" for kind in _FOLDERS] for n in names]
         check_files(self.root, self._rows, _COLUMNS)
-        self[0]
+        self[0]  # raises if a file is wrong
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -111,11 +109,11 @@ class NYUv2(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The image and the targets of one example."""
         paths = [self.root / name for name in self._rows[index]]
-        read: Any = self._from_images if self._listed else self._from_arrays
+        read: Any = self._from_images if self._has_index else self._from_arrays
         image, targets = read(*paths)
         check_size(image, targets, dict(zip(_COLUMNS, paths, strict=True)))
         if self.size is not None:
-            image, targets = resized(image, targets, self.size)
+            image, targets = resize_example(image, targets, self.size)
         return (image, targets) if self.transform is None else self.transform(image, targets)
 
     def _from_images(
@@ -137,16 +135,16 @@ class NYUv2(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         vectors = read_array(normal, 3)
         known = (vectors.square().sum(0) > 1e-6) & vectors.isfinite().all(0)
         return _colours(read_array(image, 3), image), {
-            "segmentation": self._labels(labels.masked_fill(labels == -1, _IGNORE), label),
+            "segmentation": self._labels(labels.masked_fill(labels == -1, _UNKNOWN_CLASS), label),
             "depth": _metres(read_array(depth, 1)),
-            # where, not a product: NaN * 0 is NaN
+            # Not a product with `known`: NaN * 0 is NaN.
             "normal": torch.where(known, F.normalize(vectors, dim=0), 0.0),
         }
 
     def _labels(self, labels: Tensor, path: Path) -> Tensor:
-        # a NaN is in no range
+        # A NaN fails all comparisons.
         valid = (labels >= 0) & (labels < self.classes) & (labels % 1 == 0)
-        wrong = labels[(labels != _IGNORE) & ~valid]
+        wrong = labels[(labels != _UNKNOWN_CLASS) & ~valid]
         if len(wrong):
             raise ValueError(
                 f"{path} must hold classes 0 to {self.classes - 1} or unknown pixels, found "
@@ -157,10 +155,10 @@ class NYUv2(Dataset[tuple[Tensor, dict[str, Tensor]]]):
 
 def _colours(image: Tensor, path: Path) -> Tensor:
     low, high = image.min().item(), image.max().item()
-    if not (low >= -_SLACK and high <= 1 + _SLACK):
+    if not (low >= -_TOLERANCE and high <= 1 + _TOLERANCE):
         raise ValueError(
-            f"{path} must hold numbers from 0 to 1, found {low:g} to {high:g}; divide those of "
-            "8 bits by 255"
+            f"{path} must hold numbers from 0 to 1, found {low:g} to {high:g}; divide 8-bit values "
+            "by 255"
         )
     return image.clamp(0, 1)
 

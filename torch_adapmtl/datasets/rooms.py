@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from torch_adapmtl.datasets._maps import edge_map, keypoint_map
 from torch_adapmtl.datasets._random import example_keys
-from torch_adapmtl.datasets._raycast import nearest, pixel_rays, surfaces, to_camera
+from torch_adapmtl.datasets._raycast import describe_hits, first_hits, pixel_rays, to_camera
 from torch_adapmtl.datasets._scenes import RoomScenes, sample_scenes
 from torch_adapmtl.datasets._shading import shade
 
@@ -20,38 +20,38 @@ _CHANNELS = {"segmentation": 5, "depth": 1, "normal": 3, "edges": 1, "keypoints"
 
 
 class Rooms(Dataset[tuple[Tensor, dict[str, Tensor]]]):
-    """Rooms with boxes and spheres in them, seen by a random camera: five dense tasks.
+    """Rendered rooms with boxes and spheres, with exact targets of five dense tasks.
 
-    A scene is a box-shaped room with up to three boxes (turned about the vertical) and up to
-    three spheres on its floor, each surface with a random texture (checker, stripes, noise or
-    plain), lit by one point light. It is rendered by ray casting, one ray through the centre
-    of each pixel, so the targets are exact:
+    A scene is a box-shaped room with up to three boxes (rotated about the vertical) and up to three
+    spheres on its floor, seen by a random camera. Each surface has a random texture (checker,
+    stripes, noise or plain), and one point light lights them. Scenes are rendered by ray casting,
+    with one ray through the centre of each pixel, so the targets are exact:
 
     - `segmentation`, `(H, W)` int64: 0 floor, 1 ceiling, 2 wall, 3 box, 4 sphere.
     - `depth`, `(1, H, W)`: z-depth in metres, the distance along the camera's axis.
-    - `normal`, `(3, H, W)`: the unit normal in the camera frame (x right, y down, z forward), on
-      the side that the camera sees (`normal` times the pixel's ray is negative).
+    - `normal`, `(3, H, W)`: the unit normal in the camera frame (x right, y down, z forward). It
+      points towards the camera: its inner product with the pixel's ray is negative.
     - `edges`, `(1, H, W)`: 1 where one of the four neighbours lies on another smooth surface
       (another object, or another face of the same box or room), else 0.
     - `keypoints`, `(1, H, W)`: `max(0, 1 - d^2 / r^2)^2` for the distance `d` to the nearest
       visible keypoint (a box's corner or a sphere's centre); `r` is 6 % of the shorter side.
 
-    Example `i` is a function of `seed` and `i` alone: bit for bit the same whatever the batch
-    and the order in which it is rendered. Sets with different seeds share no scene, so use
-    one seed to train and another to test.
+    Example `i` is a function of `seed` and `i` only: it is the same bit for bit in every batch and
+    order. Data sets with different seeds share no scene, so use one seed to train and another to
+    test.
 
     Args:
         size: Number of scenes.
-        image_size: Height and width in pixels: one integer, or a pair. The scene stays the
-            same; its field of view (58 to 81 degrees) spans the shorter side.
-        tasks: Which targets to give, in which order.
-        seed: Which rooms.
-        device: Where to render and where the tensors lie.
+        image_size: Height and width in pixels: one integer, or a pair. Scenes do not depend on it;
+            the camera's field of view (58 to 81 degrees) spans the shorter side.
+        tasks: The targets to return, in this order.
+        seed: Seed of the scenes.
+        device: Device to render on, which also holds the returned tensors.
         shadows: Whether objects cast shadows.
-        noise: Standard deviation of the pixel noise; images are in [0, 1].
+        noise: Standard deviation of the pixel noise. Images are in [0, 1].
 
     Raises:
-        ValueError: If a size is below 1, `noise` negative, or a task unknown or repeated.
+        ValueError: If a size is below 1, `noise` is negative, or a task is unknown or repeated.
 
     Example:
         >>> rooms = Rooms(100, image_size=32, tasks=("segmentation", "depth"))
@@ -98,11 +98,11 @@ class Rooms(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         self.device = torch.device(device)
         self.shadows = shadows
         self.noise = noise
-        self._all: tuple[Tensor, dict[str, Tensor]] | None = None
+        self._rendered: tuple[Tensor, dict[str, Tensor]] | None = None
 
     @property
     def channels(self) -> dict[str, int]:
-        """How many channels a model needs to predict each task."""
+        """The number of channels that a model predicts for each task."""
         return {task: _CHANNELS[task] for task in self.tasks}
 
     def __len__(self) -> int:
@@ -110,9 +110,9 @@ class Rooms(Dataset[tuple[Tensor, dict[str, Tensor]]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The image `(3, H, W)` in [0, 1] and the targets of one scene."""
-        if self._all is not None:
-            images, targets = self._all
-            index = self._checked([index])[0]
+        if self._rendered is not None:
+            images, targets = self._rendered
+            index = self._check_indices([index])[0]
         else:
             images, targets = self.render([index])
             index = 0
@@ -122,7 +122,7 @@ class Rooms(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         """Render some scenes at once.
 
         Args:
-            indices: Which, in any order; negative ones count from the end.
+            indices: Indices of the scenes, in any order; negative ones count from the end.
 
         Returns:
             Images `(B, 3, H, W)` and targets, each with a leading `B`.
@@ -132,38 +132,38 @@ class Rooms(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         """
         scenes = self.scenes(indices)
         height, width = self.image_size
-        # Intermediate results of one chunk fit the cache of a core; a GPU wants more work.
+        # On a CPU, intermediate results of a chunk fit the cache of a core. A GPU needs more work.
         pixels = 1 << (16 if self.device.type == "cpu" else 22)
         chunk = max(1, pixels // (height * width))
-        parts = [
+        chunks = [
             self._render(scenes[start : start + chunk])
             for start in range(0, max(1, len(scenes)), chunk)
         ]
-        images = torch.cat([image for image, _ in parts])
+        images = torch.cat([image for image, _ in chunks])
         return images, {
-            task: torch.cat([targets[task] for _, targets in parts]) for task in self.tasks
+            task: torch.cat([targets[task] for _, targets in chunks]) for task in self.tasks
         }
 
     def tensors(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Render the whole set, once: images `(size, 3, H, W)` and targets.
+        """Render the whole data set once: images `(size, 3, H, W)` and targets.
 
-        The result is kept, and indexing reads from it from then on. It is not a copy: leave
-        it as it is.
+        The data set keeps the result, and indexing reads from it afterwards. It is returned
+        without a copy, so do not change it in place.
         """
-        if self._all is None:
-            self._all = self.render(range(self.size))
-        return self._all
+        if self._rendered is None:
+            self._rendered = self.render(range(self.size))
+        return self._rendered
 
     def scenes(self, indices: Iterable[int] | Tensor) -> RoomScenes:
-        """The exact description of some scenes: room, camera, light, objects.
+        """The exact description of some scenes: room, camera, light and objects.
 
         Raises:
             IndexError: If an index is out of range.
         """
-        where = torch.tensor(self._checked(indices), dtype=torch.int64, device=self.device)
-        return sample_scenes(example_keys(self.seed, where))
+        checked = torch.tensor(self._check_indices(indices), dtype=torch.int64, device=self.device)
+        return sample_scenes(example_keys(self.seed, checked))
 
-    def _checked(self, indices: Iterable[int] | Tensor) -> list[int]:
+    def _check_indices(self, indices: Iterable[int] | Tensor) -> list[int]:
         values = indices.tolist() if isinstance(indices, Tensor) else [int(i) for i in indices]
         for index in values:
             if not -self.size <= index < self.size:
@@ -174,8 +174,8 @@ class Rooms(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     def _render(self, scenes: RoomScenes) -> tuple[Tensor, dict[str, Tensor]]:
         height, width = self.image_size
         origin, ray = pixel_rays(scenes, height, width)
-        depth, what = nearest(scenes, origin, ray)
-        hits = surfaces(scenes, origin, ray, depth, what)
+        depth, hit = first_hits(scenes, origin, ray)
+        hits = describe_hits(scenes, origin, ray, depth, hit)
 
         def as_map(values: Tensor) -> Tensor:
             return values.view(len(scenes), 1, height, width)

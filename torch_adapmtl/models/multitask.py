@@ -1,4 +1,4 @@
-"""One encoder, one head per task."""
+"""A model of one encoder and one head for each task."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ __all__ = ["MultiTaskModel"]
 
 
 class MultiTaskModel(nn.Module):
-    """One shared encoder and one head per task (the paper's "shared backbone" and "heads").
+    """One shared encoder and one head for each task (the paper's "shared backbone" and "heads").
 
     The encoder may be a timm model (`features_only=True`, or pooled with `num_classes=0`), an
-    SMP encoder, or any module that returns a tensor or a list of feature maps. Each head gets
-    the feature map that `feature` picks and returns a map `(B, C, h, w)`, which is resized to the
-    size of the input, or a vector `(B, C)`, which is left alone.
+    SMP encoder, or any module that returns a tensor or a list of feature maps. Each head takes the
+    feature map with index `feature`. It returns a map `(B, C, h, w)`, which is resized to the size
+    of the input, or a vector `(B, C)`, which is returned unchanged.
 
     Args:
-        encoder: The shared part.
-        heads: One module per task; the keys name the tasks and order the outputs. A module
-            given for two tasks is shared by them.
-        feature: Which of a list of feature maps the heads get: an index (the last one by
-            default), or `None` for the whole list (an SMP decoder wants that).
-        resize: Whether maps are resized (bilinear) to the height and width of the input.
+        encoder: The shared encoder.
+        heads: One module for each task. The keys are the names of the tasks and give the order of
+            the outputs. The same module for two tasks is shared by them.
+        feature: Index of the feature map that the heads take, if the encoder returns several;
+            `None` for the whole list, which an SMP decoder takes.
+        resize: Whether to resize maps (bilinear) to the height and width of the input.
 
     Raises:
         TypeError: If the encoder, a head or a task name has the wrong type.
-        ValueError: If there is no head, or a task name cannot be used.
+        ValueError: If there is no head, or a task name is not allowed.
 
     Example:
         >>> import torch
@@ -65,15 +65,19 @@ class MultiTaskModel(nn.Module):
         return tuple(self.heads)
 
     def extra_repr(self) -> str:
-        """The options that `print(model)` shows beside the parts."""
+        """The options that `print(model)` shows."""
         return f"feature={self.feature}, resize={self.resize}"
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Map images `(B, channels, H, W)` to one output per task.
 
         Returns:
-            Task name to `(B, C, H, W)` for dense heads (`(B, C, h, w)` without `resize`) or
-            `(B, C)` for pooled ones.
+            By task name: `(B, C, H, W)` of a dense head (`(B, C, h, w)` without `resize`), or
+            `(B, C)` of a pooled head.
+
+        Raises:
+            TypeError: If the encoder returns neither a tensor nor a list of tensors.
+            ValueError: If `feature` is out of range.
         """
         features = self._features(x)
         outputs = {}
@@ -85,14 +89,15 @@ class MultiTaskModel(nn.Module):
         return outputs
 
     def _features(self, x: Tensor) -> Tensor | list[Tensor]:
+        """What the heads take: the feature map of index `feature`, or the whole list."""
         encoded = self.encoder(x)
         maps = [encoded] if isinstance(encoded, Tensor) else encoded
         if not isinstance(maps, Sequence) or not all(isinstance(m, Tensor) for m in maps):
             raise TypeError(
                 "encoder must return a tensor or a list of tensors, got "
-                f"{type(encoded).__name__}; wrap it in a module that picks its feature maps"
+                f"{type(encoded).__name__}; wrap it in a module that returns its feature maps"
             )
-        if getattr(self.encoder, "output_fmt", None) == "NHWC":  # timm's swin and its kin
+        if getattr(self.encoder, "output_fmt", None) == "NHWC":  # timm's Swin and similar models
             maps = [m.permute(0, 3, 1, 2) if m.ndim == 4 else m for m in maps]
         if self.feature is None:
             return list(maps)
@@ -110,7 +115,7 @@ def _check_heads(heads: Mapping[str, nn.Module]) -> None:
             f"heads must be a mapping of task name to module, got {type(heads).__name__}"
         )
     if not heads:
-        raise ValueError("heads is empty: give one module per task")
+        raise ValueError("heads is empty; pass one module for each task")
     for task, head in heads.items():
         if not isinstance(task, str):
             raise TypeError(f"task names in heads must be strings, got {task!r}")
@@ -118,8 +123,8 @@ def _check_heads(heads: Mapping[str, nn.Module]) -> None:
             raise ValueError(f"heads: {task!r} cannot be a task name: {RULE}; choose another key")
         if hasattr(nn.ModuleDict(), task):
             raise ValueError(
-                f"task name {task!r} in heads is an attribute of torch.nn.ModuleDict: choose "
-                "another"
+                f"heads: {task!r} cannot be a task name: torch.nn.ModuleDict has an attribute of "
+                "this name; choose another key"
             )
         if not isinstance(head, nn.Module):
             raise TypeError(f"heads[{task!r}] must be a torch.nn.Module, got {type(head).__name__}")

@@ -61,41 +61,6 @@ def tiny(words: tuple[Words, Words]) -> Any:
     return problem
 
 
-def test_words_are_as_they_are_spoken(words: tuple[Words, Words]) -> None:
-    train, test = words
-    assert len(train) + len(test) > 100_000
-    assert len(test) == pytest.approx(len(train) / 9, rel=0.001)
-    spelt = {train.spelling(i) for i in range(0, len(train), 50)}
-    assert spelt.isdisjoint(test.spelling(i) for i in range(len(test)))
-    places = {split.spelling(i): (split, i) for split in words for i in range(len(split))}
-    # B AH0 N AE1 N AH0: three syllables, the second stressed
-    for word, syllables, stress, last in [
-        ("banana", 3, 1, "AH"),
-        ("cat", 1, 0, "T"),
-        ("understand", 3, 2, "D"),
-        ("computer", 3, 1, "ER"),
-    ]:
-        split, index = places[word]
-        _, targets = split[index]
-        assert int(targets["syllables"]) + 1 == syllables
-        assert int(targets["stress"]) == stress
-        assert train.phonemes[targets["last"]] == last
-    assert train.classes == {"syllables": 6, "stress": 6, "last": len(train.phonemes)}
-
-
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"split": "dev"}, 'split must be "train" or "test", got \'dev\''),
-        ({"length": 0}, "length must be at least 1, got 0"),
-        ({"tasks": ("rhyme",)}, r"tasks must be names out of .* got \('rhyme',\)"),
-    ],
-)
-def test_words_refuse(options: dict[str, Any], match: str) -> None:
-    with pytest.raises(ValueError, match=match):
-        Words(**options)
-
-
 def truth(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """What a perfect model would put out: the target, or logits of its classes."""
     if output.shape == target.shape:

@@ -1,4 +1,4 @@
-"""Heads: the paper's dense one, a light dense one, and pooled ones."""
+"""Heads: the paper's dense head, a small dense head and two pooled heads."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ __all__ = ["ASPPHead", "ClassificationHead", "DenseHead", "RegressionHead"]
 
 
 class ASPPHead(nn.Module):
-    """The paper's dense head: parallel branches of different dilation whose outputs are summed.
+    """The paper's dense head: the sum of parallel branches with different dilations.
 
     A branch is conv3x3 (dilated) to `hidden` channels, ReLU, dropout, conv1x1, ReLU, dropout,
-    conv1x1 to `out_channels`. With the paper's sizes one head holds 23 M weights, more than
-    the ResNet34 that feeds it.
+    conv1x1 to `out_channels`. With the paper's sizes one head has 23 M weights, more than its
+    ResNet34 encoder.
 
     Args:
         in_channels: Channels of the feature map.
-        out_channels: Channels of the output: classes, 1 for depth, 3 for normals.
-        hidden: Width of a branch.
-        dilations: Dilation of each branch's 3x3 convolution; their number is the number of
-            branches.
-        dropout: Probability with which an activation is dropped in training.
+        out_channels: Channels of the output: the number of classes, 1 for depth, 3 for normals.
+        hidden: Channels inside a branch.
+        dilations: Dilation of the 3x3 convolution of each branch, one for each branch.
+        dropout: Probability of dropping an activation in training.
 
     Raises:
         ValueError: If a size is below 1, there is no branch, or `dropout` is not in [0, 1).
@@ -71,12 +70,12 @@ class ASPPHead(nn.Module):
 
 
 class DenseHead(nn.Sequential):
-    """A light dense head for small networks: conv3x3, batch norm, ReLU, conv1x1.
+    """A dense head for small networks: conv3x3, batch norm, ReLU, conv1x1.
 
     Args:
         in_channels: Channels of the feature map.
         out_channels: Channels of the output.
-        hidden: Width in between.
+        hidden: Channels between the two convolutions.
         dilation: Dilation of the 3x3 convolution.
 
     Raises:
@@ -103,14 +102,14 @@ class DenseHead(nn.Sequential):
 
 
 class RegressionHead(nn.Module):
-    """A pooled head: mean over positions, dropout, one linear layer.
+    """A head that predicts numbers: mean over positions, dropout, one linear layer.
 
     Takes a vector `(B, C)`, tokens `(B, N, C)` or a map `(B, C, h, w)`.
 
     Args:
-        in_channels: Width of the features.
-        out_features: Numbers to predict.
-        dropout: Probability with which a pooled feature is dropped in training.
+        in_channels: Channels C of the features.
+        out_features: Number of outputs.
+        dropout: Probability of dropping a pooled feature in training.
 
     Raises:
         ValueError: If a size is below 1 or `dropout` is not in [0, 1).
@@ -139,14 +138,14 @@ class RegressionHead(nn.Module):
 
 
 class ClassificationHead(RegressionHead):
-    """A pooled head that gives one logit per class.
+    """A head that predicts one logit for each class: a `RegressionHead` of `num_classes` outputs.
 
     Takes a vector `(B, C)`, tokens `(B, N, C)` or a map `(B, C, h, w)`.
 
     Args:
-        in_channels: Width of the features.
+        in_channels: Channels C of the features.
         num_classes: Number of classes.
-        dropout: Probability with which a pooled feature is dropped in training.
+        dropout: Probability of dropping a pooled feature in training.
 
     Raises:
         ValueError: If a size is below 1 or `dropout` is not in [0, 1).

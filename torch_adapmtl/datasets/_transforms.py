@@ -13,7 +13,7 @@ from torch import Tensor
 
 __all__ = ["IGNORE", "KINDS", "RandomFlip", "RandomScaleCrop", "resize_nearest"]
 
-#: What a target means to an augmentation, by the name of its task.
+#: The kind of each known task's target, which says how augmentations change it.
 KINDS: Mapping[str, str] = MappingProxyType(
     {
         "segmentation": "labels",
@@ -23,14 +23,14 @@ KINDS: Mapping[str, str] = MappingProxyType(
         "keypoints": "map",
     }
 )
-#: What padding writes into a target of each kind, for losses and metrics to leave out.
+#: The value of unknown pixels in a target of each kind. Losses and metrics ignore these pixels.
 IGNORE: Mapping[str, float] = MappingProxyType(
     {"labels": 255, "depth": 0, "normal": 0, "map": math.nan}
 )
 
 
-class _Joint(ABC):
-    """One random choice per example, applied to the image and to every target."""
+class _JointTransform(ABC):
+    """A random transform that changes the image and every target of an example alike."""
 
     def __init__(self, kinds: Mapping[str, str] | None) -> None:
         self.kinds = {**KINDS, **(kinds or {})}
@@ -46,36 +46,41 @@ class _Joint(ABC):
         targets: Mapping[str, Tensor],
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Transform an example or a batch, each example of it by its own choice.
+        """Transform an example, or each example of a batch independently.
 
-        The arguments stay as they are. What a choice leaves alone is returned as it is, not copied.
+        The arguments are not changed. Tensors that the transform does not change are returned
+        without a copy.
 
         Args:
             image: `(C, H, W)`, or a batch `(B, C, H, W)`.
-            targets: By task: labels `(H, W)`, others `(C, H, W)`; with a leading `B` in a batch.
-            generator: A CPU generator to draw from; torch's own by default.
+            targets: The targets by task: labels `(H, W)`, others `(C, H, W)`; with a leading `B` in
+                a batch.
+            generator: A CPU generator for the random numbers; None for torch's default one.
 
         Returns:
-            Image and targets.
+            The image and the targets.
 
         Raises:
-            ValueError: If a task's kind is not known, or a target's size is not the image's.
+            ValueError: If the kind of a task is unknown, or a target's size is not the image's.
         """
         self._check(image, targets)
         if image.ndim == 3:
-            return self._one(image, dict(targets), generator)
+            return self._transform(image, dict(targets), generator)
         examples = [
-            self._one(image[i], {task: t[i] for task, t in targets.items()}, generator)
+            self._transform(image[i], {task: t[i] for task, t in targets.items()}, generator)
             for i in range(len(image))
         ]
-        images = torch.stack([one for one, _ in examples])
-        return images, {task: torch.stack([own[task] for _, own in examples]) for task in targets}
+        images = torch.stack([example_image for example_image, _ in examples])
+        return images, {
+            task: torch.stack([example_targets[task] for _, example_targets in examples])
+            for task in targets
+        }
 
     @abstractmethod
-    def _one(
+    def _transform(
         self, image: Tensor, targets: dict[str, Tensor], generator: torch.Generator | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Transform one example by one random choice."""
+        """Transform one example at random."""
 
     def _check(self, image: Tensor, targets: Mapping[str, Tensor]) -> None:
         if image.ndim not in (3, 4):
@@ -85,31 +90,31 @@ class _Joint(ABC):
         for task, target in targets.items():
             if task not in self.kinds:
                 raise ValueError(
-                    f"what the target of task {task!r} means is not known; say it with "
-                    f"kinds={{{task!r}: ...}}, one of {[*IGNORE, 'none']}"
+                    f"the kind of the target of task {task!r} is unknown; pass "
+                    f"kinds={{{task!r}: ...}} with one of {[*IGNORE, 'none']}"
                 )
             if self.kinds[task] == "none":
                 continue
             dims = image.ndim - (self.kinds[task] == "labels")
             if target.ndim != dims or target.shape[-2:] != image.shape[-2:]:
                 raise ValueError(
-                    f"targets[{task!r}] has the shape {tuple(target.shape)}, which does not fit "
+                    f"targets[{task!r}] has the shape {tuple(target.shape)}, which does not match "
                     f"an image of shape {tuple(image.shape)}"
                 )
 
 
-class RandomFlip(_Joint):
+class RandomFlip(_JointTransform):
     """Mirror image and targets left to right, with probability `p`.
 
     A mirrored normal map also changes the sign of its x component.
 
     Args:
         p: The probability.
-        kinds: What the targets of further tasks mean: `"labels"`, `"depth"`, `"normal"`, `"map"`
-            (any other dense target) or `"none"` (left alone). `KINDS` has the known ones.
+        kinds: The kinds of further tasks' targets: `"labels"`, `"depth"`, `"normal"`, `"map"` (any
+            other dense target) or `"none"` (not changed). `KINDS` holds those of known tasks.
 
     Raises:
-        ValueError: If `p` is not in [0, 1] or a kind is not known.
+        ValueError: If `p` is not in [0, 1] or a kind is unknown.
 
     Example:
         >>> import torch
@@ -125,7 +130,7 @@ class RandomFlip(_Joint):
             raise ValueError(f"p must be in [0, 1], got {p!r}")
         self.p = p
 
-    def _one(
+    def _transform(
         self, image: Tensor, targets: dict[str, Tensor], generator: torch.Generator | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if float(torch.rand((), generator=generator)) >= self.p:
@@ -140,29 +145,30 @@ class RandomFlip(_Joint):
         return image.flip(-1), flipped
 
 
-class RandomScaleCrop(_Joint):
-    """Zoom by a random factor, then cut out (or pad to) a fixed size at a random place.
+class RandomScaleCrop(_JointTransform):
+    """Zoom by a random factor, then crop or pad to a fixed size at a random position.
 
-    The protocol of the paper's data: scale 0.5 to 1.5, crop 321 x 321. Images are resized
-    bilinearly, targets by nearest pixel. What padding adds is 0 in the image and `IGNORE` in
-    the targets: 255 for labels, 0 for depth and normals, NaN for other maps.
+    The paper's protocol is a scale of 0.5 to 1.5 and a crop of 321 x 321. Images are resized
+    bilinearly, targets by nearest pixel. Padding is 0 in the image and `IGNORE` in the targets: 255
+    for labels, 0 for depth and normals, NaN for other maps.
 
-    A picture zoomed by `s` looks like one taken by the same camera of a scene that is pressed
-    together along its axis, every depth divided by `s`. So depth is divided by `s`, as usual, and
-    normals are turned to fit: their z is multiplied by `s` and their length restored (dividing only
-    depth tilts every surface). With `same_camera=False` depth and normals keep their values, which
-    is as exact for a camera whose focal length is `s` times longer. Sizes are whole pixels: `s` is
-    the ratio that came out, for each axis. Either way a crop off the middle moves the principal
-    point, by the crop's offset; targets do not depend on it.
+    An image zoomed by `s` equals one that the same camera takes of a scene compressed along its
+    axis, with every depth divided by `s`. So depth is divided by `s`, and the z of normals is
+    multiplied by `s` before they are scaled to unit length (with depth divided alone, the normals
+    would not be those of the depth). With `same_camera=False` depth and normals keep their values,
+    which is exact for a camera whose focal length is `s` times longer. Sizes are whole pixels, so
+    `s` is computed from the resized image, for each axis. A crop that is not centred moves the
+    principal point by its offset; the targets do not depend on it.
 
     Args:
-        size: Height and width to return: an integer or a pair.
-        scale: The least and the greatest zoom; one is drawn uniformly.
-        same_camera: Whether the zoom is explained by the scene or by the camera.
-        kinds: What the targets of further tasks mean, as for `RandomFlip`.
+        size: Height and width of the result: an integer or a pair.
+        scale: The smallest and the largest zoom; it is drawn uniformly between them.
+        same_camera: Whether depth and normals change with the zoom, as if the camera stayed the
+            same; otherwise they keep their values.
+        kinds: The kinds of further tasks' targets, as for `RandomFlip`.
 
     Raises:
-        ValueError: If `size` or `scale` is out of range or a kind is not known.
+        ValueError: If `size` or `scale` is out of range or a kind is unknown.
 
     Example:
         >>> import torch
@@ -185,43 +191,46 @@ class RandomScaleCrop(_Joint):
         if min(self.size) < 1:
             raise ValueError(f"size must be at least 1, got {size!r}")
         if not 0 < scale[0] <= scale[1]:
-            raise ValueError(f"scale must be (least, greatest) with 0 < least, got {scale!r}")
+            raise ValueError(
+                f"scale must be (smallest, largest) with 0 < smallest <= largest, got {scale!r}"
+            )
         self.scale = scale
         self.same_camera = same_camera
 
-    def _one(
+    def _transform(
         self, image: Tensor, targets: dict[str, Tensor], generator: torch.Generator | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         low, high = self.scale
-        chance = [float(u) for u in torch.rand(3, generator=generator)]
-        zoom = low + chance[0] * (high - low)
+        draws = [float(u) for u in torch.rand(3, generator=generator)]
+        zoom = low + draws[0] * (high - low)
         scaled = [max(1, round(extent * zoom)) for extent in image.shape[-2:]]
-        # Where the crop begins; before the picture (negative) where the picture is smaller.
+        # The crop's first row and column; negative where the zoomed image is smaller than the crop.
         start = [
-            _between(have - want, u)
-            for have, want, u in zip(scaled, self.size, chance[1:], strict=True)
+            _offset(old - new, u) for old, new, u in zip(scaled, self.size, draws[1:], strict=True)
         ]
         zoomed = F.interpolate(
             image[None], size=scaled, mode="bilinear", align_corners=False, antialias=True
         )[0]
-        out = {}
+        transformed = {}
         down, across = (new / old for new, old in zip(scaled, image.shape[-2:], strict=True))
         for task, target in targets.items():
             kind = self.kinds[task]
             if kind == "none":
-                out[task] = target
+                transformed[task] = target
                 continue
-            near = resize_nearest(target, scaled)
+            resized = resize_nearest(target, scaled)
             if self.same_camera and kind == "depth":
-                near = near / across
+                resized = resized / across
             elif self.same_camera and kind == "normal":
-                # The inverse transpose of pressing (x, y, z) to (x, y * down / across, z / across).
-                turn = near.new_tensor([1.0, across / down, across])
-                near = F.normalize(near * turn[:, None, None], dim=0)
-            out[task] = self._cut(near, start, IGNORE[kind])
-        return self._cut(zoomed, start, 0), out
+                # The scene's (x, y, z) becomes (x, y * down / across, z / across); normals change
+                # by the inverse transpose of that.
+                factors = resized.new_tensor([1.0, across / down, across])
+                resized = F.normalize(resized * factors[:, None, None], dim=0)
+            transformed[task] = self._crop(resized, start, IGNORE[kind])
+        return self._crop(zoomed, start, 0), transformed
 
-    def _cut(self, values: Tensor, start: list[int], fill: float) -> Tensor:
+    def _crop(self, values: Tensor, start: list[int], fill: float) -> Tensor:
+        """Crop to `size` from row and column `start`, padded with `fill` outside of `values`."""
         (height, width), (top, left) = self.size, start
         out = values.new_full((*values.shape[:-2], height, width), fill)
         inner = values[..., max(top, 0) : top + height, max(left, 0) : left + width]
@@ -230,14 +239,14 @@ class RandomScaleCrop(_Joint):
         return out
 
 
-def _between(spare: int, chance: float) -> int:
-    """An integer from 0 to `spare` (which may be negative), both included."""
-    place = min(int(chance * (abs(spare) + 1)), abs(spare))
-    return place if spare >= 0 else -place
+def _offset(most: int, uniform: float) -> int:
+    """An integer from 0 to `most` (which may be negative), both included, by a number in [0, 1)."""
+    offset = min(int(uniform * (abs(most) + 1)), abs(most))
+    return offset if most >= 0 else -offset
 
 
 def resize_nearest(values: Tensor, size: list[int]) -> Tensor:
-    """The nearest pixel of `values` (…, H, W) for each pixel at another size."""
+    """Resize `(..., H, W)` to another height and width, with the nearest pixel's values."""
     rows, columns = (
         (((torch.arange(new, device=values.device) + 0.5) * (old / new)).long()).clamp(max=old - 1)
         for new, old in zip(size, values.shape[-2:], strict=True)

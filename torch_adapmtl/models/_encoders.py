@@ -1,4 +1,4 @@
-"""The paper's two encoders, built on timm, and the width of any timm or SMP encoder."""
+"""The paper's two encoders, built on timm, and the channels of any timm or SMP encoder."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def dilated_resnet34(in_chans: int = 3) -> nn.Module:
     """The paper's ResNet34 encoder: stage strides 1, 2, 1, 1 and dilations 1, 1, 2, 4.
 
     With the stem the output stride is 8; the output is one map of 512 channels. Every 3x3
-    convolution of a stage has the stage's dilation. Weights are random, and no norm starts at zero
-    (methods that look at gradients before the first step would see none behind it); nothing is
-    downloaded.
+    convolution of a stage has the stage's dilation. Weights are random; nothing is downloaded. The
+    weights of normalization layers start at 1, also where timm starts them at 0, because no
+    gradient would reach the layers before them in the first step.
 
     Args:
         in_chans: Channels of the images.
@@ -26,6 +26,7 @@ def dilated_resnet34(in_chans: int = 3) -> nn.Module:
 
     Raises:
         ImportError: If timm is not installed.
+        ValueError: If `in_chans` is below 1.
 
     Example:
         >>> import torch
@@ -42,7 +43,7 @@ def dilated_resnet34(in_chans: int = 3) -> nn.Module:
         output_stride=8,
         in_chans=in_chans,
     )
-    # timm gives the first convolution of a stage the dilation of the stage before.
+    # timm gives the first convolution of a stage the dilation of the previous stage.
     for stage, dilation in (("layer3", 2), ("layer4", 4)):
         for module in encoder.get_submodule(stage).modules():
             if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
@@ -58,7 +59,7 @@ def dilated_mobilenet_v2(in_chans: int = 3, *, output_stride: int = 8) -> nn.Mod
 
     Args:
         in_chans: Channels of the images.
-        output_stride: Size of the image over the size of the map: 8, 16 or 32 (32 is the
+        output_stride: Size of the image divided by the size of the map: 8, 16 or 32 (32 is the
             original network, without dilation).
 
     Returns:
@@ -66,7 +67,7 @@ def dilated_mobilenet_v2(in_chans: int = 3, *, output_stride: int = 8) -> nn.Mod
 
     Raises:
         ImportError: If timm is not installed.
-        ValueError: If `output_stride` is none of the three.
+        ValueError: If `in_chans` is below 1 or `output_stride` is not 8, 16 or 32.
 
     Example:
         >>> import torch
@@ -88,14 +89,15 @@ def dilated_mobilenet_v2(in_chans: int = 3, *, output_stride: int = 8) -> nn.Mod
 
 
 def feature_channels(encoder: nn.Module, feature: int = -1) -> int:
-    """The number of channels of one of a timm or SMP encoder's feature maps.
+    """The number of channels of a feature map of a timm or SMP encoder.
 
     Args:
         encoder: A timm model (`features_only=True` or `num_classes=0`) or an SMP encoder.
-        feature: Which of several maps, as in `MultiTaskModel`; the last by default.
+        feature: Index of the feature map if there are several, as in `MultiTaskModel`; the last by
+            default.
 
     Raises:
-        ValueError: If the encoder does not say; give the head its width yourself then.
+        ValueError: If the encoder has no attribute with this number.
 
     Example:
         >>> feature_channels(dilated_resnet34())
@@ -105,7 +107,7 @@ def feature_channels(encoder: nn.Module, feature: int = -1) -> int:
     channels = getattr(info, "channels", None)
     if callable(channels):  # features_only
         return int(channels()[feature])
-    # The pooled width: `num_features` differs from it where timm's head has a hidden layer.
+    # Where timm's head has a hidden layer, `num_features` is not the number of pooled features.
     for name in ("head_hidden_size", "num_features", "out_channels"):
         width = getattr(encoder, name, None)
         if isinstance(width, Sequence) and width:
@@ -113,8 +115,8 @@ def feature_channels(encoder: nn.Module, feature: int = -1) -> int:
         if isinstance(width, int):
             return width
     raise ValueError(
-        f"encoder {type(encoder).__name__} does not say how many channels it returns; pass the "
-        "width to the head yourself"
+        f"encoder {type(encoder).__name__} has no attribute with the number of its channels; pass "
+        "that number to the head"
     )
 
 
