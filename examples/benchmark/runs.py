@@ -207,7 +207,7 @@ def evaluate(
         autocast: The context of the forward passes.
 
     Returns:
-        By task and metric, in the units that [the task][torch_adapmtl.tasks] says.
+        By task and metric, in the units that the task says.
 
     Example:
         >>> from contextlib import nullcontext
