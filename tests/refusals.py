@@ -1,8 +1,8 @@
 """How a refusal is checked: what the error says, that nothing is touched, and what comes next.
 
-A row of a table is a misuse. Its error names the argument, the value found and the remedy. The model
-is as it was after it, bit for bit, and what is done next (a run from the beginning, or the rest of
-one) is what it would have been.
+A row of a table is a misuse. Its error names the argument, the value found and the remedy. The
+model is as it was after it, bit for bit, and what is done next (a run from the beginning, or the
+rest of one) is what it would have been.
 """
 
 from __future__ import annotations

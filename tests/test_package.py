@@ -26,7 +26,7 @@ ADDRESSES = {
 }
 WITHOUT_EXAMPLE = {
     # Results that users receive and never make.
-    *("Components", "ModelSize", "PrunableTensor", "RelativePerformance", "RoomScenes"),
+    *("Components", "Layer", "ModelSize", "PrunableTensor", "RelativePerformance", "RoomScenes"),
     # Bases; the examples are those of their subclasses.
     *("Controller", "Task"),
 }

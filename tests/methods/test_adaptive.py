@@ -236,65 +236,6 @@ def test_samples_are_spread_evenly(size: int, wanted: int) -> None:
         assert around.diff().max() <= 2 * size / wanted + 2
 
 
-# --- bounds -------------------------------------------------------------------------------------
-
-
-@given(
-    least=st.floats(0, 0.3),
-    most=st.floats(0.05, 1),
-    target=st.floats(0.3, 0.8),
-    seed=st.integers(0, 999),
-)
-@settings(max_examples=12)
-def test_densities_stay_within_their_bounds(
-    least: float, most: float, target: float, seed: int
-) -> None:
-    torch.manual_seed(seed)
-    model = TwoTasks()
-    with torch.no_grad():
-        model.heads["a"].weight.mul_(1e-3)  # left to itself it would lose everything
-        model.heads["b"].weight.mul_(1e3)
-    pruner = prepare(
-        model, target_sparsity=target, min_density={"a": least}, max_density={"b": most}
-    )
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    for step in range(20):
-        train(model, pruner, optimizer, [step])
-        assert 1 - pruner.sparsity("component")["a"] >= least - 1e-9
-    density = {name: 1 - s for name, s in pruner.sparsity("component").items()}
-    assert density["a"] >= least - 1e-9
-    assert density["b"] <= most + 1e-9
-    assert zeros(pruner) == round(target * weights(pruner))
-
-
-@pytest.mark.parametrize("density", [0.1, 0.3, 0.7, 0.9, 0.07, 0.57, 0.29])
-def test_a_bound_that_is_met_exactly_is_feasible(density: float) -> None:
-    for bound in ("min_density", "max_density"):
-        pruner = apply_adapmtl(
-            Bag([(20, 5)], torch.float32),
-            target_sparsity=1 - density,
-            total_steps=1,
-            groups={"a": ["*"]},
-            method=Adaptive(**{bound: density}),
-        )
-        pruner.fix_zeros()
-        assert zeros(pruner) == round((1 - density) * 100)
-
-
-def test_no_layer_dies() -> None:
-    model = Bag([(30, 30), (30, 30), (20, 5)], torch.float32)
-    with torch.no_grad():
-        model.layers[1].weight.mul_(1e-4)
-        model.layers[2].weight.zero_()
-    groups = {"a": ["layers.0"], "b": ["layers.1", "layers.2"]}
-    pruner = apply_adapmtl(model, target_sparsity=0.5, total_steps=50, groups=groups)
-    for _ in range(50):
-        pruner.step()
-    density = [1 - s for s in pruner.sparsity("layer").values()]
-    assert min(density) >= 0.05  # a tenth of the average
-    assert density[0] > 0.9
-
-
 # --- allocations --------------------------------------------------------------------------------
 
 
