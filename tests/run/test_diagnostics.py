@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 from collections.abc import Mapping
@@ -10,14 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from toys import TwoTasks, losses, prepare, train, weights, zeros
 
 from torch_adapmtl import (
     Adaptive,
-    EqualWeighting,
     Magnitude,
     Pruner,
     Report,
@@ -215,39 +211,6 @@ def test_divergence_is_seen_across_a_resumed_run() -> None:
     run(again, pruner, scale, range(STEPS // 2, STEPS))
     assert torch.equal(half.weighting.record.first, pruner.weighting.record.first)
     assert any("the loss of task 'b' ended" in text for text in finished(pruner))
-
-
-@given(
-    st.lists(
-        st.lists(
-            st.one_of(st.none(), st.floats(0.1, 9), st.just(math.nan)), min_size=2, max_size=2
-        ),
-        max_size=12,
-    )
-)
-def test_the_trace_is_that_of_a_plain_one(steps: list[list[float | None]]) -> None:
-    """First readings and an exponential average, of what is there and finite."""
-    weighting = EqualWeighting(["a", "b"])
-    first: dict[str, list[float]] = {"a": [], "b": []}
-    recent: dict[str, float] = {}
-    for step in steps:
-        here = {task: value for task, value in zip("ab", step, strict=True) if value is not None}
-        if not here:
-            continue
-        weighting({task: torch.tensor(value) for task, value in here.items()})
-        weighting.record.read()
-        for task, value in here.items():
-            if math.isnan(value):
-                continue
-            first[task] = (first[task] + [value])[:5]
-            recent[task] = 0.8 * recent.get(task, value) + 0.2 * value
-    for index, task in enumerate("ab"):
-        assert weighting.record.first[:, index].tolist() == pytest.approx(
-            [sum(first[task]), len(first[task])], rel=1e-5
-        )
-        assert weighting.record.recent[0, index].item() == pytest.approx(
-            recent.get(task, 0.0), rel=1e-5
-        )
 
 
 @pytest.mark.parametrize("others", [0.9, 0.85])
