@@ -303,13 +303,3 @@ def test_statistics_keep_their_precision(dtype: torch.dtype) -> None:
     assert zeros(pruner) == round(0.8 * weights(pruner))
     pruner.finalize()
     assert zeros(pruner) == round(0.8 * weights(pruner))
-
-
-def test_new_parameters_are_listened_to() -> None:
-    """`load_state_dict(assign=True)` puts other parameters in the place of the old ones."""
-    model = TwoTasks()
-    pruner = prepare(model, allocation="sensitivity", **RUN)
-    state = copy.deepcopy(model.state_dict())
-    model.load_state_dict(state, assign=True)
-    train(model, pruner, torch.optim.SGD(model.parameters(), lr=0.1), range(45))
-    assert pruner.controller.allocator.saliency[1].min() > 0

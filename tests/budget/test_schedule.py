@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -130,3 +131,26 @@ def test_numbers_of_numpy_are_numbers(kind: Any) -> None:
     )
     assert schedule == SparsitySchedule(start=0.25, end=0.5, fix_at=1.0, regrow_until=1.0)
     assert repr(schedule) == repr(SparsitySchedule(start=0.25, fix_at=1.0, regrow_until=1.0))
+
+
+def test_equal_schedules_say_the_same() -> None:
+    whole, fractions = SparsitySchedule(start=0, end=1), SparsitySchedule(start=0.0, end=1.0)
+    assert whole == fractions
+    assert repr(whole) == repr(fractions)
+
+
+@given(
+    ends=st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted),
+    initial=st.floats(0, 1, exclude_max=True),
+    target=st.floats(0, 1, exclude_max=True),
+    shape=st.sampled_from(["cubic", "linear", "cosine"]),
+    total=st.integers(1, 60),
+)
+def test_schedule_never_falls_and_ends_at_the_target(
+    ends: list[float], initial: float, target: float, shape: Any, total: int
+) -> None:
+    schedule = SparsitySchedule(start=ends[0], end=ends[1], initial=initial, shape=shape)
+    values = [schedule(step, total, target) for step in range(total + 1)]
+    assert values[-1] == target
+    assert all(before <= after + 1e-12 for before, after in itertools.pairwise(values))
+    assert all(0 <= value <= target + 1e-12 for value in values)

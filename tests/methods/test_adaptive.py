@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from toys import Bag, TwoTasks, initialise, losses, prepare, tensors, train, weights, zeros
+from toys import Bag, TwoTasks, losses, prepare, train, weights, zeros
 
 from torch_adapmtl import (
     Adaptive,
@@ -165,44 +165,6 @@ def test_the_last_update_moves_no_threshold() -> None:
     assert changed <= 4  # those that the exact number of zeros asks for
 
 
-# --- the end from a sample ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("how", ["default", "coarse", "zero", "two scales", "adversary"])
-@pytest.mark.parametrize("bounds", [{}, {"min_density": {"a": 0.2}, "max_density": {"b": 0.02}}])
-@pytest.mark.parametrize("target", [0.5, 0.9])
-def test_the_window_finds_what_sorting_all_finds(
-    how: str, bounds: Any, target: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sampling, "LAYER_SAMPLE", 32)
-    monkeypatch.setattr(sampling, "LARGE", 1)
-    found = []
-    for sample in (2**18, 2000):
-        torch.manual_seed(0)
-        model = Bag([(50, 40), (64, 30), (5, 4), (40, 40)], torch.float32)
-        initialise(model, how)
-        monkeypatch.setattr(sampling, "SAMPLE", 2000)
-        if how == "adversary":  # a sample sees the small ones only
-            for weight in (model.layers[0].weight.data, model.layers[3].weight.data):
-                seen = sampling.positions(weight.numel(), 5540, weight.device)
-                small = weight.flatten()[seen]
-                weight.sign_().mul_(1.5 * small.abs().max()).view(-1)[seen] = small
-        monkeypatch.setattr(sampling, "SAMPLE", sample)
-        groups = {"a": ["layers.0", "layers.2"], "b": ["layers.1"], "c": ["layers.3"]}
-        pruner = apply_adapmtl(
-            model,
-            target_sparsity=target,
-            total_steps=5,
-            groups=groups,
-            keep_zeros=False,
-            method=Adaptive(allocation="common", **bounds),
-        )
-        pruner.fix_zeros()
-        assert zeros(pruner) == round(target * weights(pruner))
-        found.append(tensors(pruner.finalize()))
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
-
-
 def test_a_sample_keeps_near_the_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "SAMPLE", 2000)
     monkeypatch.setattr(sampling, "LAYER_SAMPLE", 100)
@@ -219,21 +181,6 @@ def test_a_sample_keeps_near_the_schedule(monkeypatch: pytest.MonkeyPatch) -> No
     for _ in range(20):
         pruner.step()
     assert pruner.sparsity() == pytest.approx(0.7, abs=0.05)
-
-
-@given(st.integers(1, 5000), st.integers(1, 200))
-def test_samples_are_spread_evenly(size: int, wanted: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "SAMPLE", wanted)
-        patch.setattr(sampling, "LAYER_SAMPLE", 1)
-        found = sampling.positions(size, size, torch.device("cpu"))
-        if wanted >= size:
-            assert found is None
-            return
-        assert found is not None
-        assert len(set(found.tolist())) == wanted == len(found)
-        around = torch.cat([found.sort().values, found.min()[None] + size])
-        assert around.diff().max() <= 2 * size / wanted + 2
 
 
 # --- allocations --------------------------------------------------------------------------------
