@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from toys import TwoTasks, losses, prepare, train
 
+from torch_adapmtl import SparsitySchedule
 from torch_adapmtl.layers.gradient_hooks import GradientHooks
 
 EARLY = SparsitySchedule(start=0.0, end=0.1)
