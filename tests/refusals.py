@@ -143,7 +143,8 @@ def _the_rest(scene: Scene, after: int | None) -> dict[str, Tensor]:
         pruner.weighting.record.nonfinite.zero_()
         train(model, pruner, optimizer, range(pruner._step, STEPS))
         pruner.finalize()
-        assert zeros(pruner) == round(pruner.target_sparsity * weights(pruner))
+        if pruner.controller.exact:
+            assert zeros(pruner) == round(pruner.target_sparsity * weights(pruner))
     sum(loss for loss in losses(model, STEPS).values()).backward()
     optimizer.step()
     return tensors(model)
