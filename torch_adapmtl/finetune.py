@@ -11,7 +11,9 @@ from torch.nn.utils import prune
 
 from torch_adapmtl._distributed import is_sharded
 from torch_adapmtl.layers.layer import Layer, attach_all
-from torch_adapmtl.components._inventory import DEFAULT_PRUNABLE, Inventory, unwrap
+from torch_adapmtl.components._inventory import Inventory
+from torch_adapmtl.components._prunable import DEFAULT_PRUNABLE
+from torch_adapmtl.components._unwrap import unwrap
 from torch_adapmtl.pruner import AdapMTL
 from torch_adapmtl.tensor.torch_prune import attached_threshold, find_threshold, put_back
 from torch_adapmtl.tensor.soft_threshold import SoftThreshold

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torch_adapmtl.components._graph import reached
 from torch_adapmtl.components._inputs import REMEDY, call_arguments, made_inputs
-from torch_adapmtl.components._outputs import TaskOutputs, split_output
-from torch_adapmtl.components._probe import OutputError, probe, reached
+from torch_adapmtl.components._outputs import OutputError, TaskOutputs, split_output
+from torch_adapmtl.components._probe import probe
 
 __all__ = ["Detection", "detect", "detect_each"]
 

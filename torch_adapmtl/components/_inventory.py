@@ -3,82 +3,32 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from torch_adapmtl._checks import DTYPES, obstacle, trouble_of_inference
+from torch_adapmtl._checks import DTYPES, obstacle
 from torch_adapmtl._distributed import is_sharded
+from torch_adapmtl.components._prunable import (
+    DEFAULT_PRUNABLE,
+    Prunable,
+    check_weight,
+    named_parameters,
+    prunable_names,
+)
+from torch_adapmtl.components._unwrap import unwrap
 
-__all__ = [
-    "Groups",
-    "Inventory",
-    "Prunable",
-    "Selector",
-    "Selectors",
-    "prunable_by_default",
-    "unwrap",
-]
+__all__ = ["Groups", "Inventory", "Selector", "Selectors"]
 
 Selector = str | nn.Module | Tensor
 Selectors = Selector | Iterable[Selector]
 Groups = Mapping[str, Selectors]
-Prunable = Mapping[type[nn.Module], str | Iterable[str]]
 
-DEFAULT_PRUNABLE: dict[type[nn.Module], tuple[str, ...]] = {
-    _ConvNd: ("weight",),  # convolutions and transposed convolutions
-    nn.Linear: ("weight",),
-    nn.MultiheadAttention: ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
-}
 # Wrappers inside a model put these into names that nobody would write.
 _WRAPPER_NAMES = ("_orig_mod", "_checkpoint_wrapped_module")
-
-
-def prunable_by_default(module: nn.Module) -> tuple[str, ...]:
-    """The names of the tensors of a module that are prunable unless the user says otherwise."""
-    kind = next((k for k in type(module).__mro__ if k in DEFAULT_PRUNABLE), None)
-    return DEFAULT_PRUNABLE[kind] if kind is not None else ()
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside `torch.compile`, DistributedDataParallel and DataParallel, however nested.
-
-    Raises:
-        TypeError: If `model` is no module, or a scripted one.
-
-    Example:
-        >>> import torch
-        >>> from torch_adapmtl.groups import unwrap
-        >>> net = torch.nn.Linear(2, 2)
-        >>> unwrap(torch.nn.DataParallel(net)) is net
-        True
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model must be a torch.nn.Module, got {_described(model)}; pass the model itself"
-        )
-    while True:
-        if isinstance(model, torch.jit.ScriptModule):
-            raise TypeError(
-                "model is a torch.jit.ScriptModule, whose layers cannot be changed; prune the "
-                "module that it was scripted from, and script it after finalize()"
-            )
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(inner := model.__dict__.get("_orig_mod"), nn.Module) or isinstance(
-            inner := model._modules.get("_orig_mod"), nn.Module
-        ):
-            model = inner
-        else:
-            return model
 
 
 @dataclass(eq=False)
@@ -104,7 +54,7 @@ class Inventory:
         self._named: dict[str, int] = {}
         self._passed_over: list[str] = []  # what would be prunable if it were of another kind
         self._check_whole(model)
-        self.prunable = self._collect(model, _patterns(prunable))
+        self.prunable = self._collect(model, prunable_names(prunable))
         self._all = {id(parameter) for parameter in model.parameters()}
         for selector in _listed(exclude, "exclude"):
             for key in self.select(selector, "exclude"):
@@ -116,7 +66,7 @@ class Inventory:
                 'prunable={ModuleType: "tensor_name"}, or narrow exclude='
             )
         for entry in self.prunable.values():
-            _check_weight(entry.names[0], entry.parameter)
+            check_weight(entry.names[0], entry.parameter)
 
     @staticmethod
     def _check_whole(model: nn.Module) -> None:
@@ -158,9 +108,13 @@ class Inventory:
                 )
             kind = next((k for k in type(module).__mro__ if k in patterns), None)
             wanted = patterns[kind] if kind is not None else ()
-            if kind is not None and wanted != DEFAULT_PRUNABLE.get(kind) and any(_held(module)):
+            if (
+                kind is not None
+                and wanted != DEFAULT_PRUNABLE.get(kind)
+                and any(named_parameters(module))
+            ):
                 unmatched.update({(kind, pattern): module for pattern in wanted})
-            for public, raw, parameter in _held(module):
+            for public, raw, parameter in named_parameters(module):
                 entry = found.setdefault(id(parameter), Found(parameter))
                 entry.owners.append((module, public))
                 entry.names += [_join(path, public) for path in module_paths]
@@ -177,7 +131,7 @@ class Inventory:
                         self._passed_over.append(f"{entry.names[0]} {obstacle(parameter)}")
         for key, module in unmatched.items():
             if key not in matched:
-                names = sorted(public for public, _, _ in _held(module))
+                names = sorted(public for public, _, _ in named_parameters(module))
                 raise ValueError(
                     f"prunable: {key[1]!r} matches no tensor of {key[0].__name__}, which has "
                     f"{', '.join(names) or 'none'}"
@@ -273,66 +227,6 @@ class Inventory:
         return f"{name!r} (tied to {', '.join(map(repr, others))})" if others else repr(name)
 
 
-def _check_weight(name: str, weight: nn.Parameter) -> None:
-    """Raise a `ValueError` unless the weight can be pruned and trained as it is."""
-    if weight.is_meta:
-        raise ValueError(
-            f"{name} is on the meta device; give the model its weights first "
-            "(model.to_empty(device=...) and load_state_dict), or leave it out with exclude="
-        )
-    problem = obstacle(weight) or trouble_of_inference(weight)
-    kind: Any = weight
-    # Torchao's quantised weights pass for float ones.
-    if is_traceable_wrapper_subclass(kind) and not is_sharded(weight):
-        problem = (
-            f"is a {type(weight).__name__}, which stands for other tensors; prune the model "
-            "before it is quantised or wrapped"
-        )
-    if problem:
-        raise ValueError(f"{name} {problem}; or leave it out with exclude=")
-
-
-def _held(module: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
-    """The parameters of one module: the name they are used by, the one they are kept by."""
-    if isinstance(module, parametrize.ParametrizationList):
-        return  # told of by the module whose tensor it makes
-    for raw, parameter in module._parameters.items():
-        if parameter is not None:
-            public = raw.removesuffix("_orig")
-            masked = public != raw and f"{public}_mask" in module._buffers  # torch.nn.utils.prune
-            yield public if masked else raw, raw, parameter
-    if parametrize.is_parametrized(module):
-        parametrizations: Any = module.parametrizations
-        for public, chain in parametrizations.items():
-            original = chain._parameters.get("original")
-            # Torch promises the same shape unless told not to look.
-            if isinstance(original, nn.Parameter) and not chain.unsafe:
-                yield public, f"parametrizations.{public}.original", original
-
-
-def _patterns(prunable: Prunable | None) -> dict[type[nn.Module], tuple[str, ...]]:
-    patterns = dict(DEFAULT_PRUNABLE)
-    if prunable is None:
-        return patterns
-    if not isinstance(prunable, Mapping):
-        raise TypeError(
-            "prunable must map module types to tensor names or globs, found "
-            f"{type(prunable).__name__}"
-        )
-    for kind, names in dict[Any, Any](prunable).items():
-        if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-            raise TypeError(f"prunable: keys must be module types, found {kind!r}")
-        several = isinstance(names, Iterable) and not isinstance(names, str)
-        listed = tuple(names) if several else (names,)
-        if not all(isinstance(n, str) for n in listed):
-            raise TypeError(
-                f"prunable[{kind.__name__}] must be a tensor name or glob, or several of them, "
-                f"found {names!r}; () leaves the type out"
-            )
-        patterns[kind] = listed
-    return patterns
-
-
 def _listed(selectors: Selectors, argument: str) -> list[Selector]:
     # Modules such as Sequential, and tensors, are iterable too.
     if isinstance(selectors, str | nn.Module | Tensor):
@@ -361,7 +255,3 @@ def _shown(selector: object) -> str:
     if isinstance(selector, list | tuple):
         return f"[{', '.join(map(_shown, selector))}]"
     return repr(selector)
-
-
-def _described(value: object) -> str:
-    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"

@@ -8,13 +8,38 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torch_adapmtl.components._names import RULE, is_task_name
-from torch_adapmtl.components._probe import OutputError
+__all__ = [
+    "FROZEN",
+    "RULE",
+    "SHARED",
+    "UNUSED",
+    "OutputError",
+    "TaskOutputs",
+    "check_task_name",
+    "is_task_name",
+    "named_tasks",
+    "split_output",
+]
 
-__all__ = ["TaskOutputs", "check_task_name", "named_tasks", "split_output"]
+SHARED = "shared"
+UNUSED = "unused"
+FROZEN = "frozen"
+RULE = (
+    f"names must not be empty, contain '+' or '.', or be one of {SHARED}, {UNUSED}, {FROZEN}, "
+    "which stand for components"
+)
 
 # How a user may say what the tasks' outputs are.
 TaskOutputs = Sequence[str] | Mapping[str, Callable[[Any], Any] | str | int]
+
+
+class OutputError(ValueError):
+    """The model ran, but its output is not what the caller said or needs."""
+
+
+def is_task_name(name: str) -> bool:
+    """Whether a task can be called so."""
+    return bool(name) and name not in (SHARED, UNUSED, FROZEN) and not set(name) & {"+", "."}
 
 
 def check_task_name(name: object, argument: str) -> str:

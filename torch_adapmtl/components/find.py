@@ -9,9 +9,17 @@ from typing import Any
 from torch import nn
 
 from torch_adapmtl.components._detect import detect, detect_each
-from torch_adapmtl.components._names import FROZEN, SHARED, UNUSED
-from torch_adapmtl.components._outputs import TaskOutputs, check_task_name, named_tasks
-from torch_adapmtl.components._inventory import Groups, Inventory, Prunable, Selectors, unwrap
+from torch_adapmtl.components._inventory import Groups, Inventory, Selectors
+from torch_adapmtl.components._outputs import (
+    FROZEN,
+    SHARED,
+    UNUSED,
+    TaskOutputs,
+    check_task_name,
+    named_tasks,
+)
+from torch_adapmtl.components._prunable import Prunable
+from torch_adapmtl.components._unwrap import unwrap
 
 __all__ = [
     "FROZEN",
