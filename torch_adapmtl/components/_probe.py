@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -15,10 +13,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from torch_adapmtl.components._leaks import forget
-from torch_adapmtl.components._outputs import OutputError
 from torch_adapmtl.components._snapshot import untouched
 
 __all__ = ["probe"]
@@ -35,51 +30,33 @@ def probe(
     training: bool = True,
     see_through: bool = False,
 ) -> _T:
-    """Runs `model` and returns `read(its output)`; the model is afterwards as it was.
+    """Runs `model` and returns `read(output)`; afterwards the model is as it was.
 
-    The model runs in train mode (eval hides auxiliary heads), its batch normalisation in eval mode
-    (the graph is the same, statistics stay, and a batch of one will do), first on fake tensors,
-    which build the same graph without computing, then on real ones if that fails. Every
-    floating-point parameter requires grad meanwhile, so that frozen parts show too.
+    The model runs in train mode, because eval mode hides auxiliary heads. Batch normalisation runs
+    in eval mode: the graph is the same, statistics do not change, and a batch of one is enough.
+    Every floating-point parameter requires grad during the run, so that the graph shows frozen
+    parameters too.
 
     Args:
         model: The model, unwrapped.
-        args: Positional arguments; tensors among them are copied before use.
-        kwargs: Keyword arguments, likewise.
-        read: Takes what it needs from the output while the graph is alive; no tensors.
-        training: Whether in train mode.
-        see_through: Ignore `detach`, `no_grad` and `inference_mode` in the model, to tell what
-            they cut off from what is not used at all. It can break or change a model, so it is
-            never the first look.
+        args: Positional arguments of the model. Tensors in them are copied.
+        kwargs: Keyword arguments of the model. Tensors in them are copied.
+        read: Called with the model's output while its graph exists. It must not return tensors.
+        training: Whether the model runs in train mode.
+        see_through: Ignore `detach`, `no_grad` and `inference_mode` in the model. This tells
+            parameters that they cut off from parameters that are not used at all. It can break a
+            model, so use it only after a normal run.
 
     Raises:
-        OutputError: From `read`, as it is.
-        Exception: Whatever the model raised on real tensors.
+        Exception: Whatever the model or `read` raises.
     """
-
-    def run(tensors: AbstractContextManager[object]) -> _T:
-        with untouched(model) as guard, _surroundings(see_through):
-            _prepare(model, training)
-            # Copies, as a model may normalise its input in place. Outside inference mode they
-            # are ordinary tensors, whatever the caller's were.
-            own_args, own_kwargs = _copied(args), _copied(dict(kwargs))
-            with tensors, guard:
-                return read(model(*own_args, **own_kwargs))
-
-    made: list[weakref.ref[Tensor]] = []
-    refused: OutputError | None = None
-    try:
-        found = [run(_fake_tensors(made))]
-    except OutputError as error:
-        found, refused = [], error.with_traceback(None)  # a traceback would keep the tensors
-        if error.__cause__ is not None:  # a function of the user's, which may want real ones
-            refused = None
-    except Exception:
-        found = []
-    forget(made)
-    if refused is not None:
-        raise refused
-    return found[0] if found else run(nullcontext())
+    with untouched(model) as guard, _torch_state(see_through):
+        _prepare(model, training)
+        # The model may change its input in place. The copies are also ordinary tensors where the
+        # caller's were made in inference mode.
+        copied_args, copied_kwargs = _copied(args), _copied(dict(kwargs))
+        with guard:
+            return read(model(*copied_args, **copied_kwargs))
 
 
 def _prepare(model: nn.Module, training: bool) -> None:
@@ -106,56 +83,7 @@ def _copied(value: Any) -> Any:
 
 
 @contextmanager
-def _fake_tensors(made: list[weakref.ref[Tensor]]) -> Iterator[None]:
-    """Lets operations run on tensors without data; notes those that come out of them."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    # It logs as errors what only means that real tensors have to be tried.
-    logger = logging.getLogger(FakeTensorMode.__module__)
-    disabled, logger.disabled = logger.disabled, True
-    try:
-        shortcuts = _Shortcuts(made)
-        with FakeTensorMode(allow_non_fake_inputs=True), shortcuts:
-            yield
-    finally:
-        logger.disabled = disabled
-
-
-class _Shortcuts(TorchDispatchMode):
-    """The shapes of frequent operations, which fake tensors take half a probe to work out."""
-
-    def __init__(self, made: list[weakref.ref[Tensor]]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._made = made
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        result = self._run(func, args, kwargs)
-        for item in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(item, Tensor):
-                self._made.append(weakref.ref(item))
-        return result
-
-    @staticmethod
-    def _run(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Any:
-        if func is torch.ops.aten.native_batch_norm.default and not args[5]:  # not training
-            return torch.empty_like(args[0]), args[0].new_empty(0), args[0].new_empty(0)
-        if func is torch.ops.aten.native_layer_norm.default:
-            return torch.empty_like(args[0]), args[0].new_empty(0), args[0].new_empty(0)
-        if func is torch.ops.aten.addmm.default and not kwargs:
-            bias, left, right = args
-            if left.shape[1] == right.shape[0] and bias.shape == right.shape[1:]:
-                return left.new_empty(left.shape[0], right.shape[1])
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _surroundings(see_through: bool) -> Iterator[None]:
+def _torch_state(see_through: bool) -> Iterator[None]:
     """The state of torch that a probe needs, whatever the caller's is."""
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
@@ -164,7 +92,7 @@ def _surroundings(see_through: bool) -> Iterator[None]:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_no_autocast_cache())
         stack.enter_context(_checkpoints_kept_open())
-        # Where nothing is compiled, dynamo is not loaded, and loading it takes a second.
+        # If dynamo is not loaded, nothing is compiled, and loading it takes a second.
         if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if see_through:
@@ -177,8 +105,8 @@ def _surroundings(see_through: bool) -> Iterator[None]:
 def _no_autocast_cache() -> Iterator[None]:
     """Keeps half-precision copies of weights out of the cache of the caller's autocast.
 
-    A copy made on fake tensors would be found by the next real forward, and one that the caller
-    made under `no_grad` would hide its parameter from the probe.
+    A copy that the caller made under `no_grad` would hide its parameter from the probe, and a copy
+    that the probe makes would outlive it.
     """
     enabled = torch.is_autocast_cache_enabled()
     torch.clear_autocast_cache()

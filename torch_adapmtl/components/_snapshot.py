@@ -114,8 +114,7 @@ class _Record:
         data = tensor.detach()
 
         def undo() -> None:
-            # A fake tensor assigned to `.data` shows as one on another device.
-            if tensor.device != data.device or _place(tensor) != _place(data):
+            if _place(tensor) != _place(data):
                 tensor.data = data
 
         self._undo.append(undo)
@@ -236,7 +235,7 @@ class _CopyBeforeWrite(TorchDispatchMode):
 
 
 def _storage(tensor: Any) -> torch.UntypedStorage | None:
-    """The memory of an ordinary tensor; None for fake, sparse and other tensors without any."""
+    """The memory of an ordinary tensor; None for sparse and other tensors without any."""
     ordinary = type(tensor) is Tensor or isinstance(tensor, nn.Parameter)
     if not ordinary or tensor.is_meta or tensor.layout != torch.strided or not tensor.numel():
         return None

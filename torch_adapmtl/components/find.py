@@ -126,9 +126,9 @@ def find_components(
     tasks whose output depends on it, whatever the architecture: all tasks make it `"shared"`, one
     makes it that task's, some make it partly shared, such as `"depth+normal"`. The model is run on
     example inputs, and the autograd graph is followed from each task's output to the parameters.
-    It runs in training mode on tensors without data, and again, where that is not possible or
-    leaves weights unexplained, on data, in eval mode, or with `detach` and `no_grad` ignored.
-    Afterwards the model is as it was; hooks that you put on it have seen those runs.
+    It runs once in train mode. If no task depends on some weights then, it runs again in eval mode,
+    and once more with `detach` and `no_grad` ignored. Afterwards the model is as it was; hooks that
+    you put on it have seen those runs.
 
     Dependence is that of the graph. Where outputs are joined and sliced again, the joint part
     counts as shared; where parts are routed by the input, what these runs used counts.
