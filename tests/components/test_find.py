@@ -589,7 +589,7 @@ ERRORS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Any, str]] = {
     "one tensor": (lambda a, b: a, None, r"returns one tensor.*task_outputs=.*groups=\{\"main\""),
     "an object": (lambda a, b: types.SimpleNamespace(a=a), None, "returns a SimpleNamespace"),
     "one entry": (lambda a, b: {"out": a, "aux": None}, None, r"one output \('out'\) only"),
-    "no entry": (lambda a, b: {}, None, "no tensor only, so it is not multi-task"),
+    "no entry": (lambda a, b: {}, None, "returns no tensor, so it is not multi-task"),
     "argmax": (lambda a, b: {"x": a, "y": b.argmax(1)}, None, r"'y' has no gradient .*int64"),
     "detached": (lambda a, b: {"x": a, "y": b.detach()}, None, r"'y' has no gradient .*float32"),
     "reserved": (lambda a, b: {"shared": a, "y": b}, None, "'shared' cannot be a task name"),

@@ -1,4 +1,4 @@
-"""Running a model once to see which parameters each output depends on, without leaving a trace."""
+"""Running a model once, to look at the autograd graph of its output, without changing the model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def probe(
     training: bool = True,
     see_through: bool = False,
 ) -> _T:
-    """Runs `model` and returns `read(output)`; afterwards the model is as it was.
+    """Run `model` and return `read(output)`; afterwards the model is as it was.
 
     The model runs in train mode, because eval mode hides auxiliary heads. Batch normalisation runs
     in eval mode: the graph is the same, statistics do not change, and a batch of one is enough.
@@ -54,59 +54,61 @@ def probe(
         _prepare(model, training)
         # The model may change its input in place. The copies are also ordinary tensors where the
         # caller's were made in inference mode.
-        copied_args, copied_kwargs = _copied(args), _copied(dict(kwargs))
+        copied_args, copied_kwargs = _copy(args), _copy(dict(kwargs))
         with guard:
             return read(model(*copied_args, **copied_kwargs))
 
 
 def _prepare(model: nn.Module, training: bool) -> None:
+    """Set the mode of all modules, make parameters require grad, and undo `module.compile()`."""
     for module in model.modules():
         module.training = training and not isinstance(module, _BatchNorm)
-        if getattr(module, "_compiled_call_impl", None) is not None:  # module.compile()
+        if getattr(module, "_compiled_call_impl", None) is not None:
             module._compiled_call_impl = None
     for parameter in model.parameters():
         if parameter.is_floating_point() and not parameter.is_inference():
             parameter.requires_grad_(True)
 
 
-def _copied(value: Any) -> Any:
+def _copy(value: Any) -> Any:
+    """Copy the tensors in nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, tuple):
-        items = [_copied(item) for item in value]
+        items = [_copy(item) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     if type(value) is list:
-        return [_copied(item) for item in value]
+        return [_copy(item) for item in value]
     if type(value) is dict:
-        return {key: _copied(item) for key, item in value.items()}
+        return {key: _copy(item) for key, item in value.items()}
     return value
 
 
 @contextmanager
 def _torch_state(see_through: bool) -> Iterator[None]:
-    """The state of torch that a probe needs, whatever the caller's is."""
+    """Set the state of torch that a probe needs, whatever the caller's is, and restore it."""
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")  # the model's own warnings come when it is trained
+        warnings.simplefilter("ignore")  # the model warns again when the user trains it
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_no_autocast_cache())
-        stack.enter_context(_checkpoints_kept_open())
-        # If dynamo is not loaded, nothing is compiled, and loading it takes a second.
-        if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+        stack.enter_context(_transparent_checkpoints())
+        # Loading dynamo takes a second, and where it is not loaded nothing is compiled.
+        if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if see_through:
-            stack.enter_context(_inference_mode_ignored())
-            stack.enter_context(_SeeThrough())
+            stack.enter_context(_no_inference_mode())
+            stack.enter_context(_NoDetach())
         yield
 
 
 @contextmanager
 def _no_autocast_cache() -> Iterator[None]:
-    """Keeps half-precision copies of weights out of the cache of the caller's autocast.
+    """Empty autocast's cache of half-precision weights, before and after, and do not use it.
 
-    A copy that the caller made under `no_grad` would hide its parameter from the probe, and a copy
-    that the probe makes would outlive it.
+    A copy of a weight that the caller made under `no_grad` would hide the weight from the probe. A
+    copy that the probe makes must not be used by the caller, who may freeze or change the weight.
     """
     enabled = torch.is_autocast_cache_enabled()
     torch.clear_autocast_cache()
@@ -119,8 +121,11 @@ def _no_autocast_cache() -> Iterator[None]:
 
 
 @contextmanager
-def _checkpoints_kept_open() -> Iterator[None]:
-    """Lets reentrant checkpointing run its function with grad; it hides the parameters inside."""
+def _transparent_checkpoints() -> Iterator[None]:
+    """Make reentrant checkpointing run its function with grad.
+
+    Normally it runs it without, so that the graph does not show the parameters that it uses.
+    """
 
     def apply(function: Callable[..., _T], preserve_rng_state: bool, *args: Any) -> _T:
         return function(*args)
@@ -130,34 +135,33 @@ def _checkpoints_kept_open() -> Iterator[None]:
 
 
 @contextmanager
-def _inference_mode_ignored() -> Iterator[None]:
-    def enter(self: Any) -> None:
+def _no_inference_mode() -> Iterator[None]:
+    """Make `inference_mode` do nothing."""
+
+    def do_nothing(self: Any, *exception: object) -> None:
         return None
 
-    def leave(self: Any, *exception: object) -> None:
-        return None
-
-    kind = torch.inference_mode
-    with _replaced(kind, "__enter__", enter), _replaced(kind, "__exit__", leave):
+    mode = torch.inference_mode
+    with _replaced(mode, "__enter__", do_nothing), _replaced(mode, "__exit__", do_nothing):
         yield
 
 
 @contextmanager
 def _replaced(owner: type, name: str, value: object) -> Iterator[None]:
-    """Sets an attribute of a class for a while; an inherited one is inherited again afterwards."""
-    own = vars(owner).get(name)
+    """Replace an attribute of a class and restore it."""
+    defined = vars(owner).get(name)  # None if the attribute is inherited
     setattr(owner, name, value)
     try:
         yield
     finally:
-        if own is None:
+        if defined is None:
             delattr(owner, name)
         else:
-            setattr(owner, name, own)
+            setattr(owner, name, defined)
 
 
-class _SeeThrough(TorchFunctionMode):
-    """Makes `detach`, `.data` and the switching off of grad mode do nothing."""
+class _NoDetach(TorchFunctionMode):
+    """Makes `detach`, `.data` and changes of grad mode do nothing."""
 
     def __torch_function__(
         self,
@@ -170,7 +174,7 @@ class _SeeThrough(TorchFunctionMode):
             return None
         if func in (Tensor.detach_, torch.detach_):
             return args[0]
-        # A method-wrapper is made anew at each access and compares by what it wraps.
+        # `__get__` is another object at each access, but one that is equal.
         if func in (Tensor.detach, torch.detach) or func == Tensor.data.__get__:  # type: ignore[attr-defined]
             return args[0].view_as(args[0])
         return func(*args, **(kwargs or {}))

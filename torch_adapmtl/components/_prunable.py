@@ -19,7 +19,7 @@ __all__ = [
     "check_weight",
     "named_parameters",
     "prunable_by_default",
-    "prunable_names",
+    "prunable_patterns",
 ]
 
 Prunable = Mapping[type[nn.Module], str | Iterable[str]]
@@ -32,12 +32,17 @@ DEFAULT_PRUNABLE: dict[type[nn.Module], tuple[str, ...]] = {
 
 
 def prunable_by_default(module: nn.Module) -> tuple[str, ...]:
-    """The names of the tensors of a module that are prunable unless the user says otherwise."""
+    """Return the names of the tensors of a module that are prunable unless the user says no."""
     kind = next((k for k in type(module).__mro__ if k in DEFAULT_PRUNABLE), None)
     return DEFAULT_PRUNABLE[kind] if kind is not None else ()
 
 
-def prunable_names(prunable: Prunable | None) -> dict[type[nn.Module], tuple[str, ...]]:
+def prunable_patterns(prunable: Prunable | None) -> dict[type[nn.Module], tuple[str, ...]]:
+    """Return names and globs of prunable tensors by module type: the default and the user's.
+
+    Raises:
+        TypeError: If `prunable` is not of the form that `find_components` takes.
+    """
     patterns = dict(DEFAULT_PRUNABLE)
     if prunable is None:
         return patterns
@@ -51,7 +56,7 @@ def prunable_names(prunable: Prunable | None) -> dict[type[nn.Module], tuple[str
             raise TypeError(f"prunable: keys must be module types, found {kind!r}")
         several = isinstance(names, Iterable) and not isinstance(names, str)
         listed = tuple(names) if several else (names,)
-        if not all(isinstance(n, str) for n in listed):
+        if not all(isinstance(name, str) for name in listed):
             raise TypeError(
                 f"prunable[{kind.__name__}] must be a tensor name or glob, or several of them, "
                 f"found {names!r}; () leaves the type out"
@@ -61,21 +66,25 @@ def prunable_names(prunable: Prunable | None) -> dict[type[nn.Module], tuple[str
 
 
 def named_parameters(module: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
-    """The parameters of one module: the name they are used by, the one they are kept by."""
+    """Yield the parameters of one module, each with two names.
+
+    The first is the attribute that `forward` uses, the second the one in `named_parameters()`.
+    They differ where `torch.nn.utils.prune` or `torch.nn.utils.parametrize` makes the attribute.
+    """
     if isinstance(module, parametrize.ParametrizationList):
-        return  # told of by the module whose tensor it makes
-    for raw, parameter in module._parameters.items():
+        return  # its parameters are those of the module whose tensor it makes
+    for stored, parameter in module._parameters.items():
         if parameter is not None:
-            public = raw.removesuffix("_orig")
-            masked = public != raw and f"{public}_mask" in module._buffers  # torch.nn.utils.prune
-            yield public if masked else raw, raw, parameter
+            used = stored.removesuffix("_orig")
+            masked = used != stored and f"{used}_mask" in module._buffers  # torch.nn.utils.prune
+            yield used if masked else stored, stored, parameter
     if parametrize.is_parametrized(module):
         parametrizations: Any = module.parametrizations
-        for public, chain in parametrizations.items():
+        for used, chain in parametrizations.items():
             original = chain._parameters.get("original")
-            # Torch promises the same shape unless told not to look.
+            # Unless `unsafe`, torch has checked that the shape stays the same.
             if isinstance(original, nn.Parameter) and not chain.unsafe:
-                yield public, f"parametrizations.{public}.original", original
+                yield used, f"parametrizations.{used}.original", original
 
 
 def check_weight(name: str, weight: nn.Parameter) -> None:
@@ -86,9 +95,9 @@ def check_weight(name: str, weight: nn.Parameter) -> None:
             "(model.to_empty(device=...) and load_state_dict), or leave it out with exclude="
         )
     problem = obstacle(weight) or trouble_of_inference(weight)
-    kind: Any = weight
-    # Torchao's quantised weights pass for float ones.
-    if is_traceable_wrapper_subclass(kind) and not is_sharded(weight):
+    tensor: Any = weight
+    # Torchao's quantised weights say that they are float tensors.
+    if is_traceable_wrapper_subclass(tensor) and not is_sharded(weight):
         problem = (
             f"is a {type(weight).__name__}, which stands for other tensors; prune the model "
             "before it is quantised or wrapped"

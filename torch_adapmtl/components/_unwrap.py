@@ -9,7 +9,9 @@ __all__ = ["unwrap"]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside `torch.compile`, DistributedDataParallel and DataParallel, however nested.
+    """Return the module inside `torch.compile`, DistributedDataParallel and DataParallel.
+
+    Wrappers may be nested. A module without one is returned as it is.
 
     Raises:
         TypeError: If `model` is no module, or a scripted one.
@@ -23,7 +25,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"model must be a torch.nn.Module, got {_described(model)}; pass the model itself"
+            f"model must be a torch.nn.Module, got {_describe(model)}; pass the model itself"
         )
     while True:
         if isinstance(model, torch.jit.ScriptModule):
@@ -41,5 +43,5 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def _described(value: object) -> str:
+def _describe(value: object) -> str:
     return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
