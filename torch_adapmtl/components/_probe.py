@@ -60,11 +60,9 @@ def probe(
 
 
 def _prepare(model: nn.Module, training: bool) -> None:
-    """Set the mode of all modules, make parameters require grad, and undo `module.compile()`."""
+    """Set the mode of all modules, and make all parameters require grad."""
     for module in model.modules():
         module.training = training and not isinstance(module, _BatchNorm)
-        if getattr(module, "_compiled_call_impl", None) is not None:
-            module._compiled_call_impl = None
     for parameter in model.parameters():
         if parameter.is_floating_point() and not parameter.is_inference():
             parameter.requires_grad_(True)
