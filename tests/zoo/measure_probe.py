@@ -2,7 +2,7 @@
 
 Every 14th model of the tests' zoo, and large ones at full input size, each in a new process.
 
-    PYTHONPATH=.:tests OMP_NUM_THREADS=1 python examples/benchmark/probe.py LABEL >> probe.jsonl
+    PYTHONPATH=.:tests OMP_NUM_THREADS=1 python -m zoo.measure_probe LABEL >> probe.jsonl
 """
 
 from __future__ import annotations
