@@ -16,10 +16,10 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from zoo import ENTRIES, Entry, from_smp, from_timm, from_torchvision, from_transformers
-from zoo.entry import images
 
 from torch_adapmtl import find_components
+from zoo import ENTRIES, Entry, from_smp, from_timm, from_torchvision, from_transformers
+from zoo.entry import images
 
 TIMM = (
     "resnet50", "efficientnet_b4", "convnext_base", "convnext_xlarge", "vit_base_patch16_224",
