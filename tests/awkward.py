@@ -244,7 +244,7 @@ class Caching(Net):
 
 
 class DataDependent(Net):
-    """Looks at values, which fake tensors do not have."""
+    """Decides by a value which way to go."""
 
     def features(self, x: Tensor) -> Tensor:
         return self.body(x) if x.abs().sum().item() >= 0 else x

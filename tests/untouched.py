@@ -54,7 +54,7 @@ def state(model: nn.Module, ignored: Collection[str] = ()) -> Any:
     Args:
         model: The model; its modules' attributes (among them parameters, buffers, hooks, training
             flags), and its parameters' gradients and hooks are in the picture.
-        ignored: Names of buffers that are not, whichever module holds them.
+        ignored: Names of buffers and attributes to leave out, in any module.
     """
     modules = []
     for name, module in model.named_modules():

@@ -10,7 +10,9 @@ from torch import nn
 from torch.nn.utils import prune
 
 from torch_adapmtl._distributed import is_sharded
-from torch_adapmtl.components._inventory import DEFAULT_PRUNABLE, Inventory, unwrap
+from torch_adapmtl.components._inventory import Inventory
+from torch_adapmtl.components._prunable import DEFAULT_PRUNABLE
+from torch_adapmtl.components._unwrap import unwrap
 from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.layers.layer import Layer, zeros_to_keep
 from torch_adapmtl.pruner import Pruner

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from torch_adapmtl._checks import check_choice, check_fraction, check_steps
 from torch_adapmtl.allocation._base import Allocator
-from torch_adapmtl.components._inventory import Groups, Prunable, Selectors
+from torch_adapmtl.components._inventory import Groups, Selectors
 from torch_adapmtl.components._outputs import TaskOutputs
-from torch_adapmtl.components.find import FROZEN, UNUSED, Components, find_components, unwrap
+from torch_adapmtl.components._prunable import Prunable
+from torch_adapmtl.components._unwrap import unwrap
+from torch_adapmtl.components.find import FROZEN, UNUSED, Components, find_components
 from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.layers.layer import Layer, zeros_to_keep
 from torch_adapmtl.methods._base import Controller, Method

@@ -551,13 +551,13 @@ class Pruner(nn.Module):
                 config. Nothing is changed then: the state dict of a whole model is checked before
                 any of it is loaded.
         """
-        progress = load(state, self.expected_state(), self.layers)
+        progress = load(state, self._expected_state(), self.layers)
         self._step = progress["step"]
         self._reset_skipped()
         self.controller.fixed, self.controller.initial = progress["fixed"], progress["initial"]
         self.weighting.record.set_had_losses(progress.get("had", ()))
 
-    def expected_state(self) -> dict[str, Any]:
+    def _expected_state(self) -> dict[str, Any]:
         """The values that a state has to agree with to be loaded: the target and the config."""
         return {**self._aim(), **self._config}
 

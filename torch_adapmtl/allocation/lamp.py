@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torch_adapmtl._checks import check_numbers
 from torch_adapmtl.allocation._base import Allocation, Allocator
-from torch_adapmtl.budget.solver import Scores, bisect, from_bits, to_bits
+from torch_adapmtl.budget.solver import Scores, bisect, to_bits
 from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.layers.pooled import Pooled
 from torch_adapmtl.layers.sampling import Sample
@@ -112,7 +112,7 @@ def lamp_thresholds(magnitudes: Scores, zeros: float) -> Tensor:
     """
     layer, base, weights = magnitudes.layer, magnitudes.base, magnitudes.weights
     start, end = magnitudes.starts[:-1], magnitudes.starts[1:]
-    values = from_bits(magnitudes.bits)
+    values = magnitudes.values
     largest = values[end - 1].double().clamp(min=torch.finfo(torch.float32).tiny)
     square = (values / largest[layer]).square()  # in units of the layer's largest
     # Whole numbers: sums of them are exact, and the same in any order.

@@ -116,7 +116,7 @@ class Sensitivity(Allocator):
     ) -> Tensor:
         """Add the sampled gradients to the statistic; say how far each offset should move."""
         settings, (pool,) = self._settings, self._pool
-        self.saliency.mul_(settings.decay).add_(self._collect(sample, thresholds))
+        self.saliency.mul_(settings.decay).add_(self._collect(sample, magnitudes.layer, thresholds))
         total, count = self.saliency
         weights = sample.weights.float()
         all_total, all_count = total * weights, count * weights
@@ -126,7 +126,7 @@ class Sensitivity(Allocator):
         move = -settings.rate / 2 * ratio.log().clamp(-4.0, 4.0) * trust
         return torch.where(move.isfinite(), move, 0.0)
 
-    def _collect(self, sample: Sample, thresholds: Tensor) -> Tensor:
+    def _collect(self, sample: Sample, layer: Tensor, thresholds: Tensor) -> Tensor:
         gradient = torch.zeros_like(sample.values)
         seen = torch.zeros(len(self._layers), dtype=torch.bool)
         for index, part in enumerate(gradient.split(sample.lengths)):
@@ -134,7 +134,7 @@ class Sensitivity(Allocator):
                 part.copy_(self._gradients[index])
                 seen[index] = True
         self._gradients = {}
-        values, layer = sample.values, sample.layer
+        values = sample.values
         alpha = thresholds[layer]
         band = (values > alpha) & (values <= 2 * alpha) & seen.to(values.device)[layer]
         new = torch.zeros_like(self.saliency)

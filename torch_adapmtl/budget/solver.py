@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -79,8 +80,7 @@ class Scores:
         self.base = index << 32
         self.layer = torch.repeat_interleave(index, length, output_size=len(values))
         # One sort orders every layer's scores.
-        self.keys, order = (self.base[self.layer] | to_bits(values)).sort()
-        self._values = values[order]
+        self.keys = (self.base[self.layer] | to_bits(values)).sort().values
         ends = length.cumsum(0)
         self.starts = torch.cat([ends.new_zeros(1), ends])
         self.below = torch.zeros_like(length) if below is None else below
@@ -91,11 +91,17 @@ class Scores:
         """The bits of the scores, in the order of the keys."""
         return self.keys & 0xFFFFFFFF
 
+    @cached_property
+    def values(self) -> Tensor:
+        """The scores in the order of the keys, float32; 0 for weights that are zero in any case."""
+        return from_bits(self.bits)
+
     def scaled(self, factors: Tensor) -> Scores:
         """The same scores, multiplied by a positive factor for each layer, (L,), without a sort."""
+        bits = to_bits(self.values * factors[self.layer]).masked_fill_(self.bits == 0, 0)
         scores = copy.copy(self)
-        scores._values = self._values * factors[self.layer]
-        scores.keys = self.base[self.layer] | to_bits(scores._values)
+        del scores.values  # those of this object
+        scores.keys = self.base[self.layer] | bits
         return scores
 
     def count(self, level: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Example inputs: given by the user, or made from the encoder found in the model."""
+"""Example inputs: the user's, or images made for the encoder in the model."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["REMEDY", "call_arguments", "made_inputs"]
+__all__ = ["FORMS", "call_arguments", "encoder_images"]
 
-REMEDY = (
-    "pass example_inputs= as the training loop gives them to the model: a tensor, a tuple of "
-    "positional arguments or a dict of keyword arguments"
-)
+FORMS = "a tensor, a tuple of positional arguments or a dict of keyword arguments"
 
 
-def call_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The positional and keyword arguments that `example_inputs` stands for."""
+def call_arguments(example_inputs: Any, argument: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the positional and keyword arguments that `example_inputs` stands for.
+
+    Raises:
+        TypeError: If it is of another type; the error calls it `argument`.
+    """
     if isinstance(example_inputs, Tensor):
         return (example_inputs,), {}
     if isinstance(example_inputs, tuple):
@@ -25,21 +26,20 @@ def call_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
     raise TypeError(
-        "example_inputs must be a tensor, a tuple of positional arguments or a dict of keyword "
-        f"arguments, found {type(example_inputs).__name__}; if the model takes that as its one "
-        "argument, pass (inputs,)"
+        f"{argument} must be {FORMS}, found {type(example_inputs).__name__}; if the model takes "
+        "that as its one argument, pass (inputs,)"
     )
 
 
-def made_inputs(model: nn.Module) -> tuple[str, list[Tensor]]:
-    """Batches of two images to try in turn, for the outermost timm or SMP encoder in `model`.
+def encoder_images(model: nn.Module) -> tuple[str, list[Tensor]]:
+    """Return a description of the outermost timm or SMP encoder in `model` and images for it.
 
     Returns:
-        A description of the encoder for messages, and the batches. They are drawn without touching
-        the global random number generator.
+        The encoder's name and type, for errors, and batches of two images to try in turn. Making
+        them does not advance the global random number generator.
 
     Raises:
-        ValueError: If there is no such encoder.
+        ValueError: If the model holds no such encoder.
     """
     for name, module in model.named_modules():
         shapes = list(dict.fromkeys(_shapes(module)))
@@ -47,27 +47,28 @@ def made_inputs(model: nn.Module) -> tuple[str, list[Tensor]]:
             tensor = next((p for p in module.parameters() if p.is_floating_point()), None)
             device = torch.device("cpu") if tensor is None else tensor.device
             dtype = torch.float32 if tensor is None else tensor.dtype
-            kind = f"{name or 'the model'} ({type(module).__name__})"
-            return kind, [_image(shape).to(device, dtype) for shape in shapes]
+            encoder = f"{name or 'the model'} ({type(module).__name__})"
+            return encoder, [_images(shape).to(device, dtype) for shape in shapes]
     raise ValueError(
         "example_inputs is None and the model holds no timm or segmentation-models-pytorch encoder "
-        f"to make them from; {REMEDY}"
+        "to make images for; pass example_inputs=, what the training loop gives the model: "
+        f"{FORMS}"
     )
 
 
-def _image(shape: tuple[int, int, int]) -> Tensor:
+def _images(shape: tuple[int, int, int]) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randn(2, *shape, generator=generator, device="cpu")
 
 
 def _shapes(module: nn.Module) -> Iterator[tuple[int, int, int]]:
-    """Channels, height and width worth trying with an encoder; none if it is not one."""
+    """Yield the channels, height and width to try with an encoder; none if it is not one."""
     channels = vars(module).get("_in_channels")
     stride = getattr(module, "output_stride", None) if isinstance(channels, int) else None
     if isinstance(channels, int) and isinstance(stride, int):  # SMP
         for size in (max(64, 2 * stride), 128):
             yield channels, size, size
-        for child in module.modules():  # a timm model inside, which may insist on its size
+        for child in module.modules():  # a timm model inside may insist on its image size
             for _, height, width in _timm_shapes(child):
                 yield channels, height, width
     else:
@@ -76,17 +77,16 @@ def _shapes(module: nn.Module) -> Iterator[tuple[int, int, int]]:
 
 def _timm_shapes(module: nn.Module) -> Iterator[tuple[int, int, int]]:
     config = getattr(module, "pretrained_cfg", None)
-    size = config.get("input_size") if isinstance(config, Mapping) else None
-    if size is None or len(size) != 3:
+    published = config.get("input_size") if isinstance(config, Mapping) else None
+    if published is None or len(published) != 3:
         return
-    # timm keeps the published input size also when a model is made for another, or other channels.
-    # The model's own size comes first, then those of its parts: the embedding of patches has any
-    # name, and there may be several.
-    own = [getattr(m, "img_size", None) for m in module.modules()]
-    sizes = [tuple(s) for s in own if isinstance(s, tuple | list) and len(s) == 2]
-    sizes.append(tuple(size[1:]))
-    first = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
-    channels = [size[0], first.in_channels if first is not None else size[0]]
+    # `pretrained_cfg` has the published size even if the model was made for other images. Where a
+    # model has its actual size varies: in itself, or in a part such as the patch embedding.
+    image_sizes = [getattr(part, "img_size", None) for part in module.modules()]
+    sizes = [tuple(s) for s in image_sizes if isinstance(s, tuple | list) and len(s) == 2]
+    sizes.append(tuple(published[1:]))
+    first = next((part for part in module.modules() if isinstance(part, nn.Conv2d)), None)
+    channels = [published[0], first.in_channels if first is not None else published[0]]
     for height, width in sizes:
         for count in channels:
             yield count, height, width

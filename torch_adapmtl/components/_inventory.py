@@ -1,207 +1,149 @@
-"""The prunable tensors of a model, and naming some of them by name, glob, module or parameter."""
+"""The prunable tensors of a model, and finding them by name, glob, module or parameter."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from torch_adapmtl._checks import DTYPES, obstacle, trouble_of_inference
+from torch_adapmtl._checks import DTYPES, obstacle
 from torch_adapmtl._distributed import is_sharded
+from torch_adapmtl.components._prunable import (
+    DEFAULT_PRUNABLE,
+    Prunable,
+    check_weight,
+    named_parameters,
+    prunable_patterns,
+)
+from torch_adapmtl.components._unwrap import unwrap
 
-__all__ = [
-    "Groups",
-    "Inventory",
-    "Prunable",
-    "Selector",
-    "Selectors",
-    "prunable_by_default",
-    "unwrap",
-]
+__all__ = ["Groups", "Inventory", "OwnedParameter", "Selector", "Selectors"]
 
 Selector = str | nn.Module | Tensor
 Selectors = Selector | Iterable[Selector]
 Groups = Mapping[str, Selectors]
-Prunable = Mapping[type[nn.Module], str | Iterable[str]]
 
-DEFAULT_PRUNABLE: dict[type[nn.Module], tuple[str, ...]] = {
-    _ConvNd: ("weight",),  # convolutions and transposed convolutions
-    nn.Linear: ("weight",),
-    nn.MultiheadAttention: ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
-}
-# Wrappers inside a model put these into names that nobody would write.
+# Parts of qualified names that wrappers inside a model add. Users may leave them out.
 _WRAPPER_NAMES = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
-def prunable_by_default(module: nn.Module) -> tuple[str, ...]:
-    """The names of the tensors of a module that are prunable unless the user says otherwise."""
-    kind = next((k for k in type(module).__mro__ if k in DEFAULT_PRUNABLE), None)
-    return DEFAULT_PRUNABLE[kind] if kind is not None else ()
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside `torch.compile`, DistributedDataParallel and DataParallel, however nested.
-
-    Raises:
-        TypeError: If `model` is no module, or a scripted one.
-
-    Example:
-        >>> import torch
-        >>> from torch_adapmtl.groups import unwrap
-        >>> net = torch.nn.Linear(2, 2)
-        >>> unwrap(torch.nn.DataParallel(net)) is net
-        True
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model must be a torch.nn.Module, got {_described(model)}; pass the model itself"
-        )
-    while True:
-        if isinstance(model, torch.jit.ScriptModule):
-            raise TypeError(
-                "model is a torch.jit.ScriptModule, whose layers cannot be changed; prune the "
-                "module that it was scripted from, and script it after finalize()"
-            )
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(inner := model.__dict__.get("_orig_mod"), nn.Module) or isinstance(
-            inner := model._modules.get("_orig_mod"), nn.Module
-        ):
-            model = inner
-        else:
-            return model
-
-
 @dataclass(eq=False)
-class Found:
-    """A parameter of the model with everything that holds it."""
+class OwnedParameter:
+    """A parameter of the model, the modules that hold it, and its qualified names."""
 
     parameter: nn.Parameter
     owners: list[tuple[nn.Module, str]] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
-    prunable: bool = False
 
 
 class Inventory:
-    """The parameters of an unwrapped model, by identity; `prunable` maps id to the prunable ones.
+    """The prunable tensors of a model.
+
+    Args:
+        model: The model, unwrapped.
+        prunable: Prunable tensors by module type, as in `find_components`.
+        exclude: What is left out, as in `find_components`.
+
+    Attributes:
+        prunable: The prunable tensors by the parameter's id, in the order of `model.parameters()`.
 
     Raises:
-        ValueError: If the model is lazy or sharded or has nothing to prune, or a weight to prune is
-            on the meta device or no plain dense tensor that can be trained.
+        ValueError: If the model is lazy or sharded, if nothing is prunable, or if a tensor to prune
+            is on the meta device, is not an ordinary dense tensor or cannot be trained.
     """
 
     def __init__(self, model: nn.Module, prunable: Prunable | None, exclude: Selectors) -> None:
+        _check_model(model)
         self._modules: dict[str, nn.Module] = {}
-        self._named: dict[str, int] = {}
-        self._passed_over: list[str] = []  # what would be prunable if it were of another kind
-        self._check_whole(model)
-        self.prunable = self._collect(model, _patterns(prunable))
-        self._all = {id(parameter) for parameter in model.parameters()}
-        for selector in _listed(exclude, "exclude"):
+        self._parameter_ids: dict[str, int] = {}  # by name
+        self._rejected: list[str] = []  # why tensors that match are not prunable, for errors
+        self.prunable = self._collect(model, prunable_patterns(prunable))
+        self._ids = {id(parameter) for parameter in model.parameters()}
+        for selector in _as_list(exclude, "exclude"):
             for key in self.select(selector, "exclude"):
                 self.prunable.pop(key, None)
         if not self.prunable:
             raise ValueError(
                 f"{type(model).__name__} has nothing to prune: no convolution or linear weight of "
-                f"a floating-point type is left{self._others()}; name other tensors with "
+                f"a floating-point type is left{self._first_rejected()}; name other tensors with "
                 'prunable={ModuleType: "tensor_name"}, or narrow exclude='
             )
-        for entry in self.prunable.values():
-            _check_weight(entry.names[0], entry.parameter)
-
-    @staticmethod
-    def _check_whole(model: nn.Module) -> None:
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if is_lazy(tensor):
-                raise ValueError(
-                    f"{name} is not initialised yet (a lazy module); run one batch through the "
-                    "model first"
-                )
-            if is_sharded(tensor):
-                raise ValueError(f"{name} is sharded (a DTensor); apply pruning before sharding")
-        fsdp = sys.modules.get("torch.distributed.fsdp")
-        if fsdp is not None:
-            kind = fsdp.FullyShardedDataParallel
-            for name, module in model.named_modules():
-                if isinstance(module, kind):
-                    raise ValueError(
-                        f"{name or 'the model'} is sharded (FullyShardedDataParallel); apply "
-                        "pruning before sharding"
-                    )
+        for owned in self.prunable.values():
+            check_weight(owned.names[0], owned.parameter)
 
     def _collect(
         self, model: nn.Module, patterns: Mapping[type[nn.Module], tuple[str, ...]]
-    ) -> dict[int, Found]:
+    ) -> dict[int, OwnedParameter]:
+        """Record the names of all modules and parameters; return the prunable parameters."""
         paths: dict[nn.Module, list[str]] = {}
         for path, module in model.named_modules(remove_duplicate=False):
             paths.setdefault(module, []).append(path)
             self._modules[path] = module
-            self._modules.setdefault(_plain(path), module)
-        found: dict[int, Found] = {}
+            self._modules.setdefault(_without_wrappers(path), module)
+        owned: dict[int, OwnedParameter] = {}
+        prunable: set[int] = set()
         unmatched: dict[tuple[type[nn.Module], str], nn.Module] = {}
-        matched: set[tuple[type | None, str]] = set()
+        matched: set[tuple[type[nn.Module], str]] = set()
         for module, module_paths in paths.items():
             if "quantized" in type(module).__module__.split("."):
-                self._passed_over.append(
+                self._rejected.append(
                     f"{module_paths[0] or 'the model'} is a quantised module "
                     f"({type(module).__name__}); prune the model in floating point and quantise "
                     f"it after finalize()"
                 )
             kind = next((k for k in type(module).__mro__ if k in patterns), None)
-            wanted = patterns[kind] if kind is not None else ()
-            if kind is not None and wanted != DEFAULT_PRUNABLE.get(kind) and any(_held(module)):
-                unmatched.update({(kind, pattern): module for pattern in wanted})
-            for public, raw, parameter in _held(module):
-                entry = found.setdefault(id(parameter), Found(parameter))
-                entry.owners.append((module, public))
-                entry.names += [_join(path, public) for path in module_paths]
-                for name in (public, raw):
-                    for path in module_paths:
-                        full = _join(path, name)
-                        self._named[full] = id(parameter)
-                        self._named.setdefault(_plain(full), id(parameter))
-                if hits := [pattern for pattern in wanted if fnmatchcase(public, pattern)]:
-                    matched.update((kind, hit) for hit in hits)
-                    if parameter.dtype in DTYPES:
-                        entry.prunable = True
-                    else:
-                        self._passed_over.append(f"{entry.names[0]} {obstacle(parameter)}")
-        for key, module in unmatched.items():
-            if key not in matched:
-                names = sorted(public for public, _, _ in _held(module))
+            tensors = list(named_parameters(module))
+            if kind is not None and patterns[kind] != DEFAULT_PRUNABLE.get(kind) and tensors:
+                unmatched.update({(kind, pattern): module for pattern in patterns[kind]})
+            for used, stored, parameter in tensors:
+                key = id(parameter)
+                entry = owned.setdefault(key, OwnedParameter(parameter))
+                entry.owners.append((module, used))
+                entry.names += [_join(path, used) for path in module_paths]
+                for name in (_join(path, n) for n in (used, stored) for path in module_paths):
+                    self._parameter_ids[name] = key
+                    self._parameter_ids.setdefault(_without_wrappers(name), key)
+                if kind is None:
+                    continue
+                matches = [p for p in patterns[kind] if fnmatchcase(used, p)]
+                matched.update((kind, pattern) for pattern in matches)
+                if matches and parameter.dtype in DTYPES:
+                    prunable.add(key)
+                elif matches:
+                    self._rejected.append(f"{entry.names[0]} {obstacle(parameter)}")
+        for (kind, pattern), module in unmatched.items():
+            if (kind, pattern) not in matched:
+                names = sorted(used for used, _, _ in named_parameters(module))
                 raise ValueError(
-                    f"prunable: {key[1]!r} matches no tensor of {key[0].__name__}, which has "
+                    f"prunable: {pattern!r} matches no tensor of {kind.__name__}, which has "
                     f"{', '.join(names) or 'none'}"
                 )
-        order = {id(parameter): i for i, parameter in enumerate(model.parameters())}
-        prunable = sorted((k for k, e in found.items() if e.prunable), key=order.__getitem__)
-        return {key: found[key] for key in prunable}
+        return {id(p): owned[id(p)] for p in model.parameters() if id(p) in prunable}
 
     def select(self, selector: Selector, argument: str) -> set[int]:
-        """The ids of the prunable tensors that `selector` names.
+        """Return the ids of the prunable tensors that `selector` matches.
+
+        Args:
+            selector: A name, a glob, a module or a parameter.
+            argument: The argument that it comes from, for errors.
 
         Raises:
-            ValueError: If nothing in the model goes by it, prunable or not.
+            ValueError: If it matches no module or parameter of the model, prunable or not.
         """
         if isinstance(selector, nn.Module):
             module = unwrap(selector)
             if all(module is not other for other in self._modules.values()):
                 raise ValueError(
-                    f"{argument}: {_shown(selector)} is not a module of this model; pass one of "
+                    f"{argument}: {_describe(selector)} is not a module of this model; pass one of "
                     "model.modules(), or its name"
                 )
-            return self._below(module)
+            return self._inside(module)
         if isinstance(selector, Tensor):
-            if id(selector) not in self._all:
+            if id(selector) not in self._ids:
                 raise ValueError(
                     f"{argument}: the tensor of shape {tuple(selector.shape)} is not a parameter "
                     "of this model; pass one of model.parameters(), or its name"
@@ -212,129 +154,89 @@ class Inventory:
                 f"{argument}: a selector must be a name, a glob, a module or a parameter, found "
                 f"{type(selector).__name__}"
             )
-        chosen, known = self._by_name(selector)
-        if not known:
+        selected = self._by_name(selector)
+        if selected is None:
             raise ValueError(
                 f"{argument}: {selector!r} matches no module or parameter of this model; see "
                 "model.named_modules() for its names"
             )
-        return chosen
+        return selected
 
-    def _by_name(self, selector: str) -> tuple[set[int], bool]:
+    def _by_name(self, selector: str) -> set[int] | None:
+        """Return what a name or glob selects, or None if it matches nothing."""
         if selector in self._modules:
-            return self._below(self._modules[selector]), True
-        if selector in self._named:
-            return {self._named[selector]} & self.prunable.keys(), True
+            return self._inside(self._modules[selector])
+        if selector in self._parameter_ids:
+            return {self._parameter_ids[selector]} & self.prunable.keys()
         if not any(character in selector for character in "*?["):
-            return set(), False
+            return None
         modules = {m for name, m in self._modules.items() if fnmatchcase(name, selector)}
-        keys = {key for name, key in self._named.items() if fnmatchcase(name, selector)}
-        chosen = keys & self.prunable.keys()
-        for module in modules:
-            chosen |= self._below(module)
-        return chosen, bool(modules or keys)
+        keys = {key for name, key in self._parameter_ids.items() if fnmatchcase(name, selector)}
+        if not modules and not keys:
+            return None
+        return (keys & self.prunable.keys()).union(*map(self._inside, modules))
 
-    def _below(self, module: nn.Module) -> set[int]:
+    def _inside(self, module: nn.Module) -> set[int]:
+        """Return the ids of the prunable tensors in a module and its submodules."""
         return {id(parameter) for parameter in module.parameters()} & self.prunable.keys()
 
     def assign(self, groups: Groups) -> dict[int, str]:
-        """Which prunable tensors, by id, the user puts into which group.
+        """Return the group of each prunable tensor that `groups` selects, by id.
 
         Raises:
-            ValueError: If a group matches nothing, or two match the same tensor.
+            ValueError: If a group selects nothing, or two groups select the same tensor.
         """
-        chosen: dict[int, tuple[str, Selector]] = {}
+        assigned: dict[int, tuple[str, Selector]] = {}
         for group, selectors in groups.items():
             argument = f"groups[{group!r}]"
             count = 0
-            for selector in _listed(selectors, argument):
+            for selector in _as_list(selectors, argument):
                 for key in self.select(selector, argument):
                     count += 1
-                    other, by = chosen.setdefault(key, (group, selector))
-                    if other != group:
+                    first, first_selector = assigned.setdefault(key, (group, selector))
+                    if first != group:
                         raise ValueError(
-                            f"groups: {other!r} (by {_shown(by)}) and {group!r} (by "
-                            f"{_shown(selector)}) both match {self._shared_name(key)}; leave it "
-                            "to one of them"
+                            f"groups: {first!r} (by {_describe(first_selector)}) and {group!r} (by "
+                            f"{_describe(selector)}) both match {self._name_and_ties(key)}; leave "
+                            "it to one of them"
                         )
             if not count:
                 raise ValueError(
-                    f"{argument} = {_shown(selectors)} matches no prunable tensor"
-                    f"{self._others()}; leave the group out, or see prunable= and exclude="
+                    f"{argument} = {_describe(selectors)} matches no prunable tensor"
+                    f"{self._first_rejected()}; leave the group out, or see prunable= and exclude="
                 )
-        return {key: group for key, (group, _) in chosen.items()}
+        return {key: group for key, (group, _) in assigned.items()}
 
-    def _others(self) -> str:
-        """What was passed over and why, for an error."""
-        return f" (for one, {self._passed_over[0]})" if self._passed_over else ""
+    def _first_rejected(self) -> str:
+        return f" (for one, {self._rejected[0]})" if self._rejected else ""
 
-    def _shared_name(self, key: int) -> str:
+    def _name_and_ties(self, key: int) -> str:
         name, *others = self.prunable[key].names
         return f"{name!r} (tied to {', '.join(map(repr, others))})" if others else repr(name)
 
 
-def _check_weight(name: str, weight: nn.Parameter) -> None:
-    """Raise a `ValueError` unless the weight can be pruned and trained as it is."""
-    if weight.is_meta:
-        raise ValueError(
-            f"{name} is on the meta device; give the model its weights first "
-            "(model.to_empty(device=...) and load_state_dict), or leave it out with exclude="
-        )
-    problem = obstacle(weight) or trouble_of_inference(weight)
-    kind: Any = weight
-    # Torchao's quantised weights pass for float ones.
-    if is_traceable_wrapper_subclass(kind) and not is_sharded(weight):
-        problem = (
-            f"is a {type(weight).__name__}, which stands for other tensors; prune the model "
-            "before it is quantised or wrapped"
-        )
-    if problem:
-        raise ValueError(f"{name} {problem}; or leave it out with exclude=")
-
-
-def _held(module: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
-    """The parameters of one module: the name they are used by, the one they are kept by."""
-    if isinstance(module, parametrize.ParametrizationList):
-        return  # told of by the module whose tensor it makes
-    for raw, parameter in module._parameters.items():
-        if parameter is not None:
-            public = raw.removesuffix("_orig")
-            masked = public != raw and f"{public}_mask" in module._buffers  # torch.nn.utils.prune
-            yield public if masked else raw, raw, parameter
-    if parametrize.is_parametrized(module):
-        parametrizations: Any = module.parametrizations
-        for public, chain in parametrizations.items():
-            original = chain._parameters.get("original")
-            # Torch promises the same shape unless told not to look.
-            if isinstance(original, nn.Parameter) and not chain.unsafe:
-                yield public, f"parametrizations.{public}.original", original
-
-
-def _patterns(prunable: Prunable | None) -> dict[type[nn.Module], tuple[str, ...]]:
-    patterns = dict(DEFAULT_PRUNABLE)
-    if prunable is None:
-        return patterns
-    if not isinstance(prunable, Mapping):
-        raise TypeError(
-            "prunable must map module types to tensor names or globs, found "
-            f"{type(prunable).__name__}"
-        )
-    for kind, names in dict[Any, Any](prunable).items():
-        if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-            raise TypeError(f"prunable: keys must be module types, found {kind!r}")
-        several = isinstance(names, Iterable) and not isinstance(names, str)
-        listed = tuple(names) if several else (names,)
-        if not all(isinstance(n, str) for n in listed):
-            raise TypeError(
-                f"prunable[{kind.__name__}] must be a tensor name or glob, or several of them, "
-                f"found {names!r}; () leaves the type out"
+def _check_model(model: nn.Module) -> None:
+    """Raise a `ValueError` if the model is lazy or sharded."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            raise ValueError(
+                f"{name} is not initialised yet (a lazy module); run one batch through the model "
+                "first"
             )
-        patterns[kind] = listed
-    return patterns
+        if is_sharded(tensor):
+            raise ValueError(f"{name} is sharded (a DTensor); apply pruning before sharding")
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None:
+        for name, module in model.named_modules():
+            if isinstance(module, fsdp.FullyShardedDataParallel):
+                raise ValueError(
+                    f"{name or 'the model'} is sharded (FullyShardedDataParallel); apply pruning "
+                    "before sharding"
+                )
 
 
-def _listed(selectors: Selectors, argument: str) -> list[Selector]:
-    # Modules such as Sequential, and tensors, are iterable too.
+def _as_list(selectors: Selectors, argument: str) -> list[Selector]:
+    # Tensors, and modules such as Sequential, are iterable too.
     if isinstance(selectors, str | nn.Module | Tensor):
         return [selectors]
     if not isinstance(selectors, Iterable):
@@ -349,19 +251,16 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _plain(name: str) -> str:
+def _without_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPER_NAMES)
 
 
-def _shown(selector: object) -> str:
+def _describe(selector: object) -> str:
+    """Describe a selector, or several, for errors."""
     if isinstance(selector, nn.Module):
         return f"the {type(selector).__name__} module"
     if isinstance(selector, Tensor):
         return f"the parameter of shape {tuple(selector.shape)}"
     if isinstance(selector, list | tuple):
-        return f"[{', '.join(map(_shown, selector))}]"
+        return f"[{', '.join(map(_describe, selector))}]"
     return repr(selector)
-
-
-def _described(value: object) -> str:
-    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"

@@ -1,4 +1,4 @@
-"""Splitting what a model returns into tasks."""
+"""Splitting a model's output into tasks, and the names of tasks and components."""
 
 from __future__ import annotations
 
@@ -8,17 +8,50 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torch_adapmtl.components._names import RULE, is_task_name
-from torch_adapmtl.components._probe import OutputError
+__all__ = [
+    "FROZEN",
+    "RULE",
+    "SHARED",
+    "UNUSED",
+    "OutputError",
+    "TaskOutputs",
+    "check_task_name",
+    "is_task_name",
+    "named_tasks",
+    "split_output",
+]
 
-__all__ = ["TaskOutputs", "check_task_name", "named_tasks", "split_output"]
+SHARED = "shared"
+UNUSED = "unused"
+FROZEN = "frozen"
+RULE = (
+    f"names must not be empty, contain '+' or '.', or be one of {SHARED}, {UNUSED}, {FROZEN}, "
+    "which stand for components"
+)
 
-# How a user may say what the tasks' outputs are.
 TaskOutputs = Sequence[str] | Mapping[str, Callable[[Any], Any] | str | int]
+
+_ONE_TASK_REMEDY = (
+    'If its output is split into tasks later, say how: task_outputs={"name": lambda output: ..., '
+    '...}; to prune it as one component, pass groups={"main": ["*"]}'
+)
+
+
+class OutputError(ValueError):
+    """The model runs, but its output does not split into tasks as it should."""
+
+
+def is_task_name(name: str) -> bool:
+    """Return whether a task may be called `name`."""
+    return bool(name) and name not in (SHARED, UNUSED, FROZEN) and not set(name) & {"+", "."}
 
 
 def check_task_name(name: object, argument: str) -> str:
-    """Returns `name` if a task can be called so, else raises a `ValueError` naming `argument`."""
+    """Return `name` if a task may be called so.
+
+    Raises:
+        OutputError: If not; it says that the name is from `argument`.
+    """
     if not isinstance(name, str):
         raise OutputError(
             f"{argument}: a task name must be a string, found {name!r} ({type(name).__name__}); "
@@ -26,14 +59,19 @@ def check_task_name(name: object, argument: str) -> str:
         )
     if not is_task_name(name):
         raise OutputError(
-            f"{argument}: {name!r} cannot be a task name: {RULE}; rename it, or give names with "
-            "task_outputs="
+            f"{argument}: {name!r} cannot be a task name: {RULE}; rename it, or name the tasks "
+            "with task_outputs="
         )
     return name
 
 
 def named_tasks(task_outputs: TaskOutputs | None) -> tuple[str, ...]:
-    """The task names that `task_outputs` declares, checked; none if it is None."""
+    """Return the task names in `task_outputs`; none if it is None.
+
+    Raises:
+        TypeError: If it is not of the form that `find_components` takes.
+        ValueError: If it is empty, or a name is invalid or occurs twice.
+    """
     if task_outputs is None:
         return ()
     if isinstance(task_outputs, str) or not isinstance(task_outputs, Sequence | Mapping):
@@ -50,100 +88,101 @@ def named_tasks(task_outputs: TaskOutputs | None) -> tuple[str, ...]:
 
 
 def split_output(output: Any, task_outputs: TaskOutputs | None) -> dict[str, list[Tensor]]:
-    """The tensors of each task, in declared order.
+    """Return the tensors of each task, in declared order.
+
+    Args:
+        output: What the model returned.
+        task_outputs: How it splits into tasks, as in `find_components`.
 
     Raises:
-        OutputError: If the output cannot be split, or a task named by the user has no tensor.
+        OutputError: If it cannot be split, or a task in `task_outputs` has no tensor.
     """
     if task_outputs is None:
-        return _by_structure(output)
+        return _split_by_structure(output)
     names = named_tasks(task_outputs)
-    parts = {}
+    tensors = {}
     for position, name in enumerate(names):
         if isinstance(task_outputs, Mapping):
             part = _select(output, task_outputs[name], name)
         else:
-            part = _by_name(output, name, position, names)
-        parts[name] = list(_tensors(part))
-        if not parts[name]:
+            part = _entry(output, name, position, names)
+        tensors[name] = list(_tensors(part))
+        if not tensors[name]:
             raise OutputError(
                 f"task_outputs: the output of task {name!r} holds no tensor (found "
-                f"{_kind(part)}); name only outputs that a loss is computed from"
+                f"{_describe(part)}); name only outputs that a loss is computed from"
             )
-    return parts
+    return tensors
 
 
-def _by_structure(output: Any) -> dict[str, list[Tensor]]:
-    fields = _fields(output)
-    if fields is None:
+def _split_by_structure(output: Any) -> dict[str, list[Tensor]]:
+    """Split an output whose entries are the tasks."""
+    entries = _entries(output)
+    if entries is None:
         raise OutputError(
-            f"the model returns {_kind(output)}, so it does not look multi-task. If its output is "
-            'split into tasks later, say how: task_outputs={"name": lambda output: ..., ...}; to '
-            'prune it as one component, pass groups={"main": ["*"]}'
+            f"the model returns {_describe(output)}, so it does not look multi-task. "
+            f"{_ONE_TASK_REMEDY}"
         )
-    parts = {name: tensors for name, part in fields.items() if (tensors := list(_tensors(part)))}
-    # Hugging Face models add up their own loss beside the outputs when they are given labels.
-    if len(parts) > 1 and isinstance(total := fields.get("loss"), Tensor) and total.dim() == 0:
-        del parts["loss"]
-    for name in parts:
+    tensors = {name: found for name, entry in entries.items() if (found := list(_tensors(entry)))}
+    # Given labels, Hugging Face models return their own loss beside the outputs.
+    loss = entries.get("loss")
+    if len(tensors) > 1 and isinstance(loss, Tensor) and loss.dim() == 0:
+        del tensors["loss"]
+    for name in tensors:
         check_task_name(name, "the model's output")
-    if len(parts) < 2:
+    if len(tensors) < 2:
+        returned = f"one output ({', '.join(map(repr, tensors))}) only" if tensors else "no tensor"
         raise OutputError(
-            f"the model returns {_several(parts)} only, so it is not multi-task. If its output is "
-            'split into tasks later, say how: task_outputs={"name": lambda output: ..., ...}; to '
-            'prune it as one component, pass groups={"main": ["*"]}'
+            f"the model returns {returned}, so it is not multi-task. {_ONE_TASK_REMEDY}"
         )
-    return parts
+    return tensors
 
 
-def _kind(output: Any) -> str:
+def _describe(output: Any) -> str:
     return "one tensor" if isinstance(output, Tensor) else f"a {type(output).__name__}"
 
 
-def _several(parts: Mapping[str, object]) -> str:
-    return f"one output ({', '.join(map(repr, parts))})" if parts else "no tensor"
-
-
-def _fields(output: Any) -> dict[Any, Any] | None:
-    """The entries of a structured output by name, or None if it has none."""
+def _entries(output: Any) -> dict[Any, Any] | None:
+    """Return the entries of a structured output by name, or None if it has none."""
     if isinstance(output, Mapping):
         return dict(output)
     if isinstance(output, tuple) and hasattr(output, "_fields"):
         return dict(zip(output._fields, output, strict=True))
     if isinstance(output, tuple | list):
-        return {str(position): part for position, part in enumerate(output)}
+        return {str(position): entry for position, entry in enumerate(output)}
     if dataclasses.is_dataclass(output) and not isinstance(output, type):
         return {f.name: getattr(output, f.name) for f in dataclasses.fields(output)}
     return None
 
 
-def _by_name(output: Any, name: str, position: int, names: Sequence[str]) -> Any:
-    """The entry called `name`, or the one at its place in a tuple or list of the same length."""
-    fields = _fields(output)
-    if fields is not None and all(other in fields for other in names):
-        return fields[name]
-    if fields is None or isinstance(output, Mapping):
-        found = f"keys {list(output)}" if isinstance(output, Mapping) else _kind(output)
+def _entry(output: Any, name: str, position: int, names: Sequence[str]) -> Any:
+    """Return the entry called `name`, or the one at `position` of a tuple or list."""
+    entries = _entries(output)
+    if entries is not None and all(other in entries for other in names):
+        return entries[name]
+    if entries is None or isinstance(output, Mapping):
+        returned = f"keys {list(output)}" if isinstance(output, Mapping) else _describe(output)
         raise OutputError(
-            f"task_outputs names the tasks {list(names)}, but the model returns {found}; name its "
-            'keys, or say how to split it: task_outputs={"name": lambda output: ..., ...}'
+            f"task_outputs names the tasks {list(names)}, but the model returns {returned}; name "
+            'its keys, or say how to split it: task_outputs={"name": lambda output: ..., ...}'
         )
-    if len(fields) != len(names):
+    if len(entries) != len(names):
         raise OutputError(
-            f"task_outputs names {len(names)} tasks, but the model returns {len(fields)} outputs; "
+            f"task_outputs names {len(names)} tasks, but the model returns {len(entries)} outputs; "
             'name each of them in order, or pick some by index: task_outputs={"name": 0, ...}'
         )
-    return list(fields.values())[position]
+    return list(entries.values())[position]
 
 
 def _select(output: Any, selector: Callable[[Any], Any] | str | int, name: str) -> Any:
+    """Return the part of the output that a callable, key, attribute or index selects."""
     if callable(selector):
         try:
             return selector(output)
         except Exception as error:
             raise OutputError(
                 f"task_outputs: the function of task {name!r} failed on the model's output "
-                f"({_kind(output)}): {type(error).__name__}: {error}"
+                f"({_describe(output)}): {type(error).__name__}: {error}"
             ) from error
     try:
         if isinstance(selector, str) and not isinstance(output, Mapping):
@@ -151,13 +190,13 @@ def _select(output: Any, selector: Callable[[Any], Any] | str | int, name: str) 
         return output[selector]
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise OutputError(
-            f"task_outputs: task {name!r} is to be found at {selector!r}, but the model's output "
-            f"({_kind(output)}) has nothing there"
+            f"task_outputs: task {name!r} is at {selector!r}, but the model's output "
+            f"({_describe(output)}) has nothing there; name a key, attribute or index of it"
         ) from error
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor in a nested output, also in the attributes of objects such as distributions."""
+    """Yield the tensors of a nested output and of objects in it, such as distributions."""
     stack, seen = [value], set[int]()
     while stack:
         item = stack.pop()

@@ -1,13 +1,11 @@
-"""Running a model once to see which parameters each output depends on, without leaving a trace."""
+"""Running a model once, to look at the autograd graph of its output, without changing the model."""
 
 from __future__ import annotations
 
-import logging
 import sys
 import warnings
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -15,67 +13,12 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from torch_adapmtl.components._leaks import forget
 from torch_adapmtl.components._snapshot import untouched
 
-__all__ = ["OutputError", "probe", "reached"]
+__all__ = ["probe"]
 
 _T = TypeVar("_T")
-
-
-class OutputError(ValueError):
-    """The model ran, but its output is not what the caller said or needs."""
-
-
-def reached(outputs: Sequence[Sequence[Tensor]]) -> dict[int, int]:
-    """Which leaf tensors the autograd graphs of `outputs` reach.
-
-    Returns the id of each leaf that was reached, with a bit mask in which bit `i` is set where
-    `outputs[i]` reaches it. One pass over the graph, whatever the number of outputs, and
-    iterative: the graphs of deep models overflow recursion.
-    """
-    # The nodes are kept as keys: their Python objects, and so identity, last only while held.
-    masks: dict[Any, int] = {}
-    leaves: dict[int, int] = {}
-    for bit, tensors in enumerate(outputs):
-        for tensor in tensors:
-            if tensor.grad_fn is not None:
-                masks[tensor.grad_fn] = masks.get(tensor.grad_fn, 0) | 1 << bit
-            elif tensor.requires_grad:
-                leaves[id(tensor)] = leaves.get(id(tensor), 0) | 1 << bit
-    for node in _from_the_outputs(masks):
-        mask = masks[node]
-        for child, _ in node.next_functions:
-            if child is not None:
-                masks[child] = masks.get(child, 0) | mask
-        if not node.next_functions:  # only AccumulateGrad has a variable and nothing behind it
-            variable = getattr(node, "variable", None)
-            if isinstance(variable, Tensor):
-                leaves[id(variable)] = leaves.get(id(variable), 0) | mask
-    return leaves
-
-
-def _from_the_outputs(roots: Mapping[Any, int]) -> list[Any]:
-    """All nodes behind `roots`, each after every node that leads to it."""
-    order: list[Any] = []
-    seen: set[Any] = set()
-    stack: list[tuple[Any, bool]] = [(root, False) for root in roots]
-    while stack:
-        node, finished = stack.pop()
-        if finished:
-            order.append(node)
-        elif node not in seen:
-            seen.add(node)
-            stack.append((node, True))
-            stack.extend(
-                (child, False)
-                for child, _ in node.next_functions
-                if child is not None and child not in seen
-            )
-    order.reverse()
-    return order
 
 
 def probe(
@@ -87,150 +30,83 @@ def probe(
     training: bool = True,
     see_through: bool = False,
 ) -> _T:
-    """Runs `model` and returns `read(its output)`; the model is afterwards as it was.
+    """Run `model` and return `read(output)`; afterwards the model is as it was.
 
-    The model runs in train mode (eval hides auxiliary heads), its batch normalisation in eval mode
-    (the graph is the same, statistics stay, and a batch of one will do), first on fake tensors,
-    which build the same graph without computing, then on real ones if that fails. Every
-    floating-point parameter requires grad meanwhile, so that frozen parts show too.
+    The model runs in train mode, because eval mode hides auxiliary heads. Batch normalisation runs
+    in eval mode: the graph is the same, statistics do not change, and a batch of one is enough.
+    Every floating-point parameter requires grad during the run, so that the graph shows frozen
+    parameters too.
 
     Args:
         model: The model, unwrapped.
-        args: Positional arguments; tensors among them are copied before use.
-        kwargs: Keyword arguments, likewise.
-        read: Takes what it needs from the output while the graph is alive; no tensors.
-        training: Whether in train mode.
-        see_through: Ignore `detach`, `no_grad` and `inference_mode` in the model, to tell what
-            they cut off from what is not used at all. It can break or change a model, so it is
-            never the first look.
+        args: Positional arguments of the model. Tensors in them are copied.
+        kwargs: Keyword arguments of the model. Tensors in them are copied.
+        read: Called with the model's output while its graph exists. It must not return tensors.
+        training: Whether the model runs in train mode.
+        see_through: Ignore `detach`, `no_grad` and `inference_mode` in the model. This tells
+            parameters that they cut off from parameters that are not used at all. It can break a
+            model, so use it only after a normal run.
 
     Raises:
-        OutputError: From `read`, as it is.
-        Exception: Whatever the model raised on real tensors.
+        Exception: Whatever the model or `read` raises.
     """
-
-    def run(tensors: AbstractContextManager[object]) -> _T:
-        with untouched(model) as guard, _surroundings(see_through):
-            _prepare(model, training)
-            # Copies, as a model may normalise its input in place. Outside inference mode they
-            # are ordinary tensors, whatever the caller's were.
-            own_args, own_kwargs = _copied(args), _copied(dict(kwargs))
-            with tensors, guard:
-                return read(model(*own_args, **own_kwargs))
-
-    made: list[weakref.ref[Tensor]] = []
-    refused: OutputError | None = None
-    try:
-        found = [run(_fake_tensors(made))]
-    except OutputError as error:
-        found, refused = [], error.with_traceback(None)  # a traceback would keep the tensors
-        if error.__cause__ is not None:  # a function of the user's, which may want real ones
-            refused = None
-    except Exception:
-        found = []
-    forget(made)
-    if refused is not None:
-        raise refused
-    return found[0] if found else run(nullcontext())
+    with untouched(model) as guard, _torch_state(see_through):
+        _prepare(model, training)
+        # The model may change its input in place. The copies are also ordinary tensors where the
+        # caller's were made in inference mode.
+        copied_args, copied_kwargs = _copy(args), _copy(dict(kwargs))
+        with guard:
+            return read(model(*copied_args, **copied_kwargs))
 
 
 def _prepare(model: nn.Module, training: bool) -> None:
+    """Set the mode of all modules, and make all parameters require grad."""
     for module in model.modules():
         module.training = training and not isinstance(module, _BatchNorm)
-        if getattr(module, "_compiled_call_impl", None) is not None:  # module.compile()
-            module._compiled_call_impl = None
     for parameter in model.parameters():
         if parameter.is_floating_point() and not parameter.is_inference():
             parameter.requires_grad_(True)
 
 
-def _copied(value: Any) -> Any:
+def _copy(value: Any) -> Any:
+    """Copy the tensors in nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, tuple):
-        items = [_copied(item) for item in value]
+        items = [_copy(item) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     if type(value) is list:
-        return [_copied(item) for item in value]
+        return [_copy(item) for item in value]
     if type(value) is dict:
-        return {key: _copied(item) for key, item in value.items()}
+        return {key: _copy(item) for key, item in value.items()}
     return value
 
 
 @contextmanager
-def _fake_tensors(made: list[weakref.ref[Tensor]]) -> Iterator[None]:
-    """Lets operations run on tensors without data; notes those that come out of them."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    # It logs as errors what only means that real tensors have to be tried.
-    logger = logging.getLogger(FakeTensorMode.__module__)
-    disabled, logger.disabled = logger.disabled, True
-    try:
-        shortcuts = _Shortcuts(made)
-        with FakeTensorMode(allow_non_fake_inputs=True), shortcuts:
-            yield
-    finally:
-        logger.disabled = disabled
-
-
-class _Shortcuts(TorchDispatchMode):
-    """The shapes of frequent operations, which fake tensors take half a probe to work out."""
-
-    def __init__(self, made: list[weakref.ref[Tensor]]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._made = made
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        result = self._run(func, args, kwargs)
-        for item in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(item, Tensor):
-                self._made.append(weakref.ref(item))
-        return result
-
-    @staticmethod
-    def _run(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Any:
-        if func is torch.ops.aten.native_batch_norm.default and not args[5]:  # not training
-            return torch.empty_like(args[0]), args[0].new_empty(0), args[0].new_empty(0)
-        if func is torch.ops.aten.native_layer_norm.default:
-            return torch.empty_like(args[0]), args[0].new_empty(0), args[0].new_empty(0)
-        if func is torch.ops.aten.addmm.default and not kwargs:
-            bias, left, right = args
-            if left.shape[1] == right.shape[0] and bias.shape == right.shape[1:]:
-                return left.new_empty(left.shape[0], right.shape[1])
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _surroundings(see_through: bool) -> Iterator[None]:
-    """The state of torch that a probe needs, whatever the caller's is."""
+def _torch_state(see_through: bool) -> Iterator[None]:
+    """Set the state of torch that a probe needs, whatever the caller's is, and restore it."""
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")  # the model's own warnings come when it is trained
+        warnings.simplefilter("ignore")  # the model warns again when the user trains it
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_no_autocast_cache())
-        stack.enter_context(_checkpoints_kept_open())
-        # Where nothing is compiled, dynamo is not loaded, and loading it takes a second.
-        if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+        stack.enter_context(_transparent_checkpoints())
+        # Loading dynamo takes a second, and where it is not loaded nothing is compiled.
+        if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if see_through:
-            stack.enter_context(_inference_mode_ignored())
-            stack.enter_context(_SeeThrough())
+            stack.enter_context(_no_inference_mode())
+            stack.enter_context(_NoDetach())
         yield
 
 
 @contextmanager
 def _no_autocast_cache() -> Iterator[None]:
-    """Keeps half-precision copies of weights out of the cache of the caller's autocast.
+    """Empty autocast's cache of half-precision weights, before and after, and do not use it.
 
-    A copy made on fake tensors would be found by the next real forward, and one that the caller
-    made under `no_grad` would hide its parameter from the probe.
+    A copy of a weight that the caller made under `no_grad` would hide the weight from the probe. A
+    copy that the probe makes must not be used by the caller, who may freeze or change the weight.
     """
     enabled = torch.is_autocast_cache_enabled()
     torch.clear_autocast_cache()
@@ -243,8 +119,11 @@ def _no_autocast_cache() -> Iterator[None]:
 
 
 @contextmanager
-def _checkpoints_kept_open() -> Iterator[None]:
-    """Lets reentrant checkpointing run its function with grad; it hides the parameters inside."""
+def _transparent_checkpoints() -> Iterator[None]:
+    """Make reentrant checkpointing run its function with grad.
+
+    Normally it runs it without, so that the graph does not show the parameters that it uses.
+    """
 
     def apply(function: Callable[..., _T], preserve_rng_state: bool, *args: Any) -> _T:
         return function(*args)
@@ -254,34 +133,33 @@ def _checkpoints_kept_open() -> Iterator[None]:
 
 
 @contextmanager
-def _inference_mode_ignored() -> Iterator[None]:
-    def enter(self: Any) -> None:
+def _no_inference_mode() -> Iterator[None]:
+    """Make `inference_mode` do nothing."""
+
+    def do_nothing(self: Any, *exception: object) -> None:
         return None
 
-    def leave(self: Any, *exception: object) -> None:
-        return None
-
-    kind = torch.inference_mode
-    with _replaced(kind, "__enter__", enter), _replaced(kind, "__exit__", leave):
+    mode = torch.inference_mode
+    with _replaced(mode, "__enter__", do_nothing), _replaced(mode, "__exit__", do_nothing):
         yield
 
 
 @contextmanager
 def _replaced(owner: type, name: str, value: object) -> Iterator[None]:
-    """Sets an attribute of a class for a while; an inherited one is inherited again afterwards."""
-    own = vars(owner).get(name)
+    """Replace an attribute of a class and restore it."""
+    defined = vars(owner).get(name)  # None if the attribute is inherited
     setattr(owner, name, value)
     try:
         yield
     finally:
-        if own is None:
+        if defined is None:
             delattr(owner, name)
         else:
-            setattr(owner, name, own)
+            setattr(owner, name, defined)
 
 
-class _SeeThrough(TorchFunctionMode):
-    """Makes `detach`, `.data` and the switching off of grad mode do nothing."""
+class _NoDetach(TorchFunctionMode):
+    """Makes `detach`, `.data` and changes of grad mode do nothing."""
 
     def __torch_function__(
         self,
@@ -294,7 +172,7 @@ class _SeeThrough(TorchFunctionMode):
             return None
         if func in (Tensor.detach_, torch.detach_):
             return args[0]
-        # A method-wrapper is made anew at each access and compares by what it wraps.
+        # `__get__` is another object at each access, but one that is equal.
         if func in (Tensor.detach, torch.detach) or func == Tensor.data.__get__:  # type: ignore[attr-defined]
             return args[0].view_as(args[0])
         return func(*args, **(kwargs or {}))

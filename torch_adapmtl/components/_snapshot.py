@@ -1,7 +1,7 @@
-"""Everything a forward pass can change about a model, recorded and put back.
+"""Recording and restoring everything that a forward pass can change about a model.
 
-A probe has to run the user's model, and models write while they run: statistics, caches in plain
-attributes, random numbers, lazily built tables. `untouched` brackets such a run.
+Models change while they run: statistics, caches in plain attributes, tables made at first use, the
+state of random number generators.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["untouched"]
 
-# A container longer than this is still copied, but its elements are not looked into (vocabularies).
+# The elements of longer containers (vocabularies) are not searched for what can change.
 _LONGEST_SEARCHED = 10_000
-_PLAIN = frozenset(
+_IMMUTABLE = frozenset(
     [
         bool, int, float, complex, str, bytes, type(None), types.ModuleType, types.FunctionType,
         types.BuiltinFunctionType, types.MethodType, torch.device, torch.dtype, torch.Size,
@@ -33,16 +33,17 @@ _PLAIN = frozenset(
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[TorchDispatchMode]:
-    """Leaves `model` and the random number generators as they were, also when the body raises.
+    """Restore `model` and the random number generators afterwards, also if the body raises.
 
-    Gives a dispatch mode that the body has to run the model under, as the innermost of all modes:
-    it keeps a copy of what is about to be written. There, below autograd, a write through a view,
-    `.data` or `no_grad` shows as what it is.
+    Restored are: each module's attributes, training flag and hooks; the contents of dicts, lists
+    and sets in its attributes; the contents of parameters, buffers and other tensors in its
+    attributes; gradients and `requires_grad`; the state of the generators of Python, NumPy, the
+    CPU, CUDA (if in use) and MPS.
 
-    Put back are each module's attributes (with the contents of its dicts, lists and sets),
-    training flags and hooks, the contents of buffers, parameters and other tensor attributes,
-    gradients and `requires_grad`, and the state of the generators of Python, NumPy, the CPU, CUDA
-    (if in use) and MPS.
+    Yields:
+        A dispatch mode under which the body must run the model, as the innermost of all modes. It
+        copies tensors before operations write to them. A dispatch mode sees all such operations,
+        also those through a view, through `.data` and under `no_grad`.
     """
     record = _Record(model)
     guard = _CopyBeforeWrite(record.guarded)
@@ -54,95 +55,96 @@ def untouched(model: nn.Module) -> Iterator[TorchDispatchMode]:
 
 
 class _Record:
-    """The state of a model before the run."""
+    """The state of a model before the run.
+
+    Attributes:
+        guarded: The tensors whose contents are to be copied before something writes to them.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self._seen: set[int] = set()
-        self._containers: list[tuple[Any, Any]] = []
-        self._undo: list[Callable[[], object]] = []
-        self._kept: list[object] = []  # what `_seen` names by id must not be collected
         self.guarded: list[Tensor] = []
-        self._generators()
+        self._visited: dict[int, object] = {}  # by id; the objects stay alive, so ids stay theirs
+        self._containers: list[tuple[Any, Any]] = []  # with a copy of each
+        self._undo: list[Callable[[], object]] = []
+        self._record_generators()
         for buffer in model.buffers():
-            self._buffer(buffer)
+            self._record_buffer(buffer)
         self._visit(model)
 
     def restore(self) -> None:
-        for container, before in self._containers:
-            _refill(container, before)
+        for container, copied in self._containers:
+            _restore_contents(container, copied)
         for undo in self._undo:
             undo()
 
-    def _visit(self, value: object, inside_object: bool = False) -> None:
-        """Records whatever can change in and below `value`; iterative, as modules nest deeply."""
-        stack = [(value, inside_object)]
+    def _visit(self, model: nn.Module) -> None:
+        """Record what can change in the model; iterative, because modules can nest deeply."""
+        # Each item with whether it is in an object that is not a module. Of such objects, modules
+        # and tensors are not recorded: they may be any part of the program (a trainer's, say).
+        stack: list[tuple[Any, bool]] = [(model, False)]
         while stack:
-            item, inside = stack.pop()
-            if id(item) in self._seen or isinstance(item, type):
+            item, in_object = stack.pop()
+            if id(item) in self._visited or isinstance(item, type):
                 continue
-            self._seen.add(id(item))
-            self._kept.append(item)
+            self._visited[id(item)] = item
             if isinstance(item, nn.Module):
-                # Reached through `_modules`, but also where one hides in a list. One that a plain
-                # object holds may be any part of a program.
-                if not inside:
+                if not in_object:
                     self._undo.append(partial(setattr, item, "training", item.training))
                     stack.append((vars(item), False))
             elif isinstance(item, nn.Parameter):
-                self._parameter(item)
+                self._record_parameter(item)
             elif isinstance(item, Tensor):
-                if not inside:
-                    self._tensor(item)
+                if not in_object:
+                    self._record_tensor(item)
             elif isinstance(item, torch.Generator):
                 self._undo.append(partial(item.set_state, item.get_state()))
             elif isinstance(item, dict | list | set | deque):
                 self._containers.append((item, item.copy()))
                 if 0 < len(item) <= _LONGEST_SEARCHED:
                     values = item.values() if isinstance(item, dict) else item
-                    stack += [(v, inside) for v in values if type(v) not in _PLAIN]
+                    stack += [(v, in_object) for v in values if type(v) not in _IMMUTABLE]
             elif isinstance(item, tuple):
-                stack += [(v, inside) for v in item if type(v) not in _PLAIN]
-            elif not inside and isinstance(getattr(item, "__dict__", None), dict):
-                # One level into plain objects (feature hooks, caches), not on to a trainer's world.
-                stack.append((vars(item), True))
+                stack += [(v, in_object) for v in item if type(v) not in _IMMUTABLE]
+            elif not in_object and isinstance(getattr(item, "__dict__", None), dict):
+                stack.append((vars(item), True))  # such as feature hooks and caches
 
-    def _tensor(self, tensor: Tensor) -> None:
-        """Guards the contents, and keeps the memory that `tensor.data = ...` would replace."""
+    def _record_tensor(self, tensor: Tensor) -> None:
+        """Record which memory a tensor has, for `tensor.data = ...`, and guard its contents."""
         if tensor.is_meta:
             return
         self.guarded.append(tensor)
         data = tensor.detach()
 
         def undo() -> None:
-            # A fake tensor assigned to `.data` shows as one on another device.
-            if tensor.device != data.device or _place(tensor) != _place(data):
+            if _address(tensor) != _address(data):
                 tensor.data = data
 
         self._undo.append(undo)
 
-    def _parameter(self, parameter: nn.Parameter) -> None:
-        grad, wanted = parameter.grad, parameter.requires_grad
+    def _record_parameter(self, parameter: nn.Parameter) -> None:
+        grad, requires_grad = parameter.grad, parameter.requires_grad
         hooks = dict(parameter._backward_hooks or {})
-        self._tensor(parameter)
+        self._record_tensor(parameter)
         if grad is not None:
-            self._tensor(grad)
+            self._record_tensor(grad)
 
         def undo() -> None:
-            if parameter.requires_grad != wanted:
-                parameter.requires_grad_(wanted)
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad_(requires_grad)
             if parameter.grad is not grad:
                 parameter.grad = grad
             if parameter._backward_hooks is not None:
-                _refill(parameter._backward_hooks, hooks)
+                _restore_contents(parameter._backward_hooks, hooks)
 
         self._undo.append(undo)
         self._containers.append((vars(parameter), vars(parameter).copy()))
 
-    def _buffer(self, buffer: Tensor) -> None:
-        # Copied at once: some kernels (batch norm's) write statistics without saying so.
+    def _record_buffer(self, buffer: Tensor) -> None:
+        # Guarding is not enough: the schema of batch norm's kernels hides that they write to their
+        # running statistics.
         if buffer.is_meta:
             return
-        self._tensor(buffer)
+        self._record_tensor(buffer)
         with torch.inference_mode(buffer.is_inference()), torch.no_grad():
             before = buffer.clone()
 
@@ -155,54 +157,59 @@ class _Record:
 
         self._undo.append(undo)
 
-    def _generators(self) -> None:
+    def _record_generators(self) -> None:
         self._undo.append(partial(random.setstate, random.getstate()))
         self._undo.append(partial(torch.set_rng_state, torch.get_rng_state()))
         if "numpy" in sys.modules:
             numpy = sys.modules["numpy"].random
             self._undo.append(partial(numpy.set_state, numpy.get_state()))
-        # Asking an accelerator that nothing has used yet would start it.
+        # Asking for the state would initialise CUDA.
         if torch.cuda.is_initialized():
             self._undo.append(partial(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
         if torch.backends.mps.is_available():
             self._undo.append(partial(torch.mps.set_rng_state, torch.mps.get_rng_state()))
 
 
-def _refill(container: Any, before: Any) -> None:
-    """Gives a container its earlier contents back, in place and in the same order."""
-    if not container and not before:
+def _restore_contents(container: Any, contents: Any) -> None:
+    """Give a container its earlier contents, in place and in the same order."""
+    if not container and not contents:
         return
-    if len(container) == len(before) and _same_items(container, before):
+    if len(container) == len(contents) and _same_items(container, contents):
         return
     container.clear()
     if isinstance(container, dict | set):
-        container.update(before)
+        container.update(contents)
     else:
-        container.extend(before)
+        container.extend(contents)
 
 
-def _same_items(now: Any, before: Any) -> bool:
-    if isinstance(now, dict):
-        return all(a is b for a, b in zip(now, before, strict=True)) and all(
-            a is b for a, b in zip(now.values(), before.values(), strict=True)
+def _same_items(container: Any, contents: Any) -> bool:
+    if isinstance(container, dict):
+        return all(a is b for a, b in zip(container, contents, strict=True)) and all(
+            a is b for a, b in zip(container.values(), contents.values(), strict=True)
         )
-    if isinstance(now, set):
-        return {id(a) for a in now} == {id(b) for b in before}
-    return all(a is b for a, b in zip(now, before, strict=True))
+    if isinstance(container, set):
+        return {id(item) for item in container} == {id(item) for item in contents}
+    return all(a is b for a, b in zip(container, contents, strict=True))
 
 
 class _CopyBeforeWrite(TorchDispatchMode):
-    """Copies the storage of a guarded tensor when an operation is about to write to it.
+    """Copies the storage of a guarded tensor before an operation writes to it.
 
-    Copying all parameters beforehand would double the memory of a large model for something that
-    hardly any model does.
+    To copy all parameters beforehand would double the memory of a large model, of which hardly any
+    writes to its parameters.
     """
 
     def __init__(self, tensors: list[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         storages = [s for tensor in tensors if (s := _storage(tensor)) is not None]
         self._storages = {storage.data_ptr(): storage for storage in storages}
-        self._before: dict[int, torch.UntypedStorage] = {}
+        self._copies: dict[int, torch.UntypedStorage] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # To skip dynamo, torch would load it, which takes a second; the run is eager anyway.
+        return False
 
     def __torch_dispatch__(
         self,
@@ -222,21 +229,20 @@ class _CopyBeforeWrite(TorchDispatchMode):
 
     def _save(self, written: Any) -> None:
         for tensor in written if isinstance(written, list | tuple) else (written,):
-            storage = _storage(tensor)
-            place = 0 if storage is None else storage.data_ptr()
-            if place in self._storages and place not in self._before:
-                self._before[place] = self._storages[place].clone()
+            address = _address(tensor)
+            if address in self._storages and address not in self._copies:
+                self._copies[address] = self._storages[address].clone()
 
     def restore(self) -> None:
-        for place, before in self._before.items():
-            storage = self._storages[place]
-            if storage.nbytes() != before.nbytes():  # what was written has grown
-                storage.resize_(before.nbytes())
-            storage.copy_(before)
+        for address, copied in self._copies.items():
+            storage = self._storages[address]
+            if storage.nbytes() != copied.nbytes():
+                storage.resize_(copied.nbytes())
+            storage.copy_(copied)
 
 
 def _storage(tensor: Any) -> torch.UntypedStorage | None:
-    """The memory of an ordinary tensor; None for fake, sparse and other tensors without any."""
+    """Return the memory of an ordinary tensor, None for sparse, empty and other tensors."""
     ordinary = type(tensor) is Tensor or isinstance(tensor, nn.Parameter)
     if not ordinary or tensor.is_meta or tensor.layout != torch.strided or not tensor.numel():
         return None
@@ -247,6 +253,6 @@ def _storage(tensor: Any) -> torch.UntypedStorage | None:
     return storage
 
 
-def _place(tensor: Tensor) -> int:
+def _address(tensor: Any) -> int:
     storage = _storage(tensor)
     return 0 if storage is None else storage.data_ptr()

@@ -1,4 +1,4 @@
-"""Which prunable tensors belong to which component: found from the autograd graph, or given."""
+"""Sorting the prunable tensors of a model into components."""
 
 from __future__ import annotations
 
@@ -9,9 +9,17 @@ from typing import Any
 from torch import nn
 
 from torch_adapmtl.components._detect import detect, detect_each
-from torch_adapmtl.components._inventory import Groups, Inventory, Prunable, Selectors, unwrap
-from torch_adapmtl.components._names import FROZEN, SHARED, UNUSED
-from torch_adapmtl.components._outputs import TaskOutputs, check_task_name, named_tasks
+from torch_adapmtl.components._inventory import Groups, Inventory, Selectors
+from torch_adapmtl.components._outputs import (
+    FROZEN,
+    SHARED,
+    UNUSED,
+    TaskOutputs,
+    check_task_name,
+    named_tasks,
+)
+from torch_adapmtl.components._prunable import Prunable
+from torch_adapmtl.components._unwrap import unwrap
 
 __all__ = [
     "FROZEN",
@@ -26,14 +34,15 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class PrunableTensor:
-    """A parameter that can be pruned, and where it is used.
+    """A prunable tensor of a model and the component that it belongs to.
 
     Attributes:
-        name: Its first qualified name in the model, such as `"encoder.conv1.weight"`; the name it
-            is used by, so `weight` also where `torch.nn.utils.prune` keeps it as `weight_orig`.
+        name: The first qualified name under which the model uses it, such as
+            `"encoder.conv1.weight"`. It ends in `weight` also where `torch.nn.utils.prune` stores
+            the parameter as `weight_orig`.
         parameter: The parameter itself.
-        owners: Every module that holds this very parameter, with the name it has there. Tied
-            weights have several owners, among them modules of types that are not pruned themselves.
+        owners: Every module that holds the parameter, with the name of the attribute there. A tied
+            weight has several owners; some may be of types that are not prunable themselves.
         component: `"shared"`, a task, several tasks as in `"depth+normal"`, a name from `groups=`,
             `"unused"` or `"frozen"`.
     """
@@ -48,7 +57,7 @@ class PrunableTensor:
 class Components:
     """The prunable tensors of a multi-task model by the tasks that depend on them.
 
-    `components[name]` gives the tensors of one component, `name in components` says whether it has
+    `components[name]` returns the tensors of a component, `name in components` tells whether it has
     any, and `str(components)` is a small table.
 
     Attributes:
@@ -61,10 +70,9 @@ class Components:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The components that are pruned.
+        """The components that are pruned: those with a tensor, without `"unused"` and `"frozen"`.
 
-        Shared first, then the tasks, the partly shared ones and those that `groups=` named
-        otherwise. Components without a tensor, `"unused"` and `"frozen"` are not among them.
+        Shared comes first, then single tasks, several tasks and other names from `groups=`.
         """
         present = dict.fromkeys(tensor.component for tensor in self.tensors)
         rank = {task: position for position, task in enumerate(self.tasks)}
@@ -80,10 +88,10 @@ class Components:
         return tuple(sorted((n for n in present if n not in (UNUSED, FROZEN)), key=key))
 
     def __getitem__(self, component: str) -> tuple[PrunableTensor, ...]:
-        chosen = tuple(tensor for tensor in self.tensors if tensor.component == component)
-        if not chosen and component not in (SHARED, UNUSED, FROZEN, *self.tasks):
+        selected = tuple(tensor for tensor in self.tensors if tensor.component == component)
+        if not selected and component not in (SHARED, UNUSED, FROZEN, *self.tasks):
             raise KeyError(f"no component {component!r}; there are {', '.join(self.names)}")
-        return chosen
+        return selected
 
     def __contains__(self, component: object) -> bool:
         return any(tensor.component == component for tensor in self.tensors)
@@ -112,65 +120,81 @@ def find_components(
     prunable: Prunable | None = None,
     exclude: Selectors = (),
 ) -> Components:
-    """Sorts the prunable tensors of `model` into AdapMTL's components: shared, and one per task.
+    """Sort the prunable tensors of `model` into components: shared, one per task, and others.
 
-    The paper has one shared backbone and one head per task. Here a tensor belongs to the set of
-    tasks whose output depends on it, whatever the architecture: all tasks make it `"shared"`, one
-    makes it that task's, some make it partly shared, such as `"depth+normal"`. The model is run on
-    example inputs, and the autograd graph is followed from each task's output to the parameters.
-    It runs in training mode on tensors without data, and again, where that is not possible or
-    leaves weights unexplained, on data, in eval mode, or with `detach` and `no_grad` ignored.
-    Afterwards the model is as it was; hooks that you put on it have seen those runs.
+    AdapMTL ([arXiv 2408.03913](https://arxiv.org/abs/2408.03913)) prunes a shared backbone and one
+    head per task. Here a component is the set of tensors that the same tasks depend on, whatever
+    the architecture. A tensor that all tasks depend on is `"shared"`; one that a single task
+    depends on belongs to that task; one that several depend on is partly shared, as in
+    `"depth+normal"`. A tensor that no task depends on is `"unused"`. One that is not trained is
+    `"frozen"`: it does not require grad, or the model cuts it off with `detach`, `no_grad` or
+    `inference_mode`. Unused and frozen tensors stay dense.
 
-    Dependence is that of the graph. Where outputs are joined and sliced again, the joint part
-    counts as shared; where parts are routed by the input, what these runs used counts.
+    The model runs on the example inputs in train mode, and the autograd graph is followed from each
+    task's output to the parameters. If no task depends on some tensors, the model runs again: in
+    eval mode, because training can drop layers at random, and with `detach` and `no_grad` ignored,
+    to tell frozen tensors from unused ones. This takes the time and the memory of one to three
+    forward passes. Afterwards the model is as it was, but hooks on it have run.
 
-    Tensors that no output reaches are `"unused"`. Those that are reached but not trained, because
-    they do not require grad or because the model cuts them off with `detach`, `no_grad` or
-    `inference_mode`, are `"frozen"`. Both stay dense, unless `groups` puts them somewhere.
+    The graph is one of whole tensors, for these inputs. Where outputs are joined and sliced again,
+    the joint part is shared. Where the input decides which parts run, only those that these inputs
+    reach are found.
 
     Args:
-        model: The multi-task model; wrappers (`torch.compile`, DistributedDataParallel,
-            DataParallel) are looked through. Its output is a mapping, named tuple, dataclass, tuple
-            or list with an entry per task (in tuples and lists the tasks are `"0"`, `"1"`, ...),
-            or what `task_outputs` says. An entry may be nested. Entries without tensors are
-            ignored, and so is a scalar called `"loss"` beside the others.
+        model: The multi-task model. `torch.compile`, DistributedDataParallel and DataParallel
+            around it are ignored. Unless `task_outputs` or `task_inputs` says otherwise, its output
+            has one entry per task: a mapping, named tuple or dataclass, whose keys or fields are
+            the tasks, or a tuple or list, whose tasks are `"0"`, `"1"`, and so on. An entry may be
+            nested. Entries without tensors are ignored, and so is a scalar called `"loss"` beside
+            other entries. Task names must not be empty, contain `"+"` or `"."`, or be `"shared"`,
+            `"unused"` or `"frozen"`.
         example_inputs: What the training loop gives the model: a tensor, a tuple of positional
-            arguments or a dict of keyword arguments. By default two images are made for the timm
-            or SMP encoder in the model.
-        task_inputs: For a model that is called once for each task, as in `model(x, task)`: from
-            task name to the example inputs of its call, in place of `example_inputs` and
-            `task_outputs`. Whatever a call returns belongs to its task.
-        task_outputs: Names for the entries of a tuple or list, or the keys that are tasks; or a
-            mapping from task name to a callable, key or index that takes the task's tensors out of
-            the output.
-        groups: Components by hand, for all tensors or some: names, globs (`"heads.*"`), modules or
-            parameters by component. A component may also be `"shared"`, several tasks joined by
-            `"+"` (all of them joined are `"shared"`) or a name of its own. If `groups` covers
-            everything, the model is not run, and the tasks are those of `task_outputs`, else the
-            names in `groups`.
-        prunable: Tensor names or globs by module type, added to the default; the most specific
-            type counts, and `()` takes a type out. The default is `weight` of convolutions,
-            transposed convolutions and `Linear`, with their subclasses, and the input projections
-            of `MultiheadAttention`. A tensor under `torch.nn.utils.prune` counts as `weight`; one
-            under `torch.nn.utils.parametrize` counts if it is made from one parameter of its
-            shape, and is left out otherwise (weight normalisation has two).
-        exclude: Names, globs, modules or parameters that are left out altogether.
+            arguments or a dict of keyword arguments, on the model's device. One or two samples are
+            enough. By default two images are made for the timm or segmentation-models-pytorch
+            encoder in the model. Not needed if `groups` covers all prunable tensors.
+        task_inputs: For a model that is called once for each task, as in `model(x, task)`: the
+            example inputs of each task's call, by task. All that a call returns belongs to its
+            task. It replaces `example_inputs` and `task_outputs`.
+        task_outputs: How the output splits into tasks. Either a sequence of task names: names for
+            the entries of a tuple or list, in order, or the keys or fields that are tasks. Or a
+            mapping from task name to what selects the task's part of the output: a callable, a key,
+            an attribute or an index.
+        groups: Components chosen by hand for some tensors or all, instead of by the graph: from
+            component name to selectors. A selector is the name of a module or parameter, a glob
+            such as `"heads.*"`, a module or a parameter; a module stands for all prunable tensors
+            in it. A component is `"shared"`, a task, several tasks joined by `"+"` (all tasks
+            joined are `"shared"`) or another name that a task could have. Tensors that are frozen
+            or unused are pruned if a group selects them. If `groups` covers all prunable tensors,
+            the model does not run, and the tasks are those of `task_outputs` or `task_inputs`, or
+            else the names in `groups`.
+        prunable: Which tensors are prunable, by module type: tensor names or globs, such as
+            `{nn.LSTM: "weight_*"}`. They are added to the default; the most specific type of a
+            module counts, and `()` makes nothing in it prunable. By default these are `weight` of
+            `Linear`, of convolutions and of transposed convolutions, with their subclasses, and the
+            input projections of `MultiheadAttention`. A tensor under `torch.nn.utils.prune` goes by
+            its usual name (`weight`). So does one under `torch.nn.utils.parametrize`, if it is made
+            from one parameter of the same shape: that parameter is then pruned. Exclude it if the
+            parametrization does not map zeros to zeros. A tensor made from several parameters, as
+            by weight normalisation, is not prunable.
+        exclude: A selector, or several, of tensors that are not prunable: names, globs, modules or
+            parameters, as in `groups`.
 
     Returns:
-        The components. Only real floating-point parameters are in them, tied ones once.
+        The components. They hold floating-point parameters only, tied ones once.
 
     Raises:
-        ValueError: If the model has nothing to prune, is not multi-task, has an output without
-            grad, is lazy or sharded, if a weight to prune is on the meta device, sparse, quantised
-            or made in inference mode, if no example inputs can be made, or if `groups` or `exclude`
-            match nothing or the same tensor twice.
-        TypeError: If an argument is of the wrong kind; a scripted model is.
+        ValueError: If the model is lazy or sharded, has nothing to prune, is not multi-task or has
+            an output without gradient; if a weight to prune is on the meta device, sparse,
+            quantised or made in inference mode; if no example inputs are given and none can be
+            made; if a selector matches nothing, or two groups match the same tensor; if a task name
+            is invalid.
+        TypeError: If an argument is of the wrong type, or the model is scripted.
         RuntimeError: If the model fails on the example inputs.
 
     Example:
         >>> import torch
         >>> from torch import nn
+        >>> from torch_adapmtl import find_components
         >>> class Net(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()
@@ -186,49 +210,50 @@ def find_components(
         right            1       24  37.5 %
     """
     model = unwrap(model)
-    declared = _declared(task_inputs, example_inputs, task_outputs)
-    groups = _checked(groups)
+    declared_tasks = _declared_tasks(task_inputs, example_inputs, task_outputs)
+    groups = _checked_groups(groups)
     inventory = Inventory(model, prunable, exclude)
     assigned = inventory.assign(groups)
-    components: dict[int, str] = {}
-    if len(assigned) == len(inventory.prunable):
-        tasks = declared or _tasks_of(groups)
+    unassigned = inventory.prunable.keys() - assigned.keys()
+    component_of: dict[int, str] = {}
+    if not unassigned:
+        tasks = declared_tasks or _tasks_of(groups)
     else:
-        open_keys = inventory.prunable.keys() - assigned.keys()
         if task_inputs is None:
-            detection = detect(model, example_inputs, task_outputs, open_keys)
+            detection = detect(model, example_inputs, task_outputs, unassigned)
         else:
-            detection = detect_each(model, task_inputs, open_keys)
+            detection = detect_each(model, task_inputs, unassigned)
         tasks = detection.tasks
-        for key in open_keys:
+        for key in unassigned:
             mask = detection.masks.get(key, 0)
             if not mask:
-                components[key] = FROZEN if key in detection.cut_off else UNUSED
+                component_of[key] = FROZEN if key in detection.cut_off else UNUSED
             elif not inventory.prunable[key].parameter.requires_grad:
-                components[key] = FROZEN
+                component_of[key] = FROZEN
             else:
-                components[key] = _component(tasks, mask)
+                component_of[key] = _component(tasks, mask)
     for key, group in assigned.items():
-        components[key] = _group_component(tasks, group)
-    found = Components(
+        component_of[key] = _group_component(tasks, group)
+    components = Components(
         tasks,
         tuple(
-            PrunableTensor(e.names[0], e.parameter, tuple(e.owners), components[key])
-            for key, e in inventory.prunable.items()
+            PrunableTensor(owned.names[0], owned.parameter, tuple(owned.owners), component_of[key])
+            for key, owned in inventory.prunable.items()
         ),
     )
-    if not found.names:
+    if not components.names:
         raise ValueError(
             f"{type(model).__name__} has nothing to prune: of its prunable tensors "
-            f"{len(found[FROZEN])} are frozen and {len(found[UNUSED])} unused; let some require "
-            "grad, or name what to prune with groups="
+            f"{len(components[FROZEN])} are frozen and {len(components[UNUSED])} unused; let some "
+            "require grad, or name what to prune with groups="
         )
-    return found
+    return components
 
 
-def _declared(
+def _declared_tasks(
     task_inputs: Mapping[str, Any] | None, example_inputs: Any, task_outputs: TaskOutputs | None
 ) -> tuple[str, ...]:
+    """Return the tasks that the arguments name, without running the model."""
     if task_inputs is None:
         return named_tasks(task_outputs)
     for name, value in (("example_inputs", example_inputs), ("task_outputs", task_outputs)):
@@ -237,8 +262,8 @@ def _declared(
                 f"task_inputs says how the model is called for each task, and {name} how it is "
                 f"called for all: pass one of the two"
             )
-    given: object = task_inputs
-    if not isinstance(given, Mapping) or not given:
+    inputs: object = task_inputs
+    if not isinstance(inputs, Mapping) or not inputs:
         raise TypeError(
             f"task_inputs must map each task to the example inputs of its call, found "
             f"{task_inputs!r}"
@@ -246,7 +271,7 @@ def _declared(
     return tuple(check_task_name(name, "task_inputs") for name in task_inputs)
 
 
-def _checked(groups: Groups | None) -> Groups:
+def _checked_groups(groups: Groups | None) -> Groups:
     if groups is None:
         return {}
     if not isinstance(groups, Mapping):
@@ -274,12 +299,14 @@ def _tasks_of(groups: Groups) -> tuple[str, ...]:
 
 
 def _component(tasks: tuple[str, ...], mask: int) -> str:
+    """Return the component of the tasks whose bits are set."""
     if len(tasks) > 1 and mask == (1 << len(tasks)) - 1:
         return SHARED
     return "+".join(task for bit, task in enumerate(tasks) if mask >> bit & 1)
 
 
 def _group_component(tasks: tuple[str, ...], group: str) -> str:
+    """Return the component of a group: joined tasks in declared order, other names as they are."""
     parts = group.split("+")
     if len(parts) == 1:
         return group

@@ -78,10 +78,6 @@ class Layers(Sequence[Layer]):
         """The number of zeros at a sparsity, a fraction: `round(sparsity * N)`."""
         return round(sparsity * self.total)
 
-    def in_component(self, index: int) -> list[int]:
-        """The indices of the layers in component `index`."""
-        return [i for i, component in enumerate(self.component) if component == index]
-
     def sum_components(self, values: Sequence[int]) -> list[int]:
         """Sum a number of each layer by component."""
         sums = [0] * len(self.components)
@@ -105,12 +101,6 @@ class Layers(Sequence[Layer]):
             for layer in begun:
                 layer.remove(bake=False)
             raise
-
-    @torch.no_grad()
-    def write(self) -> None:
-        """Write the sparse weights into the parameters."""
-        for layer in self._layers:
-            layer.assign(layer.sparse())
 
     def check_ties(self) -> None:
         """Raise a `ValueError` if `torch.nn.utils.prune` masks a tied weight differently."""

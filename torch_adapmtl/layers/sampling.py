@@ -35,13 +35,11 @@ class Sample:
     Attributes:
         values: `|w|`, float32, flat, all layers one after the other; -1 where a mask holds a zero.
         lengths: How many belong to each layer.
-        layer: The index of the layer that each belongs to, int64.
         weights: How many weights of its layer each sampled one stands for, by layer, float64 (L,).
     """
 
     values: Tensor
     lengths: list[int]
-    layer: Tensor
     weights: Tensor
 
     @staticmethod
@@ -61,11 +59,8 @@ class Sample:
         ]
         lengths = [len(part) for part in parts]
         length = torch.tensor(lengths, device=device)
-        values = torch.cat(parts)
-        index = torch.arange(len(parts), device=device)
-        layer = torch.repeat_interleave(index, length, output_size=len(values))
         weights = torch.tensor(layers.sizes, device=device) / length.double()
-        return Sample(values, lengths, layer, weights)
+        return Sample(torch.cat(parts), lengths, weights)
 
 
 def positions(size: int, total: int, device: torch.device, *, large: bool = False) -> Tensor | None:

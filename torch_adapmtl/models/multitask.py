@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_adapmtl.components._names import RULE, is_task_name
+from torch_adapmtl.components._outputs import RULE, is_task_name
 
 __all__ = ["MultiTaskModel"]
 

@@ -138,7 +138,7 @@ def _check(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: obj
     if _OWN + "_extra_state" not in part:
         _check_prepared(pruner.layers, part)
         return
-    _read(part[_OWN + "_extra_state"], pruner.expected_state(), pruner.layers)
+    _read(part[_OWN + "_extra_state"], pruner._expected_state(), pruner.layers)
     for layer in pruner.layers:
         name = _original(layer.name)
         _check_shape(name, layer.weight, part, "of another model: make the model alike")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from torch_adapmtl.components._inventory import prunable_by_default
+from torch_adapmtl.components._prunable import prunable_by_default
 
 __all__ = ["ModelSize", "size", "sparsity"]
 

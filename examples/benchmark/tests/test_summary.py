@@ -40,7 +40,7 @@ def line(method: str, sparsity: float, seed: int, a: float, b: float, **other: A
         "method": method,
         "sparsity": 0.0 if dense else sparsity,
         "seed": seed,
-        "options": {},
+        "config": {},
         "steps": 10,
         "batch": 4,
         "lr": 0.1,
