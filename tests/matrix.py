@@ -45,11 +45,12 @@ class Run:
 
     Attributes:
         net: The model that is pruned.
-        pruner: Its handle, or None after `finalize`.
+        pruner: Its pruner, or None after `finalize`.
         optimizer: What trains it.
         step: How many steps it has taken.
         call: What is called in its place, wrapped or compiled.
         names: The prunable tensors.
+        attached: Whether the optimiser moves the schedule.
     """
 
     net: nn.Module
@@ -58,6 +59,7 @@ class Run:
     step: int = 0
     call: Any = None
     names: tuple[str, ...] = ()
+    attached: bool = False
 
     def losses(self, step: int) -> dict[str, Tensor]:
         return losses(self.net if self.call is None else self.call, step)
@@ -68,7 +70,7 @@ class Run:
 
     def advance(self) -> None:
         """After a step of the optimiser."""
-        if self.pruner is not None and self.step < STEPS and self.pruner._step_hook is None:
+        if self.pruner is not None and self.step < STEPS and not self.attached:
             self.pruner.step()
         self.step += 1
 
@@ -295,6 +297,7 @@ def scaler_loop(fused: bool) -> Loop:
         optimizer = torch.optim.Adam(run.net.parameters(), lr=1e-2, fused=fused)
         if run.pruner is not None:
             run.pruner.attach(optimizer)
+            run.attached = True
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4, growth_interval=10**6)
         taken = index = 0
         while taken < steps:
@@ -310,7 +313,7 @@ def scaler_loop(fused: bool) -> Loop:
                 taken += 1
                 run.advance()
                 if run.pruner is not None and not fused:  # else known at the next update
-                    assert run.pruner._step == min(run.step, STEPS)
+                    assert run.pruner.report().step == min(run.step, STEPS)
 
     return loop
 
@@ -572,6 +575,7 @@ def accelerate_loop(run: Run, steps: int) -> None:
     run.call, optimizer = accelerator.prepare(run.net, run.optimizer)
     if run.pruner is not None:
         run.pruner.attach(optimizer)
+        run.attached = True
     for _ in range(steps):
         accelerator.backward(run.loss(run.step))
         optimizer.step()

@@ -200,7 +200,7 @@ def _one_shard(rank: int, folder: str) -> None:
         set_state_dict(
             model, optimizer, model_state_dict=now["model"], optim_state_dict=now["optimizer"]
         )
-        assert pruner._step == stop
+        assert pruner.report().step == stop
         _train(model, pruner, optimizer, range(stop, 20), rank)
         again = get_model_state_dict(model, options=gathered)
         assert all(torch.equal(value, full[key]) for key, value in again.items())
