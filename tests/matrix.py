@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import two_that_meet
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from toys import TwoTasks, batch, losses, pruned
@@ -600,21 +601,17 @@ def tensorboard_loop(run: Run, steps: int) -> None:
 
 def in_two_processes(kind: str, folder: Path) -> dict[str, list[Any]]:
     """What becomes of the run at every stage, in each of two processes."""
-    torch.multiprocessing.spawn(_process, (kind, str(folder)), nprocs=2)
+    two_that_meet(_process, folder, kind)
     both = [torch.load(folder / f"{kind}{rank}.pt") for rank in range(2)]
     return {stage: [one[stage] for one in both] for stage in STAGES}
 
 
-def _process(rank: int, kind: str, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/{kind}", rank=rank, world_size=2
-    )
-    found = {}
-    for stage in STAGES:
-        found[stage] = _distributed(start(stage), kind, rank, f"{folder}/{kind} {stage}")
+def _process(rank: int, folder: str, kind: str) -> None:
+    found = {
+        stage: _distributed(start(stage), kind, rank, f"{folder}/{kind} {stage}")
+        for stage in STAGES
+    }
     torch.save(found, f"{folder}/{kind}{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def _distributed(run: Run, kind: str, rank: int, folder: str) -> dict[str, Tensor]:
