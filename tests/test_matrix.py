@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from matrix import PROCESSES, ROWS, STAGES, check, in_two_processes
+from matrix import STAGES, check
+from matrix_processes import PROCESSES, in_two_processes
+from matrix_rows import ROWS
 
 from examples.benchmark import read
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from matrix import STAGES, check, on_copy
+from matrix import STAGES, check
 from matrix import Row as Cell
+from matrix_rows import on_copy
 from torch import Tensor, nn
 from toys import Bag, TwoTasks, losses, prepare, tensors, train, weights, zeros
 
