@@ -1,4 +1,4 @@
-"""Hard masks on exactly as many weights as asked: the base of all methods that score weights."""
+"""Pruning by scores and masks, to an exact number of zeros: the base of the baselines."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ __all__ = ["MaskController", "MaskMethod", "OneShotController", "lowest", "task_
 
 
 def lowest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Mark the `count` lowest of all scores together; of equal ones the first in order.
+    """Mark the `count` lowest scores of all tensors together; among equal scores, the first ones.
 
     Args:
-        scores: Any shapes; -inf, for weights that are pruned already, comes first, then NaN.
-        count: How many to mark.
+        scores: Tensors of any shapes. -inf, the score of weights that are pruned already, is the
+            lowest; NaN counts as the next lowest.
+        count: How many scores to mark.
 
     Returns:
-        Boolean tensors, flat, one for each of `scores`.
+        A flat boolean tensor for each of `scores`.
     """
     flat = torch.cat([part.flatten() for part in scores])
-    # Above -inf, or a NaN could take the place of a pruned weight, which would return.
+    # NaN must rank above -inf: otherwise a pruned weight could become nonzero again.
     least = torch.finfo(flat.dtype).min
     flat = flat.nan_to_num(nan=least, posinf=torch.inf, neginf=-torch.inf)
     if count == 0:
@@ -46,7 +47,7 @@ def lowest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
 
 
 def task_gradients(losses: Mapping[str, Tensor], layers: Layers) -> dict[str, list[Tensor | None]]:
-    """The gradient of each task's loss for each layer's weight; None where a task has none."""
+    """The gradient of each task's loss for each layer's weight; None if the loss is independent."""
     weights = [layer.weight for layer in layers]
     return {
         task: list(torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True))
@@ -55,7 +56,7 @@ def task_gradients(losses: Mapping[str, Tensor], layers: Layers) -> dict[str, li
 
 
 class MaskMethod(Method):
-    """A method whose masks follow the rise of a schedule, and nothing else of it."""
+    """A method whose masks follow a schedule but do not use its `fix_at` and `regrow_until`."""
 
     def config(self) -> dict[str, Any]:
         """Return the settings, without those of the schedule that have no effect."""
@@ -66,19 +67,19 @@ class MaskMethod(Method):
 
 
 class MaskController(Controller):
-    """Prunes the weights with the lowest scores, by hard masks that follow a schedule.
+    """Prunes the weights with the lowest scores, by masks that follow a schedule.
 
-    A pruned weight gets no gradient and stays pruned. A subclass says in `scores` what each weight
-    is worth; [a criterion of your own](../how-to/own-method.md) shows how.
+    A pruned weight gets no gradient and stays pruned. A subclass defines `scores`; see
+    [Prune by a criterion of your own](../how-to/own-method.md).
 
     Args:
-        layers: The layers; their thresholds (zero) are made here.
+        layers: The layers. Their thresholds, all zero, are made here.
         target_sparsity: Zeros among all weights of the layers at the end, as a fraction.
-        total_steps: Number of steps.
+        total_steps: Number of steps of the run.
         schedule: How the sparsity rises.
 
     Raises:
-        ValueError: If the model has more zeros that stay than the target asks for.
+        ValueError: If initial masks fix more zeros than the target asks for.
     """
 
     def __init__(
@@ -104,31 +105,38 @@ class MaskController(Controller):
 
     @abstractmethod
     def scores(self) -> list[Tensor]:
-        """What each weight is worth: for each layer a tensor in the weight's shape, or flat."""
+        """Return the score of each weight: a tensor for each layer, in the weight's shape or flat.
+
+        The weights with the lowest scores are pruned.
+        """
 
     def on_gradient(self, index: int, weight: nn.Parameter) -> None:
-        """See the gradient (`weight.grad`) that the layer of this index has just received.
+        """Use the gradient (`weight.grad`) that a layer's weight has just received.
 
-        Called in every backward pass until the zeros are fixed, if a subclass overrides it.
+        If a subclass overrides this, it is called in every backward pass until the zeros are fixed.
+
+        Args:
+            index: The index of the layer.
+            weight: Its weight.
         """
 
     def thresholds(self) -> Tensor:
-        """The thresholds: none."""
+        """The thresholds, which are all zero."""
         return torch.zeros(len(self.layers), device=self.layers.device)
 
     def prepare(self, step: int, due: bool) -> None:
-        """Listen to the gradients, where a subclass asks for them."""
+        """Register the gradient hooks if a subclass overrides `on_gradient`."""
         if type(self).on_gradient is not MaskController.on_gradient:
             self._hooks.listen(not self.fixed)
             if self.fixed:
                 self._hooks.remove()
 
     def choose(self, zeros: int) -> list[Tensor]:
-        """Mark the weights that are pruned when `zeros` are, by layer, bool and flat."""
+        """Mark the `zeros` weights to prune: a flat bool tensor for each layer."""
         return lowest(self.open_scores(), zeros)
 
     def open_scores(self) -> list[Tensor]:
-        """The scores, float32 and flat, -inf where a mask has pruned a weight already."""
+        """The scores, float32 and flat; -inf for weights that a mask has pruned already."""
         return [
             self._open(score, layer.mask)
             for score, layer in zip(self.scores(), self.layers, strict=True)
@@ -144,27 +152,27 @@ class MaskController(Controller):
         )
 
     def _agreed(self, zeros: int) -> list[Tensor]:
-        """The choice, alike in all processes that train together: each has seen other batches."""
+        """The result of `choose`, made equal in all processes, whose batches differ."""
         chosen = self.choose(zeros)
         return [agree(flat) for flat in chosen] if self.synchronize else chosen
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Prune to where the schedule is after `step` steps."""
+        """Prune to the sparsity of the schedule after `step` steps."""
         self.prune(
             self.layers.zeros_at(self.schedule(step, self.total_steps, self.target_sparsity))
         )
 
     @torch.no_grad()
     def prune(self, zeros: int) -> None:
-        """Mask the weights with the lowest scores, `zeros` in all."""
+        """Prune the weights with the lowest scores, to `zeros` zeros in total."""
         pruned = self._agreed(max(zeros, self._initial_zeros))
         for layer, flat in zip(self.layers, pruned, strict=True):
             layer.threshold.mask = shaped_like(layer.weight, ~flat) if bool(flat.any()) else None
 
     @torch.no_grad()
     def fix(self) -> None:
-        """Prune to the target now, exactly, and fix the zeros by masks."""
+        """Prune to exactly the target now, and fix the zeros by masks."""
         self.fix_zeros([~flat for flat in self._agreed(self.zeros)])
 
     def refresh(self) -> None:
@@ -172,13 +180,13 @@ class MaskController(Controller):
         self._initial_zeros = sum(self.layers.initial_zeros)
 
     def store(self, name: str) -> None:
-        """Register a buffer of zeros for each layer's weight, float32; part of the state dict."""
+        """Register a float32 buffer of zeros for each layer; they are part of the state dict."""
         for i, layer in enumerate(self.layers):
             zeros = torch.zeros_like(layer.weight, dtype=torch.float32)
             self.register_buffer(f"{name}_{i}", zeros)
 
     def stored(self, name: str) -> list[Tensor]:
-        """The buffers that `store` registered, one a layer, in the weight's shape."""
+        """Return the buffers that `store` registered, one for each layer, in the weight's shape."""
         return [self.get_buffer(f"{name}_{i}") for i in range(len(self.layers))]
 
 
@@ -189,10 +197,10 @@ class OneShotController(MaskController):
         layers: See `MaskController`.
         target_sparsity: See `MaskController`.
         total_steps: See `MaskController`.
-        batches: How many batches to score; the masks come with the last of them.
+        batches: How many batches to score. The masks are set after the last of them.
     """
 
-    _MANY = 0.1  # a share of weights without any effect that is worth a warning
+    _MANY = 0.1  # share of weights without effect on the losses from which on there is a warning
 
     seen: Tensor
 
@@ -203,22 +211,22 @@ class OneShotController(MaskController):
         super().__init__(layers, target_sparsity, total_steps, never)
         self.batches = batches
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
-        self._seen = 0  # the same on the host: to ask the device would wait for it in every step
+        self._seen = 0  # the same on the host, because reading the buffer would wait for the device
 
     @abstractmethod
     def score(self, losses: Mapping[str, Tensor]) -> None:
-        """Add what the losses of one batch say to the scores."""
+        """Add the contribution of one batch to the scores."""
 
     def effects(self) -> list[Tensor]:
-        """How much the losses depend on each weight, by layer; zero if they do not at all."""
+        """The effect of each weight on the losses, by layer; zero if no loss depends on it."""
         return self.scores()
 
     def observe_later(self, losses: Mapping[str, Tensor]) -> None:
-        """See the losses of a batch that comes after those that are scored."""
+        """Receive the losses of a batch after the scored ones."""
 
     @property
     def scored(self) -> bool:
-        """Whether all batches that are to be scored have been."""
+        """Whether all batches have been scored."""
         return self._seen == self.batches
 
     def due(self, step: int) -> bool:
@@ -226,12 +234,12 @@ class OneShotController(MaskController):
         return step == self.total_steps
 
     def refresh(self) -> None:
-        """Read how many batches the loaded state has scored."""
+        """Read the number of scored batches from the loaded state."""
         super().refresh()
         self._seen = int(self.seen)
 
     def observe(self, losses: Mapping[str, Tensor]) -> None:
-        """Score the first batches, then prune: the masks act from the next forward pass on."""
+        """Score the first batches, then prune; the masks act from the next forward pass on."""
         if self.fixed or self.scored:
             self.observe_later(losses)
             return
