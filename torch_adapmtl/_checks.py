@@ -15,6 +15,7 @@ __all__ = [
     "check_boolean",
     "check_choice",
     "check_count",
+    "check_flag",
     "check_fraction",
     "check_mask",
     "check_numbers",
@@ -67,6 +68,12 @@ def check_choice(name: str, value: object, choices: tuple[str, ...], besides: st
     if not isinstance(value, str) or value not in choices:
         listed = ", ".join([*map(repr, choices), *([f"or {besides}"] if besides else [])])
         raise ValueError(f"{name} must be one of {listed}, got {value!r}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise a `TypeError` unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def check_fraction(name: str, value: object) -> float:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from torch_adapmtl._checks import check_choice, check_fraction, check_steps
+from torch_adapmtl._checks import check_choice, check_flag, check_fraction, check_steps
 from torch_adapmtl.allocation._base import Allocator
 from torch_adapmtl.components._inventory import Groups, Selectors
 from torch_adapmtl.components._outputs import TaskOutputs
@@ -18,7 +18,7 @@ from torch_adapmtl.components._unwrap import unwrap
 from torch_adapmtl.components.find import FROZEN, UNUSED, Components, find_components
 from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.layers.layer import Layer, zeros_to_keep
-from torch_adapmtl.methods._base import Controller, Method
+from torch_adapmtl.methods._base import Controller, Method, as_json
 from torch_adapmtl.methods.adaptive import Adaptive
 from torch_adapmtl.methods.paper import Paper
 from torch_adapmtl.pruner import Pruner
@@ -124,6 +124,8 @@ def apply_adapmtl(
     """
     target_sparsity = check_fraction("target_sparsity", target_sparsity)
     total_steps = check_steps(total_steps)
+    check_flag("keep_zeros", keep_zeros)
+    check_flag("synchronize", synchronize)
     method = _check_method(method)
     inner = unwrap(model)
     _check_plain(inner)
@@ -138,9 +140,19 @@ def apply_adapmtl(
     )
     layers = _make_layers(components, keep_zeros)
     losses = make_weighting(weighting, components.tasks, total_steps)
+    config = {
+        "method": as_json(method.config(), "method"),
+        "weighting": as_json(losses.config(), "weighting"),
+        "tasks": list(losses.tasks),
+    }
     controller = method.controller(
         layers, inner, target_sparsity=target_sparsity, total_steps=total_steps
     )
+    if not isinstance(controller, Controller):
+        raise TypeError(
+            f"method: {type(method).__name__}.controller() must return a Controller, got "
+            f"{controller!r}"
+        )
     prunable_ids = {id(tensor.parameter) for tensor in components.tensors}
     unprunable = {
         name: parameter.numel()
@@ -154,11 +166,7 @@ def apply_adapmtl(
         controller,
         losses.to(layers.device),
         unprunable=unprunable,
-        config={
-            "method": method.config(),
-            "weighting": losses.config(),
-            "tasks": list(losses.tasks),
-        },
+        config=config,
     )
     for module in pruner.modules():
         if isinstance(module, LossWeighting | Controller | Allocator):

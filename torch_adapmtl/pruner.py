@@ -139,7 +139,7 @@ class Pruner(nn.Module):
         present = record.check(losses)
         learning = torch.is_grad_enabled() and record.note_gradients(present, self.training)
         total = self.weighting.weigh(present)
-        if learning:
+        if learning and self.training:
             self._prepare()
             self.controller.observe(present)
         return total
@@ -444,7 +444,8 @@ class Pruner(nn.Module):
         self._check_active("fix_zeros")
         self._check_layers()
         if not self.controller.fixed:
-            self.controller.fix()
+            with torch.inference_mode(False):  # the masks stay for training
+                self.controller.fix()
         self._step, self._prepared = self.total_steps, None
         self._reset_skipped()
 
@@ -490,6 +491,7 @@ class Pruner(nn.Module):
         self._warn()
         if self.controller.fixed:
             self.controller.write()
+            self._check_exact()
         for layer in self.layers:
             layer.remove()
         self.detach()
@@ -497,6 +499,15 @@ class Pruner(nn.Module):
         del self._model._modules["adapmtl"]
         self._finalized = True
         return self._model
+
+    def _check_exact(self) -> None:
+        zeros, wanted = sum(self.layers.count_zeros()), self.controller.zeros
+        if zeros != wanted:
+            raise RuntimeError(
+                f"finalize() found {zeros} zeros in place of the {wanted} that "
+                f"{type(self.controller).__name__} has fixed: its thresholds or masks have been "
+                f"changed since. Leave both alone after fix_zeros()"
+            )
 
     def _warn(self) -> None:
         """Warn of everything that went wrong in the run."""

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch_adapmtl._checks import check_choice, check_numbers
 
-__all__ = ["SparsitySchedule"]
+__all__ = ["SparsitySchedule", "check_schedule"]
 
 # When the zeros are fixed, as a fraction of the run, unless the user says otherwise.
 _FIX_AT = 0.9
@@ -130,3 +130,12 @@ class SparsitySchedule:
         elif self.shape == "cubic":
             rest = rest**3
         return target + (initial - target) * rest
+
+
+def check_schedule(schedule: object) -> None:
+    """Raise a `TypeError` unless `schedule` is a `SparsitySchedule`."""
+    if not isinstance(schedule, SparsitySchedule):
+        raise TypeError(
+            f"schedule must be a SparsitySchedule, such as SparsitySchedule(shape='linear'), got "
+            f"{schedule!r}"
+        )

@@ -104,7 +104,7 @@ class Layer:
             parameter = detach_threshold(module, name)
             if sparse is not None:
                 with torch.no_grad():
-                    parameter.copy_(sparse)
+                    parameter.copy_(sparse).add_(0.0)  # makes every zero +0.0
             put_back(module, name, self.threshold)
 
 

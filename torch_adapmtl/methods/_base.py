@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch_adapmtl._precision import KeepsPrecision
 from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.layers.layer import shaped_like
+from torch_adapmtl.methods._lowest import lowest, open_score
 
 __all__ = ["Controller", "Method"]
 
@@ -166,6 +167,7 @@ class Controller(KeepsPrecision, ABC):
 
     # --- provided to subclasses -------------------------------------------------------------------
 
+    @torch.inference_mode(False)  # masks stay for training, where step() may be called from
     def step(self, step: int, due: bool) -> None:
         """Update or fix after `step` steps if that is due; at the last step, write the zeros."""
         if due and not self.fixed:
@@ -178,13 +180,38 @@ class Controller(KeepsPrecision, ABC):
     def fix_zeros(self, keep: list[Tensor]) -> None:
         """Write the sparse weights into the parameters, and fix their zeros by masks.
 
+        The thresholds become zero.
+
         Args:
             keep: Which weights of each layer remain, one flat bool tensor for each layer.
+
+        Raises:
+            RuntimeError: If they do not leave exactly `zeros` zeros.
         """
+        zeros = self.layers.total - sum(int(torch.count_nonzero(flat)) for flat in keep)
+        if zeros != self.zeros:
+            raise RuntimeError(
+                f"{type(self).__name__} was to fix {self.zeros} zeros of {self.layers.total} "
+                f"weights, and chose {zeros}: choose that many, as fix_lowest() does"
+            )
         for layer, flat in zip(self.layers, keep, strict=True):
             layer.threshold.mask = shaped_like(layer.weight, flat)
         self.write()
+        for layer in self.layers:
+            layer.threshold.set_threshold(0.0)  # else weights would shrink again
         self.fixed = True
+
+    def fix_lowest(self, scores: Sequence[Tensor]) -> None:
+        """Prune the weights with the lowest scores to exactly the target, and fix the zeros.
+
+        Args:
+            scores: A tensor for each layer, in the weight's shape or flat. Weights that a mask has
+                pruned already stay pruned.
+        """
+        opened = [
+            open_score(score, layer) for score, layer in zip(scores, self.layers, strict=True)
+        ]
+        self.fix_zeros([~flat for flat in lowest(opened, self.zeros)])
 
     @torch.no_grad()
     def write(self) -> None:
@@ -202,18 +229,28 @@ class Controller(KeepsPrecision, ABC):
 
 def settings_of(settings: Any) -> dict[str, Any]:
     """The name of a class and its dataclass fields, as values that JSON can hold."""
-    fields = dataclasses.fields(settings) if dataclasses.is_dataclass(settings) else ()
-    values = {field.name: _as_json(getattr(settings, field.name)) for field in fields}
-    return {"name": type(settings).__name__, **values}
+    name = type(settings).__name__
+    if not dataclasses.is_dataclass(settings):
+        raise TypeError(
+            f"config: {name} is not a dataclass, so that its settings are not known: make it one "
+            f"(@dataclass(frozen=True)), or override config()"
+        )
+    fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    return {"name": name, **as_json(fields, name)}
 
 
-def _as_json(value: Any) -> Any:
+def as_json(value: Any, path: str) -> Any:
+    """A setting as JSON gives it back: tuples as lists, names as strings, numbers of Python.
+
+    Raises:
+        TypeError: If JSON cannot hold it; `path` says where it stands.
+    """
     if dataclasses.is_dataclass(value):
         return settings_of(value)
     if isinstance(value, Mapping):
-        return {str(name): _as_json(item) for name, item in value.items()}
+        return {str(name): as_json(item, f"{path}.{name}") for name, item in value.items()}
     if isinstance(value, tuple | list):
-        return [_as_json(item) for item in value]
+        return [as_json(item, f"{path}[{i}]") for i, item in enumerate(value)]
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, Integral):
@@ -221,8 +258,8 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, Real):
         return float(value)
     raise TypeError(
-        f"config() cannot store {value!r}: use numbers, strings, lists, mappings and dataclasses "
-        f"as settings, or override config()"
+        f"config: {path} is {value!r}, which a checkpoint cannot store: use numbers, strings, "
+        f"lists, mappings and dataclasses as settings, or override config()"
     )
 
 

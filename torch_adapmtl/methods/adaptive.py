@@ -15,7 +15,7 @@ from torch_adapmtl.allocation.gradient import GradientAllocation
 from torch_adapmtl.allocation.lamp import LAMPAllocation
 from torch_adapmtl.allocation.sensitivity import SensitivityAllocation
 from torch_adapmtl.budget.density import DensityBounds, check_density
-from torch_adapmtl.budget.schedule import SparsitySchedule
+from torch_adapmtl.budget.schedule import SparsitySchedule, check_schedule
 from torch_adapmtl.budget.solver import Bounds, Scores, from_bits, solve
 from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.layers.layer import count_zeros
@@ -84,11 +84,7 @@ class Adaptive(Method):
     max_density: float | Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.schedule, SparsitySchedule):
-            raise TypeError(
-                f"schedule must be a SparsitySchedule, such as SparsitySchedule(shape='linear'), "
-                f"got {self.schedule!r}"
-            )
+        check_schedule(self.schedule)
         check_choice("granularity", self.granularity, ("layer", "component"))
         if not isinstance(self.allocation, Allocation):
             check_choice("allocation", self.allocation, tuple(_ALLOCATIONS))
@@ -286,7 +282,6 @@ class AdaptiveController(Controller):
 
     # --- fixing the zeros, another target, a loaded state -----------------------------------------
 
-    @torch.inference_mode(False)  # so that the masks can be used in training
     @torch.no_grad()
     def fix(self) -> None:
         """Write the sparse weights into the parameters, and fix the exact number of zeros by masks.
@@ -298,7 +293,6 @@ class AdaptiveController(Controller):
         self.fix_zeros(choose(self.layers, self._factors(), self._bounds(self.zeros), self.zeros))
         if self.allocator is not None:
             self.allocator.stop()
-        self._set_thresholds()
 
     def retarget(self, target_sparsity: float, total_steps: int, zeros: int) -> None:
         """Start a new run, from the present number of `zeros` to another target.

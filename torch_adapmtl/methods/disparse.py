@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_adapmtl._checks import check_count, check_numbers
+from torch_adapmtl._checks import check_count, check_flag, check_numbers
 from torch_adapmtl._distributed import agree
 from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.layers.layer import shaped_like
 from torch_adapmtl.methods._base import Method
-from torch_adapmtl.methods.masks import OneShotController, lowest, task_gradients
+from torch_adapmtl.methods._lowest import lowest
+from torch_adapmtl.methods.masks import OneShotController, task_gradients
 from torch_adapmtl.tensor.soft_threshold import SoftThreshold
 
 __all__ = ["DiSparse", "DiSparseController"]
@@ -73,6 +74,7 @@ class DiSparse(Method):
             raise ValueError(f"fraction must lie in (0, 1), got {self.fraction}")
         if self.interval is not None:
             check_count("interval", self.interval)
+        check_flag("dynamic", self.dynamic)
 
     def config(self) -> dict[str, Any]:
         """Return the settings, without those that have no effect."""
@@ -216,10 +218,7 @@ class DiSparseController(OneShotController):
         if not self.scored:
             super().fix()
             return
-        ones = [torch.ones_like(layer.weight) for layer in self.layers]
-        pairs = zip(ones, self.layers, strict=True)
-        pruned = lowest([self._open(one, layer.mask) for one, layer in pairs], self.zeros)
-        self.fix_zeros([~flat for flat in pruned])
+        self.fix_lowest([torch.ones_like(layer.weight) for layer in self.layers])
 
 
 def _ranks(scores: Tensor) -> Tensor:

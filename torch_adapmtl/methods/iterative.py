@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from torch_adapmtl._checks import check_count
+from torch_adapmtl._checks import check_count, check_flag
 from torch_adapmtl.budget.schedule import SparsitySchedule
 from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.methods._base import Method
@@ -45,6 +45,7 @@ class IterativeMagnitude(Method):
 
     def __post_init__(self) -> None:
         check_count("rounds", self.rounds)
+        check_flag("rewind", self.rewind)
 
     def phases(self, total_steps: int) -> list[int]:
         """Return the steps at which the phases begin."""

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from torch_adapmtl._checks import check_choice
-from torch_adapmtl.budget.schedule import SparsitySchedule
+from torch_adapmtl.budget.schedule import SparsitySchedule, check_schedule
 from torch_adapmtl.layers.collection import Layers
-from torch_adapmtl.methods.masks import MaskController, MaskMethod, lowest
+from torch_adapmtl.methods._lowest import lowest
+from torch_adapmtl.methods.masks import MaskController, MaskMethod
 
 __all__ = ["Magnitude", "MagnitudeController"]
 
@@ -43,6 +44,7 @@ class Magnitude(MaskMethod):
 
     def __post_init__(self) -> None:
         check_choice("scope", self.scope, ("global", "uniform"))
+        check_schedule(self.schedule)
 
     def controller(
         self, layers: Layers, model: nn.Module, *, target_sparsity: float, total_steps: int

@@ -4,46 +4,22 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torch_adapmtl._distributed import agree
-from torch_adapmtl.budget.schedule import SparsitySchedule
+from torch_adapmtl.budget.schedule import SparsitySchedule, check_schedule
 from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.layers.gradient_hooks import GradientHooks
 from torch_adapmtl.layers.layer import shaped_like
 from torch_adapmtl.methods._base import Controller, Method
+from torch_adapmtl.methods._lowest import lowest, open_score
 from torch_adapmtl.tensor.soft_threshold import SoftThreshold
 
-__all__ = ["MaskController", "MaskMethod", "OneShotController", "lowest", "task_gradients"]
-
-
-def lowest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Mark the `count` lowest scores of all tensors together; among equal scores, the first ones.
-
-    Args:
-        scores: Tensors of any shapes. -inf, the score of weights that are pruned already, is the
-            lowest; NaN counts as the next lowest.
-        count: How many scores to mark.
-
-    Returns:
-        A flat boolean tensor for each of `scores`.
-    """
-    flat = torch.cat([part.flatten() for part in scores])
-    # NaN must rank above -inf: otherwise a pruned weight could become nonzero again.
-    least = torch.finfo(flat.dtype).min
-    flat = flat.nan_to_num(nan=least, posinf=torch.inf, neginf=-torch.inf)
-    if count == 0:
-        marked = torch.zeros_like(flat, dtype=torch.bool)
-    else:
-        level = flat.kthvalue(count).values
-        marked = flat < level
-        ties = (flat == level).nonzero().squeeze(1)
-        marked[ties[: count - int(marked.sum())]] = True
-    return list(marked.split([part.numel() for part in scores]))
+__all__ = ["MaskController", "MaskMethod", "OneShotController", "task_gradients"]
 
 
 def task_gradients(losses: Mapping[str, Tensor], layers: Layers) -> dict[str, list[Tensor | None]]:
@@ -89,14 +65,15 @@ class MaskController(Controller):
         total_steps: int,
         schedule: SparsitySchedule,
     ) -> None:
+        check_schedule(schedule)
         super().__init__(layers, target_sparsity, total_steps)
         self.schedule = schedule
         self._initial_zeros = sum(layers.initial_zeros)
         if self._initial_zeros > self.zeros:
             raise ValueError(
                 f"target_sparsity={target_sparsity} asks for {self.zeros} zeros, but masks that "
-                f"are there already hold {self._initial_zeros}: raise the target or remove the "
-                f"masks"
+                f"are there already, or zeros that are kept, hold {self._initial_zeros}: raise the "
+                f"target, pass keep_zeros=False, or remove the masks"
             )
         for layer in layers:
             weight = layer.weight
@@ -125,7 +102,10 @@ class MaskController(Controller):
         return torch.zeros(len(self.layers), device=self.layers.device)
 
     def prepare(self, step: int, due: bool) -> None:
-        """Register the gradient hooks if a subclass overrides `on_gradient`."""
+        """Register the gradient hooks if a subclass overrides `on_gradient`.
+
+        A subclass that overrides this too has to call `super().prepare(step, due)`.
+        """
         if type(self).on_gradient is not MaskController.on_gradient:
             self._hooks.listen(not self.fixed)
             if self.fixed:
@@ -138,18 +118,9 @@ class MaskController(Controller):
     def open_scores(self) -> list[Tensor]:
         """The scores, float32 and flat; -inf for weights that a mask has pruned already."""
         return [
-            self._open(score, layer.mask)
+            open_score(score, layer)
             for score, layer in zip(self.scores(), self.layers, strict=True)
         ]
-
-    @staticmethod
-    def _open(score: Tensor, mask: Tensor | None) -> Tensor:
-        score = score.detach().float().flatten()
-        return (
-            score
-            if mask is None
-            else score.masked_fill(~mask.to(score.device).flatten(), -torch.inf)
-        )
 
     def _agreed(self, zeros: int) -> list[Tensor]:
         """The result of `choose`, made equal in all processes, whose batches differ."""
@@ -187,7 +158,13 @@ class MaskController(Controller):
 
     def stored(self, name: str) -> list[Tensor]:
         """Return the buffers that `store` registered, one for each layer, in the weight's shape."""
-        return [self.get_buffer(f"{name}_{i}") for i in range(len(self.layers))]
+        return [self.stored_at(name, i) for i in range(len(self.layers))]
+
+    def stored_at(self, name: str, index: int) -> Tensor:
+        """Return the buffer of one layer that `store` registered."""
+        buffer = self._buffers[f"{name}_{index}"]
+        assert buffer is not None
+        return buffer
 
 
 class OneShotController(MaskController):
@@ -210,7 +187,7 @@ class OneShotController(MaskController):
         never = SparsitySchedule(start=1.0, end=1.0)
         super().__init__(layers, target_sparsity, total_steps, never)
         self.batches = batches
-        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64, device=layers.device))
         self._seen = 0  # the same on the host, because reading the buffer would wait for the device
 
     @abstractmethod
@@ -238,6 +215,20 @@ class OneShotController(MaskController):
         super().refresh()
         self._seen = int(self.seen)
 
+    def fix(self) -> None:
+        """Prune to exactly the target now, and fix the zeros by masks.
+
+        Raises:
+            RuntimeError: If no batch has been scored: all weights would tie.
+        """
+        if not self.scored:
+            raise RuntimeError(
+                f"{self._seen} of {self.batches} batches have been scored, so there is nothing to "
+                f"prune by: call pruner.loss(losses) with the losses of each step, in training "
+                f"mode, before pruner.step() or fix_zeros()"
+            )
+        super().fix()
+
     def observe(self, losses: Mapping[str, Tensor]) -> None:
         """Score the first batches, then prune; the masks act from the next forward pass on."""
         if self.fixed or self.scored:
@@ -263,6 +254,6 @@ class OneShotController(MaskController):
 
     def _share_without_effect(self) -> float:
         pairs = zip(self.effects(), self.layers, strict=True)
-        effects = torch.cat([self._open(effect, layer.mask) for effect, layer in pairs])
+        effects = torch.cat([open_score(effect, layer) for effect, layer in pairs])
         left = (effects != -torch.inf).sum().clamp(min=1)
         return float((effects == 0).sum() / left)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_adapmtl._checks import check_count, check_numbers
-from torch_adapmtl.budget.schedule import SparsitySchedule
+from torch_adapmtl.budget.schedule import SparsitySchedule, check_schedule
 from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.methods._base import Method
 from torch_adapmtl.methods.masks import MaskController, MaskMethod, OneShotController
@@ -104,6 +104,7 @@ class Taylor(MaskMethod):
     decay: float = 0.95
 
     def __post_init__(self) -> None:
+        check_schedule(self.schedule)
         check_numbers(decay=self.decay)
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay must lie in [0, 1), got {self.decay}")
@@ -130,7 +131,7 @@ class TaylorController(MaskController):
         """Add the saliency of a backward pass to the average."""
         assert weight.grad is not None
         effect = (weight * weight.grad).float().square_()
-        average = self.get_buffer(f"saliency_{index}")
+        average = self.stored_at("saliency", index)
         # Gradients that overflow are skipped, as a gradient scaler skips their step.
         new = torch.where(effect.isfinite().all(), effect, average)
         average.lerp_(new, 1 - self.method.decay)

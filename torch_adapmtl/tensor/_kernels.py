@@ -12,6 +12,8 @@ from torch import Tensor
 __all__ = ["firm", "masked", "masked_gradient", "to_firm"]
 
 _PIECE = 2**17
+# The integers of the size of a floating-point number, in bytes.
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _whole(weight: Tensor) -> bool:
@@ -71,9 +73,10 @@ def masked(weight: Tensor, mask: Tensor) -> Tensor:
     """The entries where a boolean mask is True, zero elsewhere."""
     if torch.compiler.is_compiling() or _whole(weight) or not mask.is_contiguous():
         return torch.where(mask, weight, weight.new_zeros(()))  # not 0.0: torch would copy it
-    # On a CPU `where` takes four times as long as this.
-    out = torch.empty_like(weight)
-    flat = (weight.view(-1), mask.view(-1).view(torch.uint8), out.view(-1))
+    # On a CPU `where` takes three times as long as this. The bits are multiplied as whole numbers,
+    # so that all zeros are +0.0, and what is masked may be infinite or NaN.
+    out, bits = torch.empty_like(weight), _BITS[weight.element_size()]
+    flat = (weight.view(-1).view(bits), mask.view(-1).view(torch.uint8), out.view(-1).view(bits))
     for part, keep, place in zip(*(tensor.split(_PIECE) for tensor in flat), strict=True):
-        torch.mul(part, keep.to(weight.dtype), out=place)
+        torch.mul(part, keep, out=place)
     return out

@@ -144,8 +144,9 @@ class CallableWeighting(LossWeighting):
         return self.last.clone()
 
     def config(self) -> dict[str, Any]:
-        """Return the settings, without `fn`, because functions cannot be compared."""
-        return {**super().config(), "normalize": self.normalize}
+        """Return the settings; functions are compared by their name."""
+        name = getattr(self.fn, "__qualname__", type(self.fn).__qualname__)
+        return {**super().config(), "function": name, "normalize": self.normalize}
 
     def _weights_for(self, present: Mapping[str, Tensor]) -> Tensor:
         returned = self.fn(dict(present))
