@@ -70,9 +70,7 @@ def _below(number: float, dtype: torch.dtype) -> float:
 def masked(weight: Tensor, mask: Tensor) -> Tensor:
     """The entries where a boolean mask is True, zero elsewhere."""
     if torch.compiler.is_compiling() or _whole(weight) or not mask.is_contiguous():
-        return torch.where(
-            mask, weight, weight.new_zeros(())
-        )  # a number would be copied to the device
+        return torch.where(mask, weight, weight.new_zeros(()))  # not 0.0, which is copied
     # On a CPU, `torch.where` takes four times as long as this.
     out = torch.empty_like(weight)
     flat = (weight.view(-1), mask.view(-1).view(torch.uint8), out.view(-1))

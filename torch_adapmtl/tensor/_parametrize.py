@@ -30,8 +30,8 @@ def attach(module: nn.Module, name: str, parametrization: nn.Module) -> None:
         # `unsafe` skips a check of shape and dtype, which a soft threshold never changes.
         parameter = module._parameters.get(name)
         if parameter is not None:
-            # Registering calls `set_` on the tensor. A DistributedDataParallel that already wraps the
-            # model would lose the parameter, so another one is registered and replaced afterwards.
+            # Registering calls `set_` on the tensor. A DistributedDataParallel that already wraps
+            # the model would lose the parameter, so register another one and replace it below.
             module._parameters[name] = nn.Parameter(parameter.detach(), parameter.requires_grad)
         parametrize.register_parametrization(module, name, parametrization, unsafe=True)
         if parameter is not None:
@@ -82,9 +82,7 @@ def _mend_class(cls: Any) -> None:
     if "__reduce_ex__" in vars(cls):
         return
     cls.__reduce_ex__ = _reduce_ex
-    if "__deepcopy__" in vars(
-        cls
-    ):  # torch's method shares the class; without it, __reduce_ex__ is used
+    if "__deepcopy__" in vars(cls):  # shares the class; without it, __reduce_ex__ is used
         del cls.__deepcopy__
     if "__getstate__" in vars(cls):  # torch's method, which raises an error
         del cls.__getstate__

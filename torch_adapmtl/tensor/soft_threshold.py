@@ -88,7 +88,7 @@ def _mask(weight: Tensor, mask: Tensor) -> Tensor:
 
 
 class _Mask(torch.autograd.Function):
-    """Multiply a tensor, and its gradient in the backward pass, by a boolean mask."""
+    """Apply a boolean mask to a tensor, and to its gradient in the backward pass."""
 
     generate_vmap_rule = True
 
@@ -169,7 +169,7 @@ def soft_threshold(
 
 
 def _elsewhere(weight: Tensor) -> bool:
-    """Whether torch.compile, torch.func or autocast is active: then `requires_grad` must not be set.
+    """Whether torch.compile, torch.func or autocast is active; then `requires_grad` stays unset.
 
     Autocast would keep a copy of every tensor that requires grad.
     """

@@ -50,8 +50,8 @@ class SoftThresholdPruning(PruningContainer):
         tensor([[0., 1.]])
     """
 
-    # A container, because torch calls `add_pruning_method` only on containers when another method is
-    # applied to the tensor.
+    # A container, because only on containers torch calls `add_pruning_method` when another method
+    # is applied to the tensor.
     PRUNING_TYPE = "unstructured"
 
     def __init__(self, threshold: float = 0.0) -> None:
