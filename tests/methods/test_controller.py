@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -151,7 +151,7 @@ class NoDataclass(Method):
 
 @dataclass(frozen=True)
 class WithTensor(Channels):
-    values: Any = torch.ones(1)
+    values: Any = field(default_factory=lambda: torch.ones(1))
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_methods_that_cannot_be_are_refused(method: Any, said: str) -> None:
 
 @pytest.mark.parametrize("method", [Magnitude, Taylor])
 def test_schedules_are_objects(method: Any) -> None:
-    with pytest.raises(TypeError, match="schedule must be a SparsitySchedule.*got 'linear'"):
+    with pytest.raises(TypeError, match=r"schedule must be a SparsitySchedule.*got 'linear'"):
         method(schedule="linear")
 
 

@@ -21,8 +21,8 @@ __all__ = ["Sample", "magnitudes", "positions", "take"]
 SAMPLE = 2**17
 # Smallest number of weights sampled in a layer.
 LAYER_SAMPLE = 1024
-# When the zeros are fixed, once in a run, one weight in this many is sampled. A larger sample leaves
-# fewer of the other weights to be sorted.
+# When the zeros are fixed, one weight in this many is sampled. The larger the sample, the fewer of
+# the other weights must be sorted.
 LARGE = 32
 # Number of weights read at once on a CPU, so that intermediate results stay in a core's cache.
 PIECE = 2**17
@@ -82,7 +82,7 @@ def positions(size: int, total: int, device: torch.device, *, large: bool = Fals
 
 
 def _spread(size: int, wanted: int, device: torch.device) -> Tensor:
-    # One position in each of `wanted` equal intervals. The place inside the interval varies, so that
+    # One position in each of `wanted` equal intervals. Its place in the interval varies, so that
     # the sample does not follow rows or channels.
     number = torch.arange(wanted + 1, device=device)
     start = (number * size).div_(wanted, rounding_mode="floor")
