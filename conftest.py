@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+# Pytest loads these by itself; they are not to be searched for examples, as modules of one name.
+collect_ignore_glob = ["*/conftest.py"]
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:

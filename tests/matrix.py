@@ -68,7 +68,7 @@ class Run:
 
     def advance(self) -> None:
         """After a step of the optimiser."""
-        if self.pruner is not None and self.step < STEPS and self.pruner._attached is None:
+        if self.pruner is not None and self.step < STEPS and self.pruner._step_hook is None:
             self.pruner.step()
         self.step += 1
 

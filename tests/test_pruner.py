@@ -1,14 +1,15 @@
-"""The handle: the loop, the end, and models of many kinds; for errors see test_bad_input.py."""
+"""The pruner: the loop of three lines, the end, reports, and what it refuses."""
 
 from __future__ import annotations
 
 import gc
+import math
 import weakref
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from refusals import STEPS, Row, Scene, assert_refused, rows, running
 from torch.nn.utils import parametrize, prune
 from toys import (
     TwoTasks,
@@ -22,7 +23,7 @@ from toys import (
     zeros,
 )
 
-from torch_adapmtl import Report
+from torch_adapmtl import Paper, Report, Taylor
 
 # --- the loop -----------------------------------------------------------------------------------
 
@@ -67,7 +68,7 @@ def test_three_lines(own_groups: bool) -> None:
     assert zeros(pruner) < round(0.8 * weights(pruner))
 
 
-def test_nothing_of_the_handle_is_kept_alive() -> None:
+def test_nothing_of_the_pruner_is_kept_alive() -> None:
     model = TwoTasks()
     pruner = prepare(model)
     train(model, pruner, torch.optim.SGD(model.parameters(), lr=0.1), range(20))
@@ -150,6 +151,20 @@ def test_attaching_ends_with_finalize() -> None:
     assert not optimizer._optimizer_step_post_hooks
 
 
+def test_an_early_end_prunes_to_the_target() -> None:
+    model = TwoTasks()
+    pruner = prepare(model, total_steps=1000)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train(model, pruner, optimizer, range(3))
+    pruner.fix_zeros()
+    assert zeros(pruner) == round(0.8 * weights(pruner))
+    ended = tensors(model)
+    pruner.fix_zeros()  # once more changes nothing
+    assert all(torch.equal(value, ended[key]) for key, value in tensors(model).items())
+    pruner.finalize()
+    assert zeros(pruner) == round(0.8 * weights(pruner))
+
+
 # --- looking at it ------------------------------------------------------------------------------
 
 
@@ -180,55 +195,91 @@ def test_sparsity_and_report_count_what_the_model_sees() -> None:
     assert "shared" in str(report)
 
 
-# --- errors -------------------------------------------------------------------------------------
+# --- what is refused ---
 
-
-def _assert_untouched(model: nn.Module, keys: list[str], before: dict[str, Tensor]) -> None:
-    assert list(model.state_dict()) == keys
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert not hasattr(model, "adapmtl")
-    for module in model.modules():
-        assert "Parametrized" not in type(module).__name__
-        assert all(
-            "SoftThreshold" not in type(h).__name__ for h in module._forward_pre_hooks.values()
+V, T, R = ValueError, TypeError, RuntimeError
+MISUSES = [
+    running("finalising early", lambda s: s.pruner.finalize(), R, "finalize()",
+            f"after 3 of total_steps={STEPS}", "Call fix_zeros()"),
+    running("stepping past the end", lambda s: s.pruner.step(), R, "step()",
+            f"more than total_steps={STEPS} times", "train on without calling step()",
+            after=STEPS),
+    running("stepping after an early end", lambda s: s.pruner.step(), R, "step()",
+            f"more than total_steps={STEPS} times", "call finalize()",
+            first=lambda s: s.pruner.fix_zeros()),
+    running("attaching twice", lambda s: s.pruner.attach(s.optimizer), R, "attach()",
+            "called already", "leave out this call", first=lambda s: s.pruner.attach(s.optimizer),
+            goes_on=False),
+    running("stepping beside attach", lambda s: s.pruner.step(), R, "step()",
+            "attach() was given", "leave out your own call",
+            first=lambda s: s.pruner.attach(s.optimizer), goes_on=False),
+    *(
+        running(f"a threshold removed, {name}", do, R, "'body.weight'", "was removed",
+                "call finalize() instead", goes_on=False,
+                first=lambda s: prune.remove(s.model.body, "weight"))
+        for name, do in (("then a step", lambda s: s.pruner.step()),
+                         ("then an end", lambda s: s.pruner.fix_zeros()))
+    ),
+    running("attaching a name", lambda s: s.pruner.attach("adam"), T, "optimizer", "got a str",
+            "pass the one that trains the model"),
+    running("attaching a scheduler",
+            lambda s: s.pruner.attach(torch.optim.lr_scheduler.StepLR(s.optimizer, 1)), T,
+            "optimizer", "got a StepLR", "pass the one that trains the model", after=0),
+    *(
+        running(f"{name} {value!r}", lambda s, o={name: value}: s.pruner.param_groups(**o), error,
+                name, f"got {value!r}", remedy, options={"allocation": "gradient"})
+        for name in ("threshold_lr", "lr")
+        for value, error, remedy in (
+            (-0.1, V, "a finite number >= 0"), (math.nan, V, "a finite number >= 0"),
+            (math.inf, V, "a finite number >= 0"), ("high", T, "a number"), (True, T, "a number"),
         )
+    ),
+    running("groups with parameters", lambda s: s.pruner.param_groups(params=[]), T, "params",
+            "must be left out", "param_groups puts"),
+    running("sparsity by head", lambda s: s.pruner.sparsity("head"), V, "by", "'head'",
+            "'overall', 'component', 'layer'"),
+    *(
+        running(f"another target: {found}", lambda s, o=options: s.pruner.retarget(**o), V, named,
+                f"got {found}", remedy)
+        for options, named, found, remedy in (
+            ({"target_sparsity": 1.0, "total_steps": 5}, "target_sparsity", "1.0", "90 % is 0.9"),
+            ({"target_sparsity": 0.5, "total_steps": 0}, "total_steps", "0", "integer >= 1"),
+        )
+    ),
+    *(
+        running(f"another target for {method}", lambda s: s.pruner.retarget(0.9, total_steps=5),
+                R, "retarget()", "needs method='adaptive'", "call finalize()", after=0,
+                options={"method": method})
+        for method in (Paper(start=-3.0), Taylor())
+    ),
+    running("another target out of bounds", lambda s: s.pruner.retarget(0.95, total_steps=5), V,
+            "target_sparsity=0.95", "min_density", "Change the target",
+            options={"min_density": 0.15}, after=STEPS),
+]  # fmt: skip
 
 
-def test_a_failure_while_attaching_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch_adapmtl.layers import layer
-
-    model = TwoTasks()
-    model.twin = nn.Linear(6, 12)
-    model.twin.weight = model.body.weight
-    mask = (torch.rand(5, 12) > 0.5).float()
-    prune.custom_from_mask(model.heads["a"], "weight", mask)
-    before, keys = tensors(model), list(model.state_dict())
-    attach, calls = layer.attach_threshold, []
-
-    def failing(module: nn.Module, name: str, threshold: Any) -> Any:
-        calls.append(module)
-        if module is model.heads["b"]:
-            raise RuntimeError("no")
-        return attach(module, name, threshold)
-
-    monkeypatch.setattr(layer, "attach_threshold", failing)
-    with pytest.raises(RuntimeError, match=r"^no$"):
-        prepare(model)
-    assert len(calls) == 4
-    _assert_untouched(model, keys, before)
-    assert torch.equal(model.heads["a"].weight_mask, mask)
-    assert prune.is_pruned(model)
+def finalised(id: str, do: Callable[[Scene], object]) -> Row:
+    """A call on the pruner of a model that is plain again."""
+    return running(
+        f"{id} late", do, R, f"{id}()", "after finalize()", "Call apply_adapmtl", after=STEPS,
+        first=lambda s: s.pruner.finalize(),
+    )  # fmt: skip
 
 
-def test_early_freeze_prunes_to_the_target() -> None:
-    model = TwoTasks()
-    pruner = prepare(model, total_steps=1000)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    train(model, pruner, optimizer, range(3))
-    pruner.fix_zeros()
-    assert zeros(pruner) == round(0.8 * weights(pruner))
-    frozen = tensors(model)
-    pruner.fix_zeros()  # once more changes nothing
-    assert all(torch.equal(value, frozen[key]) for key, value in tensors(model).items())
-    pruner.finalize()
-    assert zeros(pruner) == round(0.8 * weights(pruner))
+LATE = [
+    finalised("finalize", lambda s: s.pruner.finalize()),
+    finalised("step", lambda s: s.pruner.step()),
+    finalised("fix_zeros", lambda s: s.pruner.fix_zeros()),
+    finalised("retarget", lambda s: s.pruner.retarget(0.9, total_steps=5)),
+    finalised("report", lambda s: s.pruner.report()),
+    finalised("sparsity", lambda s: s.pruner.sparsity()),
+    finalised("loss", lambda s: s.pruner.loss(losses(s.model, 0))),
+    finalised("attach", lambda s: s.pruner.attach(s.optimizer)),
+    finalised("param_groups", lambda s: s.pruner.param_groups(lr=1.0)),
+]
+
+
+@pytest.mark.filterwarnings("ignore:the run ended at a sparsity", "ignore:no weight is left")
+@rows([*MISUSES, *LATE])
+def test_refused(row: Row) -> None:
+    assert_refused(row)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 import signal
 import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from test_examples import load
 
 from torch_adapmtl import Adaptive, DiSparse, Paper, Taylor
 
@@ -28,10 +29,22 @@ RUNS: dict[str, dict[str, Any]] = {
 KILLS = 4
 
 
+def _example() -> ModuleType:
+    """The script of examples/resume.py as a module."""
+    spec = importlib.util.spec_from_file_location(
+        "example_resume", Path(__file__).parents[1] / "examples" / "resume.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def _live(name: str, folder: str, death: tuple[int, str] | None) -> None:
     """One life of the process, which ends at a moment of a step or with the run."""
     torch.set_num_threads(1)
-    example = load("resume")
+    example = _example()
     os.environ["TQDM_DISABLE"] = "1"
 
     def watch(step: int, moment: str) -> None:

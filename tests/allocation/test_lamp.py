@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import Error, raises
 from torch import Tensor
 from toys import Bag, TwoTasks, prepare, train, weights, zeros
 
@@ -169,3 +172,19 @@ def test_all_weights_zero_move_nothing() -> None:
     for _ in range(10):
         pruner.step()
     assert pruner.controller.offsets.by_layer().tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "named", "found", "remedy"),
+    [
+        ({"strength": -0.1}, ValueError, "strength", "got -0.1", "in [0, 1]"),
+        ({"strength": 1.1}, ValueError, "strength", "got 1.1", "in [0, 1]"),
+        ({"rate": 0.0}, ValueError, "rate", "got 0.0", "in (0, 1]"),
+        ({"rate": float("nan")}, ValueError, "rate", "got nan", "in (0, 1]"),
+        ({"rate": None}, TypeError, "rate", "got None", "be a number"),
+        ({"bound": float("inf")}, ValueError, "bound", "got inf", "> 0 and finite"),
+    ],
+    ids=str,
+)
+def test_refused(options: Any, error: Error, named: str, found: str, remedy: str) -> None:
+    raises(lambda: LAMPAllocation(**options), error, f"allocation: {named}", found, remedy)

@@ -1,71 +1,17 @@
-"""The schedule, and the solver against plain sorting."""
+"""The solver against plain sorting."""
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
-from typing import Any
 
-import pytest
 import torch
 from hypothesis import event, given
 from hypothesis import strategies as st
+from sorting import Limits
 from torch import Tensor
 
-from torch_adapmtl import SparsitySchedule
 from torch_adapmtl.budget.solver import Bounds, Scores, from_bits, select, solve, to_bits
-
-# --- the schedule -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", ["cubic", "linear", "cosine"])
-def test_schedule_is_exact_at_its_ends(shape: Any) -> None:
-    schedule = SparsitySchedule(start=0.1, end=0.7, initial=0.25, shape=shape)
-    assert [schedule(step, 100, 0.9) for step in (0, 10)] == [0.25, 0.25]
-    assert [schedule(step, 100, 0.9) for step in (70, 71, 100, 1000)] == [0.9] * 4
-    assert 0.25 < schedule(11, 100, 0.9) < schedule(69, 100, 0.9) < 0.9
-
-
-@pytest.mark.parametrize(
-    ("shape", "halfway"), [("cubic", 0.8 * (1 - 0.5**3)), ("linear", 0.4), ("cosine", 0.4)]
-)
-def test_schedule_halfway(shape: Any, halfway: float) -> None:
-    schedule = SparsitySchedule(start=0.2, end=0.6, shape=shape)
-    assert schedule(40, 100, 0.8) == pytest.approx(halfway)
-
-
-def test_equal_schedules_say_the_same() -> None:
-    """A state is refused by a model that was prepared with another schedule, told by its words."""
-    assert repr(SparsitySchedule(start=0, end=1)) == repr(SparsitySchedule(start=0.0, end=1.0))
-
-
-def test_cosine_and_cubic_follow_their_formulae() -> None:
-    p = 0.3
-    cosine = SparsitySchedule(start=0, end=1, initial=0.1, shape="cosine")(30, 100, 0.9)
-    assert cosine == pytest.approx(0.9 + (0.1 - 0.9) * (1 + math.cos(math.pi * p)) / 2)
-    cubic = SparsitySchedule(start=0, end=1, initial=0.1)(30, 100, 0.9)
-    assert cubic == pytest.approx(0.9 + (0.1 - 0.9) * (1 - p) ** 3)
-
-
-@given(
-    ends=st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted),
-    initial=st.floats(0, 1, exclude_max=True),
-    target=st.floats(0, 1, exclude_max=True),
-    shape=st.sampled_from(["cubic", "linear", "cosine"]),
-    total=st.integers(1, 60),
-)
-def test_schedule_never_falls_and_ends_at_the_target(
-    ends: list[float], initial: float, target: float, shape: Any, total: int
-) -> None:
-    schedule = SparsitySchedule(start=ends[0], end=ends[1], initial=initial, shape=shape)
-    values = [schedule(step, total, target) for step in range(total + 1)]
-    assert values[-1] == target
-    assert all(before <= after + 1e-12 for before, after in itertools.pairwise(values))
-    assert all(0 <= value <= target + 1e-12 for value in values)
-
-
-# --- the solver ---------------------------------------------------------------------------------
 
 
 class Problem:
@@ -73,66 +19,28 @@ class Problem:
 
     def __init__(self, seed: int, *, values: int | None = None, bounded: bool = True) -> None:
         rng = random.Random(seed)
-        count = rng.randint(1, 6)
-        self.sizes = [rng.choice([1, 2, 5, 17, 40]) for _ in range(count)]
-        kinds = rng.randint(1, min(3, count))
-        found = [*range(kinds), *(rng.randrange(kinds) for _ in range(count - kinds))]
-        # Components are numbered in the order of their first layer, as in a model.
-        rng.shuffle(found)
-        names = list(dict.fromkeys(found))
-        self.component = [names.index(c) for c in found]
+        self.sizes = [rng.choice([1, 2, 5, 17, 40]) for _ in range(rng.randint(1, 6))]
         scale = [10 ** rng.uniform(-3, 3) for _ in self.sizes]
 
         def score(layer: int) -> float:
             return rng.randrange(values) / 4 if values else scale[layer] * abs(rng.gauss(0, 1))
 
         self.scores = [torch.tensor([score(i) for _ in range(n)]) for i, n in enumerate(self.sizes)]
-        size = [0] * kinds
-        for n, c in zip(self.sizes, self.component, strict=True):
-            size[c] += n
-        self.layer_max, self.least, self.most = list(self.sizes), [0] * kinds, size
-        if bounded:
-            self.layer_max = [rng.randint(n // 2, n) for n in self.sizes]
-            room = [0] * kinds
-            for n, c in zip(self.layer_max, self.component, strict=True):
-                room[c] += n
-            self.most = [rng.randint(n // 2, n) for n in room]
-            self.least = [rng.randint(0, n) if rng.random() < 0.4 else 0 for n in self.most]
-        self.zeros = rng.randint(sum(self.least), sum(self.most))
+        self.limits = Limits(rng, self.sizes, bounded=bounded)
+
+    @property
+    def zeros(self) -> int:
+        return self.limits.zeros
 
     @property
     def bounds(self) -> Bounds:
-        counts = (self.layer_max, self.least, self.most)
-        return Bounds(
-            torch.tensor(self.component),
-            *(torch.tensor(k, dtype=torch.float64) for k in counts),
-        )
+        return self.limits.bounds
 
     def ready(self) -> Scores:
         return Scores(torch.cat(self.scores), self.sizes)
 
     def plain(self) -> list[list[bool]]:
-        """Prune one weight after the other, the smallest score that no bound forbids."""
-        gone = [[False] * n for n in self.sizes]
-        layer, component = [0] * len(self.sizes), [0] * len(self.most)
-        order = sorted(
-            (float(score), self.component[i], i, j)
-            for i, scores in enumerate(self.scores)
-            for j, score in enumerate(scores)
-        )
-
-        def sweep(limit: list[int], budget: int) -> None:
-            for _, c, i, j in order:
-                if sum(component) == budget:
-                    return
-                if not gone[i][j] and layer[i] < self.layer_max[i] and component[c] < limit[c]:
-                    gone[i][j] = True
-                    layer[i] += 1
-                    component[c] += 1
-
-        sweep(self.least, sum(self.least))  # what each component has to lose in any case
-        sweep(self.most, self.zeros)
-        return gone
+        return self.limits.prune(self.scores)
 
 
 def _marked(scores: list[Tensor], levels: list[int], numbers: list[int]) -> list[list[bool]]:
@@ -179,19 +87,17 @@ def test_solve_stays_within_one_tie_of_the_budget(seed: int, values: int) -> Non
 
 @given(st.integers(0, 10**6), st.randoms(use_true_random=False))
 def test_the_order_of_the_layers_does_not_matter(seed: int, rng: random.Random) -> None:
-    problem = Problem(seed)
+    problem, other = Problem(seed), Problem(seed)
     levels, numbers = select(problem.ready(), problem.bounds, problem.zeros)
     order = list(range(len(problem.sizes)))
     rng.shuffle(order)
-    other = Problem(seed)
-    names = list(dict.fromkeys(problem.component[i] for i in order))
-    other.sizes, other.scores, other.layer_max = (
-        [values[i] for i in order] for values in (problem.sizes, problem.scores, problem.layer_max)
+    mine, theirs = problem.limits, other.limits
+    names = list(dict.fromkeys(mine.component[i] for i in order))
+    other.sizes, other.scores, theirs.layer_max = (
+        [values[i] for i in order] for values in (problem.sizes, problem.scores, mine.layer_max)
     )
-    other.component = [names.index(problem.component[i]) for i in order]
-    other.least, other.most = (
-        [values[c] for c in names] for values in (problem.least, problem.most)
-    )
+    theirs.component = [names.index(mine.component[i]) for i in order]
+    theirs.least, theirs.most = ([values[c] for c in names] for values in (mine.least, mine.most))
     found = select(other.ready(), other.bounds, problem.zeros)
     assert found == ([levels[i] for i in order], [numbers[i] for i in order])
 
@@ -227,8 +133,8 @@ def test_scores_near_the_levels_are_enough(
 def test_what_cannot_be_compared_is_pruned_last() -> None:
     scores = torch.tensor([math.nan, 1.0, math.inf, 0.0])
     problem = Problem(0, bounded=False)
-    problem.sizes, problem.component, problem.layer_max = [4], [0], [4]
-    problem.least, problem.most, problem.scores = [0], [4], [scores]
+    problem.sizes, problem.scores = [4], [scores]
+    problem.limits = Limits(random.Random(0), [4], bounded=False)
     found = []
     for zeros in range(5):
         levels, numbers = select(problem.ready(), problem.bounds, zeros)

@@ -6,22 +6,19 @@ import copy
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import toys
-from hypothesis import given
-from hypothesis import strategies as st
+from refusals import Error, raises
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import prune
 from toys import TwoTasks, batch, initialise, losses, prepare, tensors, train, weights, zeros
 
 from torch_adapmtl import SNIP, DiSparse, IterativeMagnitude, Magnitude, SparsitySchedule, Taylor
-from torch_adapmtl.methods.disparse import _ranks
-from torch_adapmtl.methods.masks import lowest
 
 # Layers of a dozen weights do lose them all: nothing in these methods keeps any.
 pytestmark = pytest.mark.filterwarnings("ignore:no weight is left")
@@ -316,74 +313,6 @@ def test_a_copy_and_a_loaded_state_go_on_as_the_original(name: str, stop: int) -
         assert torch.equal(copied.state_dict()[key], value)
 
 
-@given(
-    sizes=st.lists(st.integers(0, 6), min_size=1, max_size=4),
-    levels=st.integers(1, 4),
-    share=st.floats(0, 1),
-    seed=st.integers(0, 2**31),
-)
-def test_lowest_is_a_stable_sort(
-    sizes: Sequence[int], levels: int, share: float, seed: int
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    scores = [torch.randint(levels, (n,), generator=generator).float() for n in sizes]
-    count = int(share * sum(sizes))
-    marked = lowest(scores, count)
-    assert [len(part) for part in marked] == list(sizes)
-    expected = torch.zeros(sum(sizes), dtype=torch.bool)
-    expected[torch.cat(scores).sort(stable=True).indices[:count]] = True
-    assert torch.equal(torch.cat(marked), expected)
-
-
-def test_lowest_takes_what_is_gone_before_nan_and_nan_before_the_rest() -> None:
-    scores = torch.tensor([3.0, torch.nan, -torch.inf, -1e38, torch.inf, torch.nan, -torch.inf])
-    order = [2, 6, 1, 5, 3, 0, 4]
-    for count in range(len(order) + 1):
-        (marked,) = lowest([scores], count)
-        assert marked.nonzero().flatten().tolist() == sorted(order[:count])
-
-
-def test_a_rank_is_the_share_of_the_others_below() -> None:
-    scores = torch.tensor([2.0, 0.0, torch.inf, torch.nan, 2.0])
-    assert _ranks(scores).tolist() == [0.5, 0.25, 1.0, 0.0, 0.5]
-    assert _ranks(scores[:1]).tolist() == [0.0]
-
-
-@pytest.mark.parametrize("name", ["global", "Taylor"])
-def test_nan_revives_nothing(name: str) -> None:
-    model = TwoTasks()
-    prune.random_unstructured(model.body, "weight", amount=40)
-    gone = model.body.weight_mask == 0
-    pruner = prepare(model, method=METHODS[name])
-    pruner.controller.scores = lambda scores=pruner.controller.scores: [
-        own.masked_fill(own != -torch.inf, torch.nan) for own in scores()
-    ]
-    pruner.controller.fix()
-    assert zeros(pruner) == 134
-    assert not model.body.weight[gone].any()
-
-
-def test_dynamic_masks_move_and_hide_the_gradient_of_what_is_gone() -> None:
-    torch.manual_seed(0)
-    model = TwoTasks()
-    pruner = prepare(model, method=DiSparse(dynamic=True), total_steps=40, weighting="equal")
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    layers = pruner.layers
-    seen = set()
-    for step in range(40):
-        pruner.loss(losses(model, step)).backward()
-        if step:
-            for layer in layers:
-                assert not layer.weight.grad[~layer.threshold.mask].any()
-        optimizer.step()
-        optimizer.zero_grad()
-        pruner.step()
-        seen.add(tuple(bytes(layer.threshold.mask.flatten().tolist()) for layer in layers))
-        if step:
-            assert sum(int((~layer.threshold.mask).sum()) for layer in layers) == 134
-    assert 10 < len(seen) < 40  # they move, and come to rest
-
-
 def scored(model: nn.Module, method: Any, **options: Any) -> list[str]:
     """What scoring the first three batches warns of."""
     pruner = prepare(model, method=method, **options)
@@ -431,21 +360,6 @@ def test_later_batches_find_a_branch_that_started_at_zero() -> None:
     assert scored(Branched(), SNIP(batches=2)) == []
 
 
-def test_disparse_passes_over_a_task_without_prunable_weights() -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.head, self.shift = nn.Linear(6, 5), nn.Parameter(torch.ones(3))
-
-        def forward(self, x: Tensor) -> dict[str, Tensor]:
-            return {"a": self.head(x), "b": x[:, 3:] + self.shift}
-
-    model = Model()
-    pruner = prepare(model, method=DiSparse())
-    train(model, pruner, torch.optim.SGD(model.parameters(), lr=0.1), range(STEPS))
-    assert zeros(pruner) == 24
-
-
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 def test_an_earlier_mask_counts_and_stays(method: Any) -> None:
     model = TwoTasks()
@@ -462,3 +376,25 @@ def test_an_earlier_mask_counts_and_stays(method: Any) -> None:
     with pytest.raises(ValueError, match=r"asks for 17 zeros, but masks .* hold 40"):
         prepare(model, method=method, target_sparsity=0.1)
     assert list(model.state_dict()) == keys
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "error", "named", "found", "remedy"),
+    [
+        (Magnitude, {"scope": "layer"}, ValueError, "scope", "'layer'", "'global', 'uniform'"),
+        (Taylor, {"decay": 1.0}, ValueError, "decay", "got 1.0", "in [0, 1)"),
+        (Taylor, {"decay": "x"}, TypeError, "decay", "'x'", "be a number"),
+        (SNIP, {"batches": 0}, ValueError, "batches", "got 0", "an integer >= 1"),
+        (SNIP, {"batches": 1.5}, ValueError, "batches", "got 1.5", "an integer >= 1"),
+        (IterativeMagnitude, {"rounds": 0}, ValueError, "rounds", "got 0", "an integer >= 1"),
+        (IterativeMagnitude, {"rounds": True}, ValueError, "rounds", "got True", "an integer >= 1"),
+        (DiSparse, {"fraction": 1.0}, ValueError, "fraction", "got 1.0", "in (0, 1)"),
+        (DiSparse, {"fraction": "x"}, TypeError, "fraction", "'x'", "be a number"),
+        (DiSparse, {"interval": 0}, ValueError, "interval", "got 0", "an integer >= 1"),
+    ],
+    ids=str,
+)
+def test_refused(
+    make: Any, options: Any, error: Error, named: str, found: str, remedy: str
+) -> None:
+    raises(lambda: make(**options), error, named, found, remedy)

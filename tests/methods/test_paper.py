@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import Error, assert_refused, raises, running
 from torch import Tensor, nn
 from toys import TwoTasks, batch, losses, prepare, tensors, train, weights, zeros
 
@@ -201,3 +202,26 @@ def test_target_zero_holds_the_start() -> None:
 def test_a_start_may_be_an_integer() -> None:
     found = [_paper(TwoTasks(), method=Paper(start=start)) for start in (-3, -3.0)]
     assert torch.equal(found[0].controller.thresholds(), found[1].controller.thresholds())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "named", "found", "remedy"),
+    [
+        ({"start": float("inf")}, ValueError, "start", "got inf", "finite"),
+        ({"start": "low"}, TypeError, "start", "'low'", "be a number"),
+        ({"weight_decay": -1.0}, ValueError, "weight_decay", "got -1.0", ">= 0"),
+        ({"weight_decay": "x"}, TypeError, "weight_decay", "'x'", "be a number"),
+        ({"gradient": "none"}, ValueError, "gradient", "'none'", "'straight_through', 'mask'"),
+    ],
+    ids=str,
+)
+def test_refused(options: Any, error: Error, named: str, found: str, remedy: str) -> None:
+    raises(lambda: Paper(**options), error, f"method: {named}", found, remedy)
+
+
+def test_fixing_its_zeros_is_refused() -> None:
+    do = lambda scene: scene.pruner.fix_zeros()  # noqa: E731
+    assert_refused(
+        running("", do, RuntimeError, "fix_zeros()", "method='paper'", "call finalize()",
+                options={"method": "paper"}, goes_on=False)
+    )  # fmt: skip

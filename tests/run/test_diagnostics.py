@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 from collections.abc import Mapping
@@ -10,14 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from toys import TwoTasks, losses, prepare, train, weights, zeros
 
 from torch_adapmtl import (
     Adaptive,
-    EqualWeighting,
     Magnitude,
     Pruner,
     Report,
@@ -217,39 +213,6 @@ def test_divergence_is_seen_across_a_resumed_run() -> None:
     assert any("the loss of task 'b' ended" in text for text in finished(pruner))
 
 
-@given(
-    st.lists(
-        st.lists(
-            st.one_of(st.none(), st.floats(0.1, 9), st.just(math.nan)), min_size=2, max_size=2
-        ),
-        max_size=12,
-    )
-)
-def test_the_trace_is_that_of_a_plain_one(steps: list[list[float | None]]) -> None:
-    """First readings and an exponential average, of what is there and finite."""
-    weighting = EqualWeighting(["a", "b"])
-    first: dict[str, list[float]] = {"a": [], "b": []}
-    recent: dict[str, float] = {}
-    for step in steps:
-        here = {task: value for task, value in zip("ab", step, strict=True) if value is not None}
-        if not here:
-            continue
-        weighting({task: torch.tensor(value) for task, value in here.items()})
-        weighting.record.read()
-        for task, value in here.items():
-            if math.isnan(value):
-                continue
-            first[task] = (first[task] + [value])[:5]
-            recent[task] = 0.8 * recent.get(task, value) + 0.2 * value
-    for index, task in enumerate("ab"):
-        assert weighting.record.first[:, index].tolist() == pytest.approx(
-            [sum(first[task]), len(first[task])], rel=1e-5
-        )
-        assert weighting.record.recent[0, index].item() == pytest.approx(
-            recent.get(task, 0.0), rel=1e-5
-        )
-
-
 @pytest.mark.parametrize("others", [0.9, 0.85])
 def test_signs_of_a_report(others: float) -> None:
     rows = [ComponentRow("shared", 1, 1000, 900), ComponentRow("a", 1, 1000, int(1000 * others))]
@@ -309,3 +272,91 @@ def test_a_task_that_never_had_a_loss_is_told_at_the_end() -> None:
         found = [text for text in finished(handle) if "equally sparse" not in text]
         assert len(found) == 1
         assert re.match("task 'b' never had a loss.*exclude=", found[0])
+
+
+# --- what does not train ---
+
+
+def test_one_loss_without_grad_beside_others() -> None:
+    """A batch without labels for a task is no mistake; a task that never learns is told at the end.
+
+    A task may be frozen on purpose, so that it is no error.
+    """
+    said = []
+    for always in (False, True):
+        model = TwoTasks()
+        pruner = prepare(model, total_steps=STEPS)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in range(STEPS):
+            found = losses(model, step)
+            if always or step % 2:
+                found["b"] = torch.zeros(())
+            pruner.loss(found).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            pruner.step()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            pruner.finalize()
+        said.append([str(w.message) for w in caught if "task 'b'" in str(w.message)])
+    assert said[0] == []
+    assert len(said[1]) == 1
+    assert "no loss of task 'b' ever required grad" in said[1][0]
+    assert "leave the task out of the losses" in said[1][0]
+
+
+def idle(model: nn.Module, pruner: Pruner, steps: int) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(steps):
+            pruner.step()
+    return [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize("method", ["adaptive", "paper", Magnitude()])
+def test_stepping_without_training_is_told_once(method: Any) -> None:
+    model = TwoTasks()
+    pruner = prepare(model, total_steps=400, method=method)
+    said = idle(model, pruner, 400)
+    assert len(said) == 1
+    assert "no weight has changed since the first" in said[0]
+    assert "call backward() and the optimizer's step()" in said[0]
+
+
+class WritesData(torch.optim.SGD):
+    """An optimiser of the kind that autograd does not see write."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.data.add_(parameter.grad, alpha=-group["lr"])
+
+
+def one_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    sum(losses(model, 0).values()).backward()  # type: ignore[union-attr]
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, WritesData])
+@pytest.mark.parametrize("before", [1, 40])
+def test_training_that_is_hard_to_see(kind: Any, before: int) -> None:
+    """Losses of the user's own, steps that a scaler skips, writes past autograd: all train."""
+    model = TwoTasks()
+    pruner = prepare(model, total_steps=400)
+    optimizer = kind(model.parameters(), lr=0.1)
+    assert idle(model, pruner, before) == []
+    one_step(model, optimizer)
+    assert idle(model, pruner, 400 - before) == []
+
+
+def test_an_optimizer_that_a_resume_has_left_behind_is_noticed() -> None:
+    model = TwoTasks()
+    pruner = prepare(model, total_steps=400)
+    one_step(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    idle(model, pruner, 100)
+    other = TwoTasks()
+    resumed = prepare(other, total_steps=400)
+    other.load_state_dict(model.state_dict())
+    assert len(idle(other, resumed, 300)) == 1

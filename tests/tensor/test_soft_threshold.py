@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from refusals import Error, raises
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -361,3 +362,48 @@ def test_firm_has_the_gradients_of_the_soft_threshold(straight_through: bool) ->
         found.append(torch.autograd.grad((sparse * torch.arange(41)).sum(), (weight, alpha)))
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+W = torch.linspace(-1, 1, 12).view(3, 4)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize(
+    ("weight", "alpha", "options", "error", "named", "found", "remedy"),
+    [
+        (W, -0.1, {}, ValueError, "alpha", "got -0.1", ">= 0"),
+        (W, math.nan, {}, ValueError, "alpha", "got nan", "finite"),
+        (W, math.inf, {}, ValueError, "alpha", "got inf", "finite"),
+        (W, "high", {}, TypeError, "alpha", "'high'", "be a number"),
+        (W, True, {}, TypeError, "alpha", "True", "be a number"),
+        (W, torch.ones(1, 3, 4), {}, ValueError, "alpha", "shape (1, 3, 4)", "(3, 4)"),
+        (W, torch.ones(3), {}, ValueError, "alpha", "shape (3,)", "broadcast to"),
+        (W, torch.tensor(1), {}, TypeError, "alpha", "torch.int64", "weight.dtype"),
+        (W, torch.tensor(1j), {}, TypeError, "alpha", "torch.complex64", "cast it"),
+        (W, torch.ones((), device="meta"), {}, ValueError, "alpha", "on meta", ".to('cpu')"),
+        ([1.0], 0.1, {}, TypeError, "weight", "got list", "be a tensor"),
+        (W.int(), 0.1, {}, TypeError, "weight", "torch.int32", "float32"),
+        (W.cfloat(), 0.1, {}, TypeError, "weight", "torch.complex64", "float32"),
+        (W.to_sparse(), 0.1, {}, TypeError, "weight", "sparse_coo", "(.to_dense())"),
+        (W, 0.1, {"reach": 1.0}, ValueError, "reach", "got 1.0", "above 1"),
+        (W, 0.1, {"reach": -1.0}, ValueError, "reach", "got -1.0", "above 1"),
+        (W, 0.1, {"reach": math.nan}, ValueError, "reach", "got nan", "above 1"),
+        (W, 0.1, {"reach": torch.tensor(2.0)}, TypeError, "reach", "tensor(2.", "be a number"),
+    ],
+    ids=lambda value: None if isinstance(value, Tensor) else str(value),
+)
+def test_refused(
+    weight: Any, alpha: Any, options: Any, error: Error, named: str, found: str, remedy: str
+) -> None:
+    raises(lambda: soft_threshold(weight, alpha, **options), error, named, found, remedy)
+
+
+@pytest.mark.gpu
+def test_a_threshold_on_another_device_is_refused() -> None:
+    on_the_gpu = torch.full((1,), 0.1, device="cuda")
+    for weight, alpha in ((W, on_the_gpu), (W.cuda(), on_the_gpu.cpu())):
+        with pytest.raises(ValueError, match=f"is on {alpha.device} and the weight on"):
+            soft_threshold(weight, alpha)
+    soft_threshold(W.cuda(), torch.tensor(0.1))  # a single number on the CPU goes with any device

@@ -11,8 +11,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from thresholding import COPIERS, Copier, put, threshold_of
-from torch import nn
+from refusals import Row, Scene, assert_refused, raises, rows
+from thresholding import COPIERS, Copier, original, put, threshold_of
+from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune, weight_norm
 
 from torch_adapmtl import (
@@ -195,33 +196,6 @@ def test_iterative_pruning() -> None:
     assert zeros[-1] > zeros[0] > 0
 
 
-@pytest.mark.parametrize("marked", [True, False])
-def test_twice_on_one_tensor(marked: bool) -> None:
-    layer = put(linear(), "weight", 0.1, marked=marked)
-    before = state_of(layer)
-    with pytest.raises(RuntimeError, match=r"'weight' of .*Linear already has a soft threshold"):
-        soft_threshold_unstructured(layer, "weight", 0.3)
-    assert_untouched(layer, before)
-
-
-@pytest.mark.parametrize(
-    ("make", "name", "message"),
-    [
-        (linear, "wieght", r"Linear has no parameter 'wieght', only \['weight', 'bias'\]"),
-        (lambda: nn.Linear(2, 2, bias=False), "bias", r"no parameter 'bias', only \['weight'\]"),
-        (lambda: nn.BatchNorm1d(2), "running_mean", "no parameter 'running_mean'"),
-        (lambda: nn.Sequential(linear()), "0.weight", "no parameter '0.weight'"),
-        (lambda: nn.Linear(2, 2), "in_features", "no parameter 'in_features'"),
-    ],
-)
-def test_unknown_tensors(make: Callable[[], nn.Module], name: str, message: str) -> None:
-    module = make()
-    before = state_of(module)
-    with pytest.raises(ValueError, match=message):
-        soft_threshold_unstructured(module, name, 0.1)
-    assert_untouched(module, before)
-
-
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
 def test_tensors_that_an_old_style_hook_makes() -> None:
     layer = weight_norm(linear())
@@ -235,3 +209,149 @@ def test_one_engine() -> None:
     assert isinstance(threshold_of(layer), SoftThreshold)
     assert threshold_of(layer).alpha.dtype == torch.float16
     assert layer.weight.dtype == torch.float16
+
+
+# --- masks that were there before ---------------------------------------------------------------
+
+EARLIER: dict[str, Callable[[nn.Module, str], object]] = {
+    "custom_from_mask": lambda m, n: prune.custom_from_mask(
+        m, n, (torch.arange(getattr(m, n).numel()) % 3 > 0).view_as(getattr(m, n))
+    ),
+    "l1": lambda m, n: prune.l1_unstructured(m, n, 0.4),
+    "structured": lambda m, n: prune.ln_structured(m, n, 0.5, n=1, dim=1),
+    "container": lambda m, n: (
+        prune.random_unstructured(m, n, 0.3),
+        prune.ln_structured(m, n, 0.3, n=2, dim=0),
+    ),
+    "ours, globally": lambda m, n: prune.global_unstructured(
+        [(m, n)], SoftThresholdPruning, threshold=0.2
+    ),
+}
+LAYERS: dict[str, tuple[Callable[[], nn.Module], str, tuple[int, ...]]] = {
+    "linear": (linear, "weight", (3, 6)),
+    "conv3d": (lambda: nn.Conv3d(2, 3, 2), "weight", (1, 2, 3, 3, 3)),
+    "lstm": (lambda: nn.LSTM(4, 3), "weight_hh_l0", (5, 2, 4)),
+}
+
+
+def first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+@pytest.mark.parametrize("earlier", EARLIER)
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("straight_through", [False, True])
+@pytest.mark.parametrize("copier", [lambda m: m, *COPIERS])
+def test_an_earlier_mask_survives(
+    earlier: str, kind: str, straight_through: bool, copier: Copier
+) -> None:
+    make, name, shape = LAYERS[kind]
+    layer, x = make(), torch.randn(shape)
+    EARLIER[earlier](layer, name)
+    layer(x)
+    masked = getattr(layer, name + "_mask") == 0
+    parameter = getattr(layer, name + "_orig")
+    want = soft_threshold(getattr(layer, name).detach(), 0.05)
+    put(layer, name, 0.05)
+    assert original(layer, name) is parameter
+    assert torch.equal(getattr(layer, name), want)
+    assert len(layer._forward_pre_hooks) == 1
+    layer = copier(layer)
+    threshold_of(layer, name).straight_through = straight_through
+    optimiser = torch.optim.Adam(layer.parameters(), lr=0.1, weight_decay=0.1)
+    start = original(layer, name).detach().clone()
+    for _ in range(3):
+        optimiser.zero_grad()
+        first(layer(x)).square().sum().backward()
+        assert not original(layer, name).grad[masked].any()
+        optimiser.step()
+        assert not getattr(layer, name)[masked].any()
+    assert not torch.equal(getattr(layer, name)[~masked], start[~masked])
+    before = first(layer(x))
+    prune.remove(layer, name)
+    assert torch.equal(first(layer(x)), before)
+    assert not layer.get_parameter(name)[masked].any()
+    assert sorted(layer.state_dict()) == sorted(make().state_dict())
+
+
+def test_masked_state_dict_round_trip() -> None:
+    first_layer, second = linear(), linear()
+    for seed, layer in enumerate((first_layer, second)):
+        torch.manual_seed(seed)
+        prune.random_unstructured(layer, "weight", 0.5)
+        put(layer, "weight", 0.1)
+    assert not torch.equal(threshold_of(first_layer).mask, threshold_of(second).mask)
+    second.load_state_dict(first_layer.state_dict())
+    assert torch.equal(second.weight, first_layer.weight)
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
+def attach(name: Any = "weight", threshold: Any = 0.1) -> Callable[[Scene], object]:
+    return lambda scene: soft_threshold_unstructured(scene.model, name, threshold)
+
+
+def layer_of(make: Callable[[Tensor], Any], grad: bool = True) -> Callable[[], nn.Module]:
+    """A layer with another kind of tensor as its weight."""
+
+    def made() -> nn.Module:
+        layer = linear()
+        layer.weight = nn.Parameter(make(layer.weight.detach()), grad)
+        return layer
+
+    return made
+
+
+def inference_layer() -> nn.Module:
+    with torch.inference_mode():
+        return linear()
+
+
+V, T, R = ValueError, TypeError, RuntimeError
+CAST = "cast it first, or leave it out"
+TABLE = [
+    Row(id, do, error, named, found, remedy, model=model, goes_on=False)
+    for id, model, do, error, named, found, remedy in (
+        ("no module", linear, lambda _: soft_threshold_unstructured("x", "weight", 0.1), T,  # type: ignore[type-var]
+         "module", "'x'", "a torch.nn.Module"),
+        ("a wrong name", linear, attach("wieght"), V, "name", "Linear has no parameter 'wieght'",
+         "only ['weight', 'bias']"),
+        ("a name that is none", linear, attach(3), V, "name", "no parameter 3",
+         "['weight', 'bias']"),
+        ("no bias", lambda: nn.Linear(2, 2, bias=False), attach("bias"), V, "name",
+         "no parameter 'bias'", "only ['weight']"),
+        ("a buffer", lambda: nn.BatchNorm1d(2), attach("running_mean"), V, "name",
+         "no parameter 'running_mean'", "only ['weight', 'bias']"),
+        ("a path", lambda: nn.Sequential(linear()), attach("0.weight"), V, "name",
+         "no parameter '0.weight'", "only []"),
+        ("an attribute", linear, attach("in_features"), V, "name", "no parameter 'in_features'",
+         "only ['weight', 'bias']"),
+        ("below 0", linear, attach(threshold=-0.1), V, "threshold", "got -0.1", ">= 0"),
+        ("in words", linear, attach(threshold="x"), T, "threshold", "'x'", "a number"),
+        ("integers", layer_of(lambda w: w.char(), grad=False), attach(), T, "'weight'",
+         "torch.int8", CAST),
+        ("complex", layer_of(lambda w: w.cfloat()), attach(), T, "'weight'", "torch.complex64",
+         CAST),
+        ("sparse", layer_of(lambda w: w.to_sparse()), attach(), T, "'weight'", "torch.sparse_coo",
+         "(.to_dense())"),
+        ("lazy", lambda: nn.LazyLinear(3), attach(), V, "'weight'", "not initialised yet",
+         "run one batch"),
+        ("inference mode", inference_layer, attach(), T, "'weight'", "an inference tensor",
+         "copy.deepcopy"),
+        ("twice", lambda: put(linear(), "weight"), attach(), R, "'weight' of",
+         "already has a soft threshold", "prune.remove"),
+        ("twice, bare", lambda: put(linear(), "weight", marked=False), attach(), R, "'weight' of",
+         "already has a soft threshold", "prune.remove"),
+    )
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+@rows(TABLE)
+def test_refused(row: Row) -> None:
+    assert_refused(row)
+
+
+def test_a_method_with_a_threshold_below_zero_is_refused() -> None:
+    raises(lambda: SoftThresholdPruning(-0.1), ValueError, "threshold", "got -0.1", ">= 0")

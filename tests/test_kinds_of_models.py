@@ -1,4 +1,4 @@
-"""The handle on models of many kinds."""
+"""Pruning models of many kinds."""
 
 from __future__ import annotations
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from refusals import Error, Row, Scene, assert_refused, raises, rows
 from thresholding import ALPHA, COPIERS, Copier, holder, original, put, threshold_of
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -235,23 +237,80 @@ def test_assigning_the_weight_is_an_error(alpha: float) -> None:
     assert torch.equal(layer.weight, before)
 
 
-@pytest.mark.parametrize(
-    ("threshold", "message"),
-    [
-        (-0.1, "threshold must be a finite number >= 0, got -0.1"),
-        (float("nan"), "threshold must be a finite number >= 0, got nan"),
-        (nn.Parameter(torch.tensor(-1.0)), "threshold must be a finite number >= 0, got -1.0"),
-        (nn.Parameter(torch.ones(2)), r"threshold must hold one number, got .* shape \(2,\)"),
-    ],
-)
-def test_bad_thresholds(threshold: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        SoftThreshold(threshold)
-
-
 def test_bad_set_threshold_changes_nothing() -> None:
     parametrization = SoftThreshold(torch.tensor(0.25))  # a tensor that is no parameter: a number
     assert list(parametrization.state_dict()) == ["alpha"]
     with pytest.raises(ValueError, match="threshold must be a finite number >= 0, got inf"):
         parametrization.set_threshold(float("inf"))
     assert parametrization(torch.ones(1)).item() == 0.75
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
+def learned(value: Any) -> nn.Parameter:
+    value = torch.as_tensor(value)
+    return nn.Parameter(value, requires_grad=value.is_floating_point())
+
+
+@pytest.mark.parametrize(
+    ("threshold", "mask", "error", "named", "found", "remedy"),
+    [
+        (-0.1, None, ValueError, "threshold", "got -0.1", ">= 0"),
+        (math.nan, None, ValueError, "threshold", "got nan", "a finite number"),
+        (learned(-1.0), None, ValueError, "threshold", "got -1.0", ">= 0"),
+        (learned([1.0, 1.0]), None, ValueError, "threshold", "shape (2,)", "one SoftThreshold a"),
+        (learned(1), None, TypeError, "threshold", "torch.int64", "cast it"),
+        (0.1, torch.ones(3), TypeError, "mask", "torch.float32", "weight != 0"),
+        (0.1, [True], TypeError, "mask", "a list", "weight != 0"),
+    ],
+    ids=lambda value: None if isinstance(value, Tensor) else str(value),
+)
+def test_refused(
+    threshold: Any, mask: Any, error: Error, named: str, found: str, remedy: str
+) -> None:
+    raises(lambda: SoftThreshold(threshold, mask=mask), error, named, found, remedy)
+
+
+def unfit(**options: Any) -> Callable[[], nn.Module]:
+    """A layer whose threshold or mask does not fit it."""
+
+    def made() -> nn.Module:
+        layer = nn.Linear(4, 3)
+        threshold = SoftThreshold(options.get("threshold", 0.1), mask=options.get("mask"))
+        parametrize.register_parametrization(layer, "weight", threshold, unsafe=True)
+        return layer
+
+    return made
+
+
+def moved() -> nn.Module:
+    layer: Any = put(nn.Linear(4, 3), "weight")
+    layer.parametrizations.weight[0].to("meta")
+    return layer
+
+
+def forward(scene: Scene) -> object:
+    return scene.model(torch.ones(1, 4))
+
+
+@rows(
+    [
+        Row(id, forward, ValueError, named, found, remedy, model=model, goes_on=False)
+        for id, model, named, found, remedy in (
+            ("a mask of another shape", unfit(mask=torch.ones(4, 3).bool()), "mask",
+             "shape (4, 3)", "the weight's shape (3, 4)"),
+            ("a mask that broadcasts", unfit(mask=torch.ones(4).bool()), "mask", "shape (4,)",
+             "the weight's shape (3, 4)"),
+            ("a mask on another device", unfit(mask=torch.ones(3, 4, device="meta").bool()),
+             "mask", "on meta", "move it with the module"),
+            ("a threshold on another device", moved, "alpha", "is on meta",
+             "move the whole model"),
+            ("a learned one on another device",
+             unfit(threshold=learned(torch.ones((), device="meta"))), "alpha", "is on meta",
+             ".to('cpu')"),
+        )
+    ]
+)  # fmt: skip
+def test_refused_by_the_forward_pass(row: Row) -> None:
+    assert_refused(row)

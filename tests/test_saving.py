@@ -15,7 +15,6 @@ from torch.nn.utils import prune
 from toys import TwoTasks, batch, losses, prepare, tensors, train, weights, zeros
 
 from torch_adapmtl import Pruner, SparsitySchedule
-from torch_adapmtl.run import _packing
 
 # 450 steps: an update every 9, the sparsity begins to rise at once.
 RUN: dict[str, Any] = {"total_steps": 450, "schedule": SparsitySchedule(start=0.0, end=0.1)}
@@ -203,26 +202,6 @@ def test_a_state_keeps_its_size() -> None:
     assert {key: value.shape for key, value in tensors(model).items()} == shapes
 
 
-def test_a_state_packs_each_mask_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = TwoTasks()
-    pruner = prepare(model)
-    pruner.fix_zeros()
-    pack, packed = _packing.pack_mask, []
-
-    def counting(mask: torch.Tensor) -> torch.Tensor:
-        packed.append(mask)
-        return pack(mask)
-
-    monkeypatch.setattr(_packing, "pack_mask", counting)
-    first, second = model.state_dict(), model.state_dict()
-    assert len(packed) == 3
-    assert torch.equal(first["adapmtl._extra_state"], second["adapmtl._extra_state"])
-    pruner.layers[0].threshold.mask[0, 0] ^= True
-    third = model.state_dict()
-    assert len(packed) == 4
-    assert not torch.equal(first["adapmtl._extra_state"], third["adapmtl._extra_state"])
-
-
 @pytest.mark.parametrize("stop", [0, 8, 20])
 @pytest.mark.parametrize("kind", ["AveragedModel", "with buffers", "timm"])
 def test_an_average_ends_exactly_as_sparse(kind: str, stop: int) -> None:
@@ -303,13 +282,3 @@ def test_statistics_keep_their_precision(dtype: torch.dtype) -> None:
     assert zeros(pruner) == round(0.8 * weights(pruner))
     pruner.finalize()
     assert zeros(pruner) == round(0.8 * weights(pruner))
-
-
-def test_new_parameters_are_listened_to() -> None:
-    """`load_state_dict(assign=True)` puts other parameters in the place of the old ones."""
-    model = TwoTasks()
-    pruner = prepare(model, allocation="sensitivity", **RUN)
-    state = copy.deepcopy(model.state_dict())
-    model.load_state_dict(state, assign=True)
-    train(model, pruner, torch.optim.SGD(model.parameters(), lr=0.1), range(45))
-    assert pruner.controller.allocator.saliency[1].min() > 0

@@ -1,0 +1,61 @@
+"""Gradients as they come: whose, when, and on which parameters."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from toys import TwoTasks, losses, prepare, train
+
+from torch_adapmtl import SparsitySchedule
+from torch_adapmtl.layers.gradient_hooks import GradientHooks
+
+EARLY = SparsitySchedule(start=0.0, end=0.1)
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(p._post_accumulate_grad_hooks or ()) for p in model.parameters())
+
+
+def test_calls_while_it_listens_and_for_trained_layers_only() -> None:
+    model = TwoTasks()
+    pruner = prepare(model)
+    seen: list[int] = []
+
+    def see(index: int, weight: nn.Parameter) -> None:
+        assert weight is pruner.layers[index].weight
+        assert weight.grad is not None
+        seen.append(index)
+
+    def backward() -> list[int]:
+        seen.clear()
+        sum(loss for loss in losses(model, 0).values()).backward()  # type: ignore[union-attr]
+        return sorted(seen)
+
+    listener = GradientHooks(pruner.layers, see)
+    assert backward() == []
+    listener.listen(True)
+    assert backward() == [0, 1, 2]
+    listener.listen(False)
+    assert backward() == []
+    pruner.layers[1].weight.requires_grad_(False)
+    listener.listen(True)
+    assert backward() == [0, 2]
+    pruner.layers[1].weight.requires_grad_(True)
+    listener.listen(True)
+    assert backward() == [0, 1, 2]
+    assert hooks(model) == 3
+    listener.remove()
+    assert hooks(model) == 0
+    assert backward() == []
+
+
+def test_new_parameters_are_listened_to() -> None:
+    """`load_state_dict(assign=True)` puts other parameters in the place of the old ones."""
+    model = TwoTasks()
+    pruner = prepare(model, allocation="sensitivity", total_steps=450, schedule=EARLY)
+    state = copy.deepcopy(model.state_dict())
+    model.load_state_dict(state, assign=True)
+    train(model, pruner, torch.optim.SGD(model.parameters(), lr=0.1), range(45))
+    assert pruner.controller.allocator.saliency[1].min() > 0
