@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from refusals import Error, raises
 from torch import Tensor
 
 from torch_adapmtl import (
     CallableWeighting,
+    EqualWeighting,
     FixedWeighting,
 )
 
@@ -100,3 +102,44 @@ def test_refused_callable(weights: Any, error: Error, named: str, found: str, re
 def test_what_cannot_be_called_is_refused() -> None:
     fn: Any = 3
     raises(lambda: CallableWeighting(["a"], fn), TypeError, "fn", "got int", "callable")
+
+
+@given(
+    numbers=st.lists(st.integers(0, 9), min_size=2, max_size=4).filter(any),
+    others=st.lists(st.integers(0, 9), min_size=2, max_size=4).filter(any),
+    factor=st.integers(1, 9),
+)
+def test_configs_are_equal_where_the_ratios_are(
+    numbers: list[int], others: list[int], factor: int
+) -> None:
+    def config(weights: list[int]) -> Any:
+        tasks = [f"t{i}" for i in range(len(numbers))]
+        made = FixedWeighting(tasks, dict(zip(tasks, weights, strict=True))).config()
+        assert json.loads(json.dumps(made)) == made
+        return made
+
+    assert config([factor * number for number in numbers]) == config(numbers)
+    others = (others * 2)[: len(numbers)]
+    assume(any(others))
+    alike = all(
+        n * p == m * o
+        for n, o in zip(numbers, others, strict=True)
+        for m, p in zip(numbers, others, strict=True)
+    )
+    assert (config(others) == config(numbers)) == alike
+
+
+def test_equal_weights_are_fixed_ones() -> None:
+    assert (
+        EqualWeighting(["a", "b"]).config()
+        == FixedWeighting(["a", "b"], {"a": 3, "b": 3.0}).config()
+    )
+
+
+def test_the_config_of_a_callable_says_whether_it_is_scaled() -> None:
+    configs = [
+        CallableWeighting(["a"], lambda losses: losses, normalize=normalize).config()
+        for normalize in (True, False)
+    ]
+    assert configs[0] != configs[1]
+    assert json.loads(json.dumps(configs)) == configs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from typing import Any
 
@@ -279,3 +280,16 @@ def test_windows_and_bounds_are_taken_or_refused(window: Any, start: Any, bounds
     wrong = "window" if not whole(window, 2) else "start" if not whole(start, 0) else "bounds"
     with pytest.raises((TypeError, ValueError), match=rf"(?s)^{wrong} must .*got"):
         StabilityWeighting(["a", "b"], window=window, start=start, bounds=bounds)
+
+
+@given(settings_of_stability, st.data())
+def test_the_config_differs_when_a_setting_does(
+    settings: dict[str, Any], data: st.DataObject
+) -> None:
+    weighting = StabilityWeighting(["a"], **settings)
+    config = weighting.config()
+    assert json.loads(json.dumps(config)) == config
+    assert StabilityWeighting(["a"], strict=True, **settings).config() == config
+    name = data.draw(st.sampled_from(sorted(settings)))
+    other = {**settings, name: data.draw(settings_of_stability)[name]}
+    assert (StabilityWeighting(["a"], **other).config() == config) == (other == settings)
