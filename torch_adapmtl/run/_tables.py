@@ -22,7 +22,7 @@ def text_table(rows: Sequence[Sequence[str]], *, left: int) -> list[str]:
 
 
 def html_table(rows: Sequence[Sequence[str]], *, left: int, caption: str = "") -> str:
-    """Return an HTML table; the first row is the head, the first `left` columns are left-aligned."""
+    """Return an HTML table with a head row; the first `left` columns are left-aligned."""
 
     def line(row: Iterable[str], tag: str) -> str:
         cells = []
