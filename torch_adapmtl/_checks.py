@@ -119,7 +119,7 @@ def check_threshold(name: str, value: object) -> float:
 
 
 def check_alpha(alpha: Tensor, weight: Tensor) -> None:
-    """Raise an error unless a threshold is floating point and fits the weight's shape and device."""
+    """Raise an error unless a threshold is floating point and has a fitting shape and device."""
     if not alpha.is_floating_point():
         raise TypeError(
             f"alpha must be floating point, got a tensor of {alpha.dtype}; cast it with "

@@ -126,7 +126,7 @@ def unguard(model: nn.Module) -> None:
 
 
 def _check(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
-    """Raise a `ValueError` unless the state dict is of a model that was prepared in the same way."""
+    """Raise a `ValueError` unless the state dict is of a model that was prepared likewise."""
     pruner: Any = model._modules.get("adapmtl")
     if pruner is None:  # the user has removed the pruner from a copy
         return
