@@ -167,7 +167,7 @@ class Report:
         `for name, value in pruner.report().scalars().items(): writer.add_scalar(name, value, step)`
 
         Example:
-            >>> from torch_adapmtl import ComponentRow, Report
+            >>> from torch_adapmtl.run import ComponentRow, Report
             >>> parts = (ComponentRow("shared", 2, 600, 480), ComponentRow("seg", 1, 400, 400))
             >>> Report(parts, (), target_sparsity=0.9, step=7, total_steps=9).scalars()
             {'sparsity/shared': 0.8, 'sparsity/seg': 1.0, 'sparsity/overall': 0.88}
