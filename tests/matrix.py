@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import two_that_meet
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from toys import TwoTasks, batch, losses, pruned
@@ -45,11 +46,12 @@ class Run:
 
     Attributes:
         net: The model that is pruned.
-        pruner: Its handle, or None after `finalize`.
+        pruner: Its pruner, or None after `finalize`.
         optimizer: What trains it.
         step: How many steps it has taken.
         call: What is called in its place, wrapped or compiled.
         names: The prunable tensors.
+        attached: Whether the optimiser moves the schedule.
     """
 
     net: nn.Module
@@ -58,6 +60,7 @@ class Run:
     step: int = 0
     call: Any = None
     names: tuple[str, ...] = ()
+    attached: bool = False
 
     def losses(self, step: int) -> dict[str, Tensor]:
         return losses(self.net if self.call is None else self.call, step)
@@ -68,7 +71,7 @@ class Run:
 
     def advance(self) -> None:
         """After a step of the optimiser."""
-        if self.pruner is not None and self.step < STEPS and self.pruner._step_hook is None:
+        if self.pruner is not None and self.step < STEPS and not self.attached:
             self.pruner.step()
         self.step += 1
 
@@ -295,6 +298,7 @@ def scaler_loop(fused: bool) -> Loop:
         optimizer = torch.optim.Adam(run.net.parameters(), lr=1e-2, fused=fused)
         if run.pruner is not None:
             run.pruner.attach(optimizer)
+            run.attached = True
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4, growth_interval=10**6)
         taken = index = 0
         while taken < steps:
@@ -310,7 +314,7 @@ def scaler_loop(fused: bool) -> Loop:
                 taken += 1
                 run.advance()
                 if run.pruner is not None and not fused:  # else known at the next update
-                    assert run.pruner._step == min(run.step, STEPS)
+                    assert run.pruner.report().step == min(run.step, STEPS)
 
     return loop
 
@@ -572,6 +576,7 @@ def accelerate_loop(run: Run, steps: int) -> None:
     run.call, optimizer = accelerator.prepare(run.net, run.optimizer)
     if run.pruner is not None:
         run.pruner.attach(optimizer)
+        run.attached = True
     for _ in range(steps):
         accelerator.backward(run.loss(run.step))
         optimizer.step()
@@ -596,21 +601,17 @@ def tensorboard_loop(run: Run, steps: int) -> None:
 
 def in_two_processes(kind: str, folder: Path) -> dict[str, list[Any]]:
     """What becomes of the run at every stage, in each of two processes."""
-    torch.multiprocessing.spawn(_process, (kind, str(folder)), nprocs=2)
+    two_that_meet(_process, folder, kind)
     both = [torch.load(folder / f"{kind}{rank}.pt") for rank in range(2)]
     return {stage: [one[stage] for one in both] for stage in STAGES}
 
 
-def _process(rank: int, kind: str, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/{kind}", rank=rank, world_size=2
-    )
-    found = {}
-    for stage in STAGES:
-        found[stage] = _distributed(start(stage), kind, rank, f"{folder}/{kind} {stage}")
+def _process(rank: int, folder: str, kind: str) -> None:
+    found = {
+        stage: _distributed(start(stage), kind, rank, f"{folder}/{kind} {stage}")
+        for stage in STAGES
+    }
     torch.save(found, f"{folder}/{kind}{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def _distributed(run: Run, kind: str, rank: int, folder: str) -> dict[str, Tensor]:

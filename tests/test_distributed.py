@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import two_that_meet
 from torch import Tensor, nn
 from toys import TwoTasks, losses, prepare, tensors, train, zeros
 
@@ -40,10 +41,6 @@ TOGETHER: dict[str, dict[str, Any]] = {
 
 
 def _train_one_of_two(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
-    )
     for name, options in TOGETHER.items():
         torch.manual_seed(rank)  # DistributedDataParallel makes the weights equal
         model = TwoTasks()
@@ -84,12 +81,11 @@ def _train_one_of_two(rank: int, folder: str) -> None:
             warnings.simplefilter("ignore")  # the paper's mode misses its target
             assert pruner.finalize() is model
         torch.save((steps, local, found_zeros, tensors(model)), f"{folder}/{name}{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_agree(tmp_path: Path) -> None:
     """At every step, though they see other batches and other tasks."""
-    torch.multiprocessing.spawn(_train_one_of_two, (str(tmp_path),), nprocs=2)
+    two_that_meet(_train_one_of_two, tmp_path)
     for name in TOGETHER:
         first, second = (torch.load(tmp_path / f"{name}{rank}.pt") for rank in range(2))
         for here, there in zip(first[0], second[0], strict=True):
@@ -104,13 +100,8 @@ def test_two_processes_agree(tmp_path: Path) -> None:
 
 
 def _nan_in_one(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
-    )
     for strict in (False, True):
         _until_told(rank, strict)
-    torch.distributed.destroy_process_group()
 
 
 def _until_told(rank: int, strict: bool) -> None:
@@ -140,7 +131,7 @@ def _until_told(rank: int, strict: bool) -> None:
 
 
 def test_a_nan_in_one_process_is_told_in_all(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_nan_in_one, (str(tmp_path),), nprocs=2)
+    two_that_meet(_nan_in_one, tmp_path)
 
 
 # --- sharded ------------------------------------------------------------------------------------
@@ -177,10 +168,6 @@ def _one_shard(rank: int, folder: str) -> None:
         set_state_dict,
     )
 
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
-    )
     gathered = StateDictOptions(full_state_dict=True)
 
     model, pruner, optimizer = _shard()
@@ -200,7 +187,7 @@ def _one_shard(rank: int, folder: str) -> None:
         set_state_dict(
             model, optimizer, model_state_dict=now["model"], optim_state_dict=now["optimizer"]
         )
-        assert pruner._step == stop
+        assert pruner.report().step == stop
         _train(model, pruner, optimizer, range(stop, 20), rank)
         again = get_model_state_dict(model, options=gathered)
         assert all(torch.equal(value, full[key]) for key, value in again.items())
@@ -209,11 +196,10 @@ def _one_shard(rank: int, folder: str) -> None:
     with pytest.raises(RuntimeError, match=r"is sharded \(fully_shard\).*use allocation='lamp'"):
         _train(model, pruner, optimizer, range(20), rank)
     torch.save(full, f"{folder}/full{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def test_a_sharded_model_is_pruned_like_a_whole_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_one_shard, (str(tmp_path),), nprocs=2)
+    two_that_meet(_one_shard, tmp_path)
     first, second = (torch.load(tmp_path / f"full{rank}.pt") for rank in range(2))
     assert all(torch.equal(value, second[key]) for key, value in first.items())
 
@@ -240,10 +226,6 @@ def test_a_sharded_model_is_pruned_like_a_whole_one(tmp_path: Path) -> None:
 
 
 def _alone(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
-    )
     torch.manual_seed(rank)
     model = TwoTasks()
     pruner = prepare(
@@ -251,9 +233,8 @@ def _alone(rank: int, folder: str) -> None:
     )
     train(model, pruner, torch.optim.Adam(model.parameters(), lr=1e-2), range(20 + rank))
     assert zeros(pruner) == round(0.8 * 168)
-    torch.distributed.destroy_process_group()
 
 
 def test_processes_with_models_of_their_own(tmp_path: Path) -> None:
     """With different numbers of steps, so that any exchange would never end."""
-    torch.multiprocessing.spawn(_alone, (str(tmp_path),), nprocs=2)
+    two_that_meet(_alone, tmp_path)

@@ -53,7 +53,3 @@ def test_prints_the_exact_sparsity_and_draws(script: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("script", [name for name in SCRIPTS if name not in TRAINING])
 def test_runs(script: str, tmp_path: Path) -> None:
     assert run(script, tmp_path).strip()
-
-
-def test_both_trainings_are_covered() -> None:
-    assert set(TRAINING) <= set(SCRIPTS)

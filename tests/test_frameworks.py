@@ -1,4 +1,4 @@
-"""Frameworks that hold the loop, and loggers: Lightning, Accelerate, TensorBoard."""
+"""Frameworks that hold the loop, and loggers: Accelerate, TensorBoard."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
-from toys import TwoTasks, batch, losses, prepare, tensors, weights, zeros
+from plain_loop import EARLY, assert_like, plain
+from toys import TwoTasks, losses, prepare, weights, zeros
 
-from torch_adapmtl import Adaptive, Pruner, SparsitySchedule
-
-EARLY = SparsitySchedule(start=0.0, end=0.5)
+from torch_adapmtl import Pruner
 
 
 @pytest.fixture
@@ -24,237 +21,6 @@ def _their_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def batches(number: int) -> TensorDataset:
-    """The batches of the toy, as a data set of samples in order."""
-    found = [batch(step) for step in range(number)]
-    return TensorDataset(
-        torch.cat([x for x, _ in found]),
-        torch.cat([y["a"] for _, y in found]),
-        torch.cat([y["b"] for _, y in found]),
-    )
-
-
-def plain(total: int, accumulate: int = 1, same: bool = False) -> nn.Module:
-    """The oracle: the loop of three lines over the same batches, or the first again and again."""
-    torch.manual_seed(0)
-    model = TwoTasks()
-    pruner = prepare(model, total_steps=total, schedule=EARLY)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for index in range(total * accumulate):
-        (pruner.loss(losses(model, 0 if same else index)) / accumulate).backward()
-        if (index + 1) % accumulate == 0:
-            optimizer.step()
-            optimizer.zero_grad()
-            pruner.step()
-    pruner.finalize()
-    return model
-
-
-def assert_like(model: nn.Module, oracle: nn.Module) -> None:
-    expected = tensors(oracle)
-    assert list(tensors(model)) == list(expected)
-    for key, value in tensors(model).items():
-        torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-7)
-    assert sum(int((p == 0).sum()) for p in model.parameters() if p.ndim == 2) == round(0.8 * 168)
-
-
-# --- Lightning ----------------------------------------------------------------------------------
-
-
-def lightning_module(model: nn.Module) -> Any:
-    pl = pytest.importorskip("lightning.pytorch")
-
-    class Module(pl.LightningModule):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def training_step(self, rows: list[Tensor], _: int) -> Tensor:
-            x, a, b = rows
-            out = self.model(x)
-            found = {"a": (out["a"] - a).square().mean(), "b": (out["b"] - b).square().mean()}
-            return self.model.adapmtl.loss(found)
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.Adam(self.model.adapmtl.param_groups(lr=1e-2))
-
-    return Module()
-
-
-def fit(module: Any, folder: Path, steps: int, accumulate: int = 1, **options: Any) -> Any:
-    pl = pytest.importorskip("lightning.pytorch")
-    from torch_adapmtl.lightning import AdapMTLCallback
-
-    callback = AdapMTLCallback(
-        target_sparsity=0.8, method=Adaptive(schedule=EARLY), example_inputs=torch.ones(2, 6),
-        **options.pop("callback", {}),
-    )  # fmt: skip
-    trainer = pl.Trainer(
-        max_steps=steps, accelerator="cpu", accumulate_grad_batches=accumulate, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        default_root_dir=folder, callbacks=[callback], **options.pop("trainer", {}),
-    )  # fmt: skip
-    loader = DataLoader(batches(options.pop("number", 20 * accumulate)), batch_size=8)
-    trainer.fit(module, loader, **options)
-    return trainer
-
-
-@pytest.mark.usefixtures("_their_warnings")
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_lightning_trains_like_the_plain_loop(accumulate: int, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = TwoTasks()
-    optimizer = fit(lightning_module(model), tmp_path, 20, accumulate).optimizers[0]
-    assert not optimizer._optimizer_step_post_hooks
-    assert model.adapmtl.finalize() is model
-    assert_like(model, plain(20, accumulate))
-
-
-@pytest.mark.usefixtures("_their_warnings")
-@pytest.mark.parametrize("stop", [7, 16])
-def test_lightning_resumes(stop: int, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    # One batch an epoch: in the middle of one, Lightning starts the data anew.
-    run: dict[str, Any] = {"callback": {"total_steps": 20}, "number": 1}
-    first = fit(lightning_module(TwoTasks()), tmp_path, stop, **run)
-    first.save_checkpoint(tmp_path / "stopped.ckpt")
-    model = TwoTasks()
-    fit(lightning_module(model), tmp_path, 20, ckpt_path=tmp_path / "stopped.ckpt", **run)
-    model.adapmtl.finalize()
-    assert_like(model, plain(20, same=True))
-
-
-@pytest.mark.usefixtures("_their_warnings")
-def test_lightning_logs(tmp_path: Path) -> None:
-    pytest.importorskip("lightning.pytorch")
-    from lightning.pytorch.loggers import CSVLogger
-
-    model = TwoTasks()
-    logger = CSVLogger(tmp_path, flush_logs_every_n_steps=1)
-    module = lightning_module(model)
-    from lightning.pytorch import Trainer
-
-    from torch_adapmtl.lightning import AdapMTLCallback
-
-    callback = AdapMTLCallback(target_sparsity=0.8, example_inputs=torch.ones(2, 6))
-    Trainer(
-        max_steps=20, accelerator="cpu", logger=logger, log_every_n_steps=5,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[callback],
-    ).fit(module, DataLoader(batches(20), batch_size=8))  # fmt: skip
-    lines = (Path(logger.log_dir) / "metrics.csv").read_text().split("\n")
-    names = lines[0].split(",")
-    assert {"sparsity/overall", "sparsity/shared", "sparsity/a", "task_weight/b"} <= set(names)
-    overall = [float(line.split(",")[names.index("sparsity/overall")]) for line in lines[1:-1]]
-    assert len(overall) == 4
-    assert overall[0] < overall[-1]
-    assert overall[-1] == pytest.approx(round(0.8 * 168) / 168)
-
-
-@pytest.mark.usefixtures("_their_warnings")
-def test_what_the_callback_refuses(tmp_path: Path) -> None:
-    module = lightning_module(TwoTasks())
-    with pytest.raises(AttributeError, match=r"model: Module has no module 'net'; name the attr"):
-        fit(module, tmp_path, 20, callback={"model": "net"})
-    with pytest.raises(RuntimeError, match=r"total_steps: .* estimate .* is inf; pass total_steps"):
-        fit(module, tmp_path, -1, trainer={"max_epochs": -1})
-    assert not hasattr(module.model, "adapmtl")
-
-
-@pytest.mark.usefixtures("_their_warnings")
-def test_several_optimizers_in_manual_optimization(tmp_path: Path) -> None:
-    pl = pytest.importorskip("lightning.pytorch")
-
-    class Manual(pl.LightningModule):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            super().__init__()
-            self.model, self.automatic_optimization = TwoTasks(), False
-
-        def training_step(self, rows: list[Tensor], _: int) -> None:
-            out = self.model(rows[0])
-            found = {task: out.square().mean() for task, out in out.items()}
-            self.manual_backward(self.model.adapmtl.loss(found))
-            for optimizer in self.optimizers():
-                optimizer.step()
-                optimizer.zero_grad()
-
-        def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-            parts = (self.model.body, self.model.heads)
-            return [torch.optim.SGD(part.parameters(), lr=0.1) for part in parts]
-
-    with pytest.raises(RuntimeError, match=r"its 2 optimizers together; pass total_steps="):
-        fit(Manual(), tmp_path, 40)
-    module = Manual()
-    fit(module, tmp_path, 40, callback={"total_steps": 20})
-    assert module.model.adapmtl._step == 20
-    module.model.adapmtl.finalize()
-
-
-@pytest.mark.usefixtures("_their_warnings")
-def test_a_module_that_is_the_model_trains_in_two_goes(tmp_path: Path) -> None:
-    pl = pytest.importorskip("lightning.pytorch")
-
-    class Whole(TwoTasks, pl.LightningModule):  # type: ignore[misc, name-defined]
-        def training_step(self, rows: list[Tensor], _: int) -> Tensor:
-            return self.adapmtl.loss({t: out.square().mean() for t, out in self(rows[0]).items()})
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    module = Whole()
-    for steps in (8, 12):
-        fit(module, tmp_path, steps, callback={"model": None, "total_steps": 20})
-    assert module.adapmtl._step == 20
-    assert module.adapmtl.finalize() is module
-
-
-@pytest.mark.usefixtures("_their_warnings")
-def test_what_is_not_prepared_or_finalized_is_left_alone(tmp_path: Path) -> None:
-    pl = pytest.importorskip("lightning.pytorch")
-    from torch_adapmtl.lightning import AdapMTLCallback
-
-    callback = AdapMTLCallback(target_sparsity=0.8, example_inputs=torch.ones(2, 6), total_steps=20)
-    options: dict[str, Any] = {
-        "accelerator": "cpu", "logger": False, "enable_checkpointing": False,
-        "enable_progress_bar": False, "enable_model_summary": False,
-        "default_root_dir": tmp_path, "callbacks": [callback],
-    }  # fmt: skip
-
-    class Tested(type(lightning_module(TwoTasks()))):  # type: ignore[misc]
-        def test_step(self, rows: list[Tensor], index: int) -> None:
-            self.model(rows[0])
-
-    plain_module, trained = Tested(), Tested()
-    plain_module.model, trained.model = TwoTasks(), TwoTasks()
-    loader = DataLoader(batches(20), batch_size=8)
-    pl.Trainer(**options).test(plain_module, loader, verbose=False)
-    assert not hasattr(plain_module.model, "adapmtl")
-
-    pl.Trainer(max_steps=20, **options).fit(trained, loader)
-    trained.model.adapmtl.finalize()
-    pl.Trainer(**options).test(trained, loader, verbose=False)
-    assert not hasattr(trained.model, "adapmtl")
-
-
-@pytest.mark.usefixtures("_their_warnings")
-def test_data_that_the_module_makes_too_late(tmp_path: Path) -> None:
-    module = lightning_module(TwoTasks())
-    module.train_dataloader = lambda: module.data  # made in setup
-    pl = pytest.importorskip("lightning.pytorch")
-    from torch_adapmtl.lightning import AdapMTLCallback
-
-    callback = AdapMTLCallback(target_sparsity=0.8, example_inputs=torch.ones(2, 6))
-    trainer = pl.Trainer(
-        max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, callbacks=[callback],
-    )  # fmt: skip
-    with pytest.raises(RuntimeError, match=r"not known before setup\(\) .*pass total_steps="):
-        trainer.fit(module)
-
-
-# --- Accelerate ---------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("_their_warnings")
@@ -282,7 +48,7 @@ def test_accelerate(attach: str, stop: int | None, tmp_path: Path) -> None:
             accelerator.save_state(tmp_path)
             accelerator, model, pruner, optimizer = start()
             accelerator.load_state(tmp_path)
-            assert pruner._step == stop
+            assert pruner.report().step == stop
         accelerator.backward(pruner.loss(losses(model, index)))
         optimizer.step()
         optimizer.zero_grad()

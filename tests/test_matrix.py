@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -42,29 +41,16 @@ def test_cell(name: str, stage: str, record: Callable[..., None]) -> None:
     record("matrix", **line, result="works")
 
 
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
-    """What becomes of the stages in two processes, worked out once for each kind."""
-    found: dict[str, Any] = {}
-
-    def get(kind: str) -> Any:
-        if kind not in found:
-            found[kind] = in_two_processes(kind, tmp_path_factory.mktemp("processes"))
-        return found[kind]
-
-    return get
-
-
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
-@stages
 @pytest.mark.parametrize("name", PROCESSES)
-def test_processes(
-    name: str, stage: str, processes: Callable[[str], Any], record: Callable[..., None]
-) -> None:
-    first, second = processes(PROCESSES[name])[stage]
-    assert list(first) == list(second)
-    assert all(torch.equal(value, second[key]) for key, value in first.items())
-    record("matrix", row=name, stage=stage, place=place(name, stage), result="works")
+def test_processes(name: str, tmp_path: Path, record: Callable[..., None]) -> None:
+    """All stages of a run, in the same two processes."""
+    found = in_two_processes(PROCESSES[name], tmp_path)
+    for stage in STAGES:
+        first, second = found[stage]
+        assert list(first) == list(second), stage
+        assert all(torch.equal(value, second[key]) for key, value in first.items()), stage
+        record("matrix", row=name, stage=stage, place=place(name, stage), result="works")
 
 
 def test_the_committed_lines_are_those_of_the_matrix(request: pytest.FixtureRequest) -> None:

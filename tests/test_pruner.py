@@ -136,7 +136,7 @@ def test_attach_saves_the_third_line() -> None:
     pruner = prepare(model)
     pruner.attach(optimizer)  # the hook of before is gone
     optimizer.step()
-    assert pruner._step == 1
+    assert pruner.report().step == 1
 
 
 def test_attaching_ends_with_finalize() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import context
 
 from torch_adapmtl import Adaptive, DiSparse, Paper, Taylor
 
@@ -63,11 +64,8 @@ def _run(name: str, folder: Path, deaths: list[tuple[int, str]]) -> tuple[Any, A
     """The last checkpoint and the final model of a run that dies so often."""
     pytest.importorskip("sklearn")
     folder.mkdir()
-    context = torch.multiprocessing.get_context("forkserver")
-    # Imported once, not in each life.
-    context.set_forkserver_preload(["sklearn.datasets", "torch_adapmtl.datasets"])
     for death in [*deaths, None]:
-        process = context.Process(target=_live, args=(name, str(folder), death))
+        process = context().Process(target=_live, args=(name, str(folder), death))
         process.start()
         process.join()
         assert process.exitcode == (0 if death is None else -signal.SIGKILL)

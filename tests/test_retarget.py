@@ -116,12 +116,12 @@ def test_steps_that_a_scaler_skipped_do_not_count_in_the_next_run() -> None:
         scaler.update(2.0**4)
         optimizer.zero_grad()
     pruner.retarget(0.5, total_steps=20)
-    assert pruner._step == 0
+    assert pruner.report().step == 0
     pruner.loss(losses(model, 0)).backward()
     optimizer.step()
-    assert pruner._step == 1
+    assert pruner.report().step == 1
     pruner.detach()
-    assert pruner._step == 1
+    assert pruner.report().step == 1
 
 
 def test_an_attached_optimizer_goes_on() -> None:

@@ -52,7 +52,7 @@ def test_a_loaded_run_goes_on_bit_for_bit(stop: int, allocation: Any, tmp_path: 
     again = _adam(other)
     fresh.load_state_dict(state[0])
     again.load_state_dict(state[1])
-    assert other._step == stop
+    assert other.report().step == stop
     train(fresh, other, again, range(stop, 70))
     _assert_equal(fresh, model)
     if allocation != "gradient":
@@ -155,7 +155,7 @@ def test_a_copy_has_its_own_handle(duplicate: Any, stop: int) -> None:
 
     before = tensors(model)
     train(twin, own, torch.optim.SGD(twin.parameters(), lr=0.1), range(stop, 70))  # not attached
-    assert pruner._step == stop
+    assert pruner.report().step == stop
     assert all(torch.equal(value, before[key]) for key, value in tensors(model).items())
     for step in range(stop, 70):
         pruner.loss(losses(model, step)).backward()
