@@ -15,6 +15,7 @@ __all__ = [
     "check_boolean",
     "check_choice",
     "check_count",
+    "check_flag",
     "check_fraction",
     "check_mask",
     "check_numbers",
@@ -69,6 +70,12 @@ def check_choice(name: str, value: object, choices: tuple[str, ...], besides: st
         raise ValueError(f"{name} must be one of {listed}, got {value!r}")
 
 
+def check_flag(name: str, value: object) -> None:
+    """Raise a `TypeError` unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
 def check_fraction(name: str, value: object) -> float:
     """Return `value` as a float if it is a fraction in [0, 1)."""
     number = isinstance(value, Real) and not isinstance(value, bool)
@@ -119,7 +126,7 @@ def check_threshold(name: str, value: object) -> float:
 
 
 def check_alpha(alpha: Tensor, weight: Tensor) -> None:
-    """Raise an error unless a threshold is floating point and has a fitting shape and device."""
+    """Raise an error unless a threshold is floating point and fits the weight."""
     if not alpha.is_floating_point():
         raise TypeError(
             f"alpha must be floating point, got a tensor of {alpha.dtype}; cast it with "

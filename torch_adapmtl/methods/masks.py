@@ -221,10 +221,10 @@ class OneShotController(MaskController):
         Raises:
             RuntimeError: If no batch has been scored: all weights would tie.
         """
-        if not self.scored:
+        if self._seen == 0:
             raise RuntimeError(
-                f"{self._seen} of {self.batches} batches have been scored, so there is nothing to "
-                f"prune by: call pruner.loss(losses) with the losses of each step, in training "
+                f"0 of {self.batches} batches have been scored, so there is nothing to prune by: "
+                f"call pruner.loss(losses) with the losses of each step, in training "
                 f"mode, before pruner.step() or fix_zeros()"
             )
         super().fix()

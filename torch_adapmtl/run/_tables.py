@@ -22,7 +22,7 @@ def text_table(rows: Sequence[Sequence[str]], *, left: int) -> list[str]:
 
 
 def html_table(rows: Sequence[Sequence[str]], *, left: int, caption: str = "") -> str:
-    """Return an HTML table with a head row; the first `left` columns are left-aligned."""
+    """Return an HTML table with the first row as its head, `left` columns left-aligned."""
 
     def line(row: Iterable[str], tag: str) -> str:
         cells = []

@@ -7,7 +7,7 @@ loaded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -80,20 +80,26 @@ def _read(
         raise damaged(f"it says step={step!r}, fixed={fixed!r}, initial={initial!r}")
     saved = {**header, **progress}
     for name, value in expected.items():
-        if (difference := _difference(name, saved.get(name), value)) is not None:
-            path, saved_value, own_value = difference
+        differences = list(_differences(name, saved.get(name), value))
+        if differences:
+            # A setting that both have says more than one that only one of them has.
+            path, saved_value, own_value = min(differences, key=lambda found: None in found)
             raise ValueError(
                 f"the state dict comes from a run with {path}={saved_value!r}, this model was "
                 f"prepared with {path}={own_value!r}: prepare it alike"
             )
     if not isinstance(header.get("layers"), dict):
         raise damaged("it names no layers")
-    if header["layers"] != layers.names:
+    if list(header["layers"].items()) != list(layers.names.items()):
+        saved_order, order = list(header["layers"]), list(layers.names)
         differing = dict(sorted(header["layers"].items() ^ layers.names.items()))
         raise ValueError(
             f"the state dict comes from a model in which other tensors were pruned, or in "
             f"other components; they differ in {differing}: prepare the model alike (groups, "
             f"prunable, exclude)"
+            if differing
+            else f"the state dict comes from a model whose tensors are in another order, "
+            f"{saved_order} and not {order}: make the model alike"
         )
     masks = [
         None if bits is None else unpack_mask(bits, layer.weight)
@@ -102,15 +108,13 @@ def _read(
     return progress, masks
 
 
-def _difference(path: str, saved: Any, expected: Any) -> tuple[str, Any, Any] | None:
-    """Return the first difference of two settings: a dotted path and both values, or None."""
+def _differences(path: str, saved: Any, expected: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the differences of two settings: a dotted path and both values."""
     if isinstance(saved, dict) and isinstance(expected, dict):
         for name in {**expected, **saved}:
-            inner = _difference(f"{path}.{name}", saved.get(name), expected.get(name))
-            if inner is not None:
-                return inner
-        return None
-    return None if saved == expected else (path, saved, expected)
+            yield from _differences(f"{path}.{name}", saved.get(name), expected.get(name))
+    elif saved != expected:
+        yield path, saved, expected
 
 
 def guard(model: nn.Module) -> None:
@@ -126,7 +130,7 @@ def unguard(model: nn.Module) -> None:
 
 
 def _check(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
-    """Raise a `ValueError` unless the state dict is of a model that was prepared likewise."""
+    """Raise a `ValueError` unless the state dict is of a model that was prepared alike."""
     pruner: Any = model._modules.get("adapmtl")
     if pruner is None:  # the user has removed the pruner from a copy
         return

@@ -42,7 +42,7 @@ class _Idleness:
         self._values = [_some(layer.weight) for layer in layers]
 
     def decided(self, step: int, layers: Layers) -> bool | str:
-        """Return True if weights are trained, False if that is unknown, or a warning."""
+        """Return True if weights are trained, False if that is unknown, a text if not."""
         weights = [layer.weight for layer in layers]
         if [weight._version for weight in weights] != self._versions:
             return True

@@ -132,7 +132,7 @@ def _is_prunable(module: nn.Module, name: str) -> bool:
 def _weights(
     model: nn.Module, chosen: Callable[[nn.Module, str], bool] = lambda module, name: True
 ) -> Iterator[Tensor]:
-    """Yield each parameter that `chosen` accepts once, with the value of the forward pass."""
+    """Yield each parameter that `chosen` accepts once, as the forward pass uses it."""
     seen: set[int] = set()
     for module in model.modules():
         sources = {name: [p] for name, p in module._parameters.items() if p is not None}
