@@ -56,6 +56,17 @@ class MaskController(Controller):
 
     Raises:
         ValueError: If initial masks fix more zeros than the target asks for.
+
+    Example:
+        >>> import torch
+        >>> from torch_adapmtl import Layer, Layers, MaskController, SparsitySchedule
+        >>> class LargestFirst(MaskController):
+        ...     def scores(self):
+        ...         return [-layer.weight.abs() for layer in self.layers]
+        >>> linear = torch.nn.Linear(4, 4)
+        >>> layers = Layers([Layer("weight", "main", ((linear, "weight"),))])
+        >>> LargestFirst(layers, 0.5, 100, SparsitySchedule()).zeros
+        8
     """
 
     def __init__(
