@@ -26,7 +26,16 @@ ADDRESSES = {
 }
 WITHOUT_EXAMPLE = {
     # Results that users receive and never make.
-    *("Components", "Layer", "ModelSize", "PrunableTensor", "RelativePerformance", "RoomScenes"),
+    *(
+        "ComponentRow",
+        "Components",
+        "Layer",
+        "LayerRow",
+        "ModelSize",
+        "PrunableTensor",
+        "RelativePerformance",
+        "RoomScenes",
+    ),
     # Bases; the examples are those of their subclasses.
     *("Controller", "Task"),
 }

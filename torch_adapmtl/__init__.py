@@ -22,6 +22,8 @@ from torch_adapmtl.methods import (
 from torch_adapmtl.prepare import apply_adapmtl
 from torch_adapmtl.pruner import Pruner
 from torch_adapmtl.run import (
+    ComponentRow,
+    LayerRow,
     ModelSize,
     RelativePerformance,
     Report,
@@ -49,6 +51,7 @@ __all__ = [
     "SNIP",
     "Adaptive",
     "CallableWeighting",
+    "ComponentRow",
     "Components",
     "Controller",
     "DiSparse",
@@ -58,6 +61,7 @@ __all__ = [
     "IterativeMagnitude",
     "LAMPAllocation",
     "Layer",
+    "LayerRow",
     "Layers",
     "LossWeighting",
     "Magnitude",

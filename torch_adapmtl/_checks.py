@@ -1,4 +1,4 @@
-"""Checks of arguments; the errors name the argument, the value found and the remedy."""
+"""Checks of arguments. The errors name the argument, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ __all__ = [
     "check_boolean",
     "check_choice",
     "check_count",
+    "check_flag",
     "check_fraction",
     "check_mask",
     "check_numbers",
@@ -28,9 +29,9 @@ __all__ = [
 ]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""What a prunable weight may be."""
+"""The dtypes of prunable weights."""
 
-# From there on floats, in which the schedule counts, skip whole numbers.
+# Above this, not every integer is a float, and the schedule computes with floats.
 _MOST_STEPS = 2**53
 
 
@@ -38,8 +39,8 @@ def check_numbers(where: str = "", /, **values: object) -> None:
     """Raise a `TypeError` unless all values are real numbers, of Python or NumPy.
 
     Args:
-        where: What the values are settings of, to stand before their names in the error.
-        **values: The settings by name.
+        where: A prefix of the names in the error, such as "schedule: ".
+        **values: The values by name.
     """
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, Real):
@@ -49,7 +50,7 @@ def check_numbers(where: str = "", /, **values: object) -> None:
 
 
 def check_count(name: str, value: object, least: int = 1) -> int:
-    """Return `value` as an int if it is a whole number >= `least` of Python or NumPy."""
+    """Return `value` as an int if it is an integer >= `least`, of Python or NumPy."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
     return int(value)
@@ -59,14 +60,20 @@ def check_choice(name: str, value: object, choices: tuple[str, ...], besides: st
     """Raise an error unless `value` is one of `choices`.
 
     Args:
-        name: What to call the value in the error.
+        name: The name of the argument, for the error.
         value: The value.
-        choices: The values that it may have.
-        besides: What it may be besides, for the error.
+        choices: The allowed values.
+        besides: A further kind of allowed values, for the error.
     """
     if not isinstance(value, str) or value not in choices:
         listed = ", ".join([*map(repr, choices), *([f"or {besides}"] if besides else [])])
         raise ValueError(f"{name} must be one of {listed}, got {value!r}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise a `TypeError` unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def check_fraction(name: str, value: object) -> float:
@@ -92,7 +99,7 @@ def check_steps(value: object) -> int:
 
 
 def check_rate(name: str, value: object) -> None:
-    """Raise an error if `value` is no learning rate; None and tensors are let through."""
+    """Raise an error unless `value` is a valid learning rate; None and tensors are accepted."""
     if value is None or isinstance(value, Tensor):  # capturable optimisers take tensors
         return
     check_numbers(**{name: value})
@@ -101,14 +108,14 @@ def check_rate(name: str, value: object) -> None:
 
 
 def check_reach(reach: float) -> None:
-    """Raise an error if `reach` is no reach."""
+    """Raise an error unless `reach` is a number above 1."""
     check_numbers(reach=reach)
     if not reach > 1.0:
         raise ValueError(f"reach must be above 1 (inf for the soft threshold), got {reach}")
 
 
 def check_threshold(name: str, value: object) -> float:
-    """Return `value` as a float if it can be a threshold; `name` is for the error."""
+    """Return `value` as a float if it is a finite number >= 0; `name` is for the error."""
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
         value = value.item()
     check_numbers(**{name: value})
@@ -119,15 +126,15 @@ def check_threshold(name: str, value: object) -> float:
 
 
 def check_alpha(alpha: Tensor, weight: Tensor) -> None:
-    """Raise an error unless a threshold fits the weight in dtype, shape and device."""
+    """Raise an error unless a threshold is floating point and fits the weight."""
     if not alpha.is_floating_point():
         raise TypeError(
             f"alpha must be floating point, got a tensor of {alpha.dtype}; cast it with "
             f"alpha.to(weight.dtype)"
         )
-    theirs = (1,) * (weight.ndim - alpha.ndim) + tuple(alpha.shape)
+    expanded = (1,) * (weight.ndim - alpha.ndim) + tuple(alpha.shape)
     if alpha.ndim > weight.ndim or any(
-        a not in (1, w) for a, w in zip(theirs, weight.shape, strict=True)
+        a not in (1, w) for a, w in zip(expanded, weight.shape, strict=True)
     ):
         raise ValueError(
             f"alpha must broadcast to the weight's shape {tuple(weight.shape)}, got a tensor of "
@@ -138,7 +145,7 @@ def check_alpha(alpha: Tensor, weight: Tensor) -> None:
 
 def check_place(alpha: Tensor, weight: Tensor) -> None:
     """Raise an error if a threshold is on another device than the weight."""
-    # A single number on the CPU goes with any device, as everywhere in torch.
+    # As everywhere in torch, a 0-d tensor on the CPU can be combined with any device.
     if alpha.device != weight.device and (alpha.ndim or alpha.device.type != "cpu"):
         raise ValueError(
             f"alpha, the threshold, is on {alpha.device} and the weight on {weight.device}: move "
@@ -151,12 +158,12 @@ def check_boolean(name: str, value: object) -> None:
     """Raise a `TypeError` unless `value` is a boolean tensor or None."""
     if value is None or (isinstance(value, Tensor) and value.dtype is torch.bool):
         return
-    found = f"one of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-    raise TypeError(f"{name} must be a boolean tensor, got {found}; make it with weight != 0")
+    kind = f"one of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    raise TypeError(f"{name} must be a boolean tensor, got {kind}; make it with weight != 0")
 
 
 def check_mask(mask: Tensor, weight: Tensor) -> None:
-    """Raise an error unless a mask fits the weight."""
+    """Raise an error unless a mask is boolean and has the weight's shape and device."""
     if mask.dtype is not torch.bool or mask.shape != weight.shape or mask.device != weight.device:
         raise ValueError(
             f"mask must be a boolean tensor of the weight's shape {tuple(weight.shape)} on "
@@ -166,7 +173,7 @@ def check_mask(mask: Tensor, weight: Tensor) -> None:
 
 
 def obstacle(weight: Tensor) -> str:
-    """Why a tensor cannot be pruned, and what to do about it; empty if it can."""
+    """Explain why a tensor cannot be pruned, with a remedy; an empty string if it can."""
     if weight.is_quantized:
         return (
             f"is quantised ({weight.dtype}); prune the model in floating point and quantise it "
@@ -184,7 +191,7 @@ def obstacle(weight: Tensor) -> str:
 
 
 def trouble_of_inference(weight: Tensor) -> str:
-    """Why a weight cannot be trained, because it was made in inference mode; empty if it can."""
+    """Explain that a weight was made in inference mode, with a remedy; else an empty string."""
     if not weight.is_inference() or torch.is_inference_mode_enabled():
         return ""
     return (

@@ -1,7 +1,7 @@
 """Collective operations of processes that train one model together.
 
-`DistributedDataParallel` and the like make gradients equal, and so the weights. Losses, and
-gradients that are read before they are reduced, differ between processes.
+`DistributedDataParallel` and similar wrappers make the gradients equal in all processes, and so the
+weights. Losses differ between processes, and so do gradients before they are reduced.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ __all__ = ["agree", "is_sharded", "mean_over_processes", "sum_over_processes", "
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether each process holds only its part of the tensor, a DTensor."""
+    """Whether the tensor is a DTensor, of which each process holds a part."""
     return hasattr(tensor, "full_tensor")
 
 
 def whole(tensor: Any) -> Tensor:
-    """The whole tensor, gathered from all processes if it is sharded."""
-    found: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
-    return found
+    """Return the whole tensor, gathered from all processes if it is sharded."""
+    gathered: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
+    return gathered
 
 
 def _together() -> bool:
@@ -31,33 +31,33 @@ def _together() -> bool:
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:
-    """Sum a tensor over all processes, in place; a single process changes nothing."""
+    """Sum a tensor over all processes, in place; with a single process, do nothing."""
     if _together():
         dist.all_reduce(tensor)
     return tensor
 
 
 def mean_over_processes(values: Tensor, accepted: Tensor) -> tuple[Tensor, Tensor]:
-    """Average over the processes where a value is accepted.
+    """Average each value over the processes that accept it.
 
     Args:
         values: Float32 of shape (T,).
-        accepted: Which of them count, bool of shape (T,).
+        accepted: Whether this process accepts each value, bool of shape (T,).
 
     Returns:
-        The means, and which of them come from at least one process; both as given where there is
-        one process.
+        The means, and whether any process accepts each value. With a single process, the arguments
+        are returned unchanged.
     """
     if not _together():
         return values, accepted
-    share = accepted / dist.get_world_size()  # so that the sum of the largest numbers is finite
+    share = accepted / dist.get_world_size()  # divided first, so that the sum stays finite
     total = sum_over_processes(torch.stack([values.masked_fill(~accepted, 0.0) * share, share]))
     accepted = total[1] > 0
     return (total[0] / total[1]).masked_fill(~accepted, 0.0), accepted
 
 
 def agree(tensor: Tensor) -> Tensor:
-    """Give all processes the boolean tensor of the first one, in place."""
+    """Copy the boolean tensor of the first process to all others, in place."""
     if _together():
         dist.broadcast(tensor.view(torch.uint8), 0)
     return tensor

@@ -11,9 +11,9 @@ __all__ = ["KeepsPrecision"]
 
 
 class KeepsPrecision(nn.Module):
-    """A module whose tensors follow the model to another device, but not to another dtype.
+    """A module whose tensors move to other devices with the model, but keep their dtype.
 
-    `model.half()` must not round or overflow statistics.
+    Otherwise `model.half()` would round statistics or make them overflow.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

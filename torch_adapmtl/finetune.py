@@ -1,4 +1,4 @@
-"""Finetuning a sparse model with its zeros held."""
+"""Finetuning of a sparse model whose zeros stay zero."""
 
 from __future__ import annotations
 
@@ -23,33 +23,34 @@ __all__ = ["keep_zeros", "release_zeros"]
 
 
 class _KeptZeros(SoftThreshold):
-    """The mask of `keep_zeros`; `release_zeros` removes those of this class."""
+    """The mask that `keep_zeros` attaches; the class tells `release_zeros` which to remove."""
 
 
-@torch.inference_mode(False)  # the masks are for training, wherever this is called from
+@torch.inference_mode(False)  # so that the masks can be used in training
 def keep_zeros(model: nn.Module) -> nn.Module:
-    """Hold the zeros of a sparse model while it is trained on: to finetune after `finalize`.
+    """Fix the zeros of a sparse model by masks, to finetune it after `finalize`.
 
-    Every tensor of two or more dimensions that has zeros gets a mask, attached as
-    [`apply_adapmtl`][torch_adapmtl.apply_adapmtl] attaches thresholds: the model computes with
-    zeros whatever momentum and weight decay do to the parameter under the mask, and no gradient
-    reaches them. Parameters keep their identity, so that an optimiser made before goes on working.
-    Tensors that are zero throughout get none: they have yet to be trained. Nor do embeddings of
-    which only the padding row is zero, since nothing trains that.
+    Every tensor of two or more dimensions that has zeros gets a mask, attached in the same way as
+    [`apply_adapmtl`][torch_adapmtl.apply_adapmtl] attaches thresholds. The model computes with
+    zeros even if momentum or weight decay changes the parameter under the mask, and pruned weights
+    receive no gradient. Parameters keep their identity, so an optimiser made before still works.
+
+    Two kinds of tensors get no mask: tensors of zeros only, which have not been trained yet, and
+    embeddings in which only the padding row is zero, because nothing trains that row.
 
     To prune further, call `apply_adapmtl` instead, which keeps zeros too.
 
     Args:
-        model: Any module; changed in place. A state dict that is saved meanwhile is loaded into a
-            model on which the same was called.
+        model: Any module; changed in place. A state dict saved between `keep_zeros` and
+            `release_zeros` must be loaded into a model on which `keep_zeros` was called.
 
     Returns:
-        The model itself. [`release_zeros`][torch_adapmtl.release_zeros] makes it plain again.
+        The model itself. [`release_zeros`][torch_adapmtl.release_zeros] removes the masks.
 
     Raises:
-        RuntimeError: If it is being pruned, or its zeros are kept already.
-        ValueError: If no tensor has zeros to keep, or one that has is made from several (by
-            `weight_norm`, for instance).
+        RuntimeError: If the model is being pruned, or its zeros are kept already.
+        ValueError: If no tensor has zeros to keep, or a tensor with zeros is computed from several
+            parameters (by `weight_norm`, for instance) or has sparse gradients.
 
     Example:
         >>> import torch
@@ -73,15 +74,15 @@ def keep_zeros(model: nn.Module) -> nn.Module:
     _check_single(model)
     layers = []
     everything = dict.fromkeys((*DEFAULT_PRUNABLE, nn.Module), "*")
-    for found in Inventory(unwrap(model), everything, ()).prunable.values():
-        weight, owners = found.parameter, tuple(found.owners)
+    for tensor in Inventory(unwrap(model), everything, ()).prunable.values():
+        weight, owners = tensor.parameter, tuple(tensor.owners)
         if weight.ndim < 2 or _only_padding(weight, owners):
             continue
         mask = zeros_to_keep(*owners[0], keep_zeros=True)
         if mask is not None and not bool(mask.all()):
-            # Part of the state dict: the model has no pruner that would keep the mask.
+            # A persistent threshold: the model has no pruner that would save the mask.
             threshold = _KeptZeros().to(weight.device, weight.dtype)
-            layer = Layer(found.names[0], "kept", owners, mask, threshold)
+            layer = Layer(tensor.names[0], "kept", owners, mask, threshold)
             _check_dense_gradient(layer)
             layers.append(layer)
     if not layers:
@@ -94,16 +95,16 @@ def keep_zeros(model: nn.Module) -> nn.Module:
 
 
 def release_zeros(model: nn.Module) -> nn.Module:
-    """Undo [`keep_zeros`][torch_adapmtl.keep_zeros]: a plain model, its zeros written in.
+    """Undo [`keep_zeros`][torch_adapmtl.keep_zeros]: write the zeros, remove the masks.
 
     Args:
-        model: A model that `keep_zeros` was called on, or a copy of one; changed in place.
+        model: A model on which `keep_zeros` was called, or a copy of one; changed in place.
 
     Returns:
         The model itself.
 
     Raises:
-        RuntimeError: If the model is being pruned (call `finalize` on its pruner), or sharded.
+        RuntimeError: If the model is being pruned (call `finalize` on its pruner), or is sharded.
 
     Example:
         >>> import torch
@@ -132,7 +133,7 @@ def release_zeros(model: nn.Module) -> nn.Module:
 
 
 def _only_padding(weight: nn.Parameter, owners: Sequence[tuple[nn.Module, str]]) -> bool:
-    """Whether the zeros are those of an embedding's padding row, which is not trained anyway."""
+    """Whether all zeros are in an embedding's padding row, which is never trained."""
     for owner, _ in owners:
         padding = getattr(owner, "padding_idx", None)
         if isinstance(owner, nn.Embedding | nn.EmbeddingBag) and padding is not None:

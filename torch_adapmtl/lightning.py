@@ -1,4 +1,4 @@
-"""AdapMTL in a Lightning `Trainer`."""
+"""A callback that prunes a model in a Lightning `Trainer`."""
 
 from __future__ import annotations
 
@@ -15,30 +15,35 @@ __all__ = ["AdapMTLCallback"]
 
 
 class AdapMTLCallback(Callback):
-    """Prunes a model in the training of its `LightningModule`, and logs how.
+    """Prunes a model while its `LightningModule` is trained, and logs the sparsity.
 
-    It prepares the model before the optimisers are made and before a checkpoint is loaded, so that
-    `trainer.fit(..., ckpt_path=...)` resumes; moves the schedule after each step of the optimiser
-    (not after those that mixed precision skips, nor between accumulated batches); and logs
-    `sparsity/overall`, `sparsity/<component>` and `task_weight/<task>` as often as the trainer
-    logs. `training_step` weights the losses by `<model>.adapmtl.loss({task: loss, ...})`.
+    The callback does three things:
 
-    After training call `model.adapmtl.finalize()` for the plain sparse model. Checkpoints that were
-    written before are those of the prepared one: to test from such a checkpoint in a new process,
-    prepare the model by `apply_adapmtl` first.
+    - It prepares the model before the optimisers are made and before a checkpoint is loaded, so
+      that `trainer.fit(..., ckpt_path=...)` resumes a run.
+    - It moves the schedule after each optimiser step. Steps that mixed precision skips and batches
+      that only accumulate gradients do not count.
+    - It logs `sparsity/overall`, `sparsity/<component>` and `task_weight/<task>` as often as the
+      trainer logs.
+
+    In `training_step`, weight the losses by `<model>.adapmtl.loss({task: loss, ...})`.
+
+    After training, call `model.adapmtl.finalize()` to get the plain sparse model. Checkpoints
+    written before that hold the prepared model: to test from one in a new process, prepare the
+    model by `apply_adapmtl` first.
 
     Args:
         model: Name of the attribute of the `LightningModule` that holds the model; None for the
             module itself, which then needs `groups`, or `example_inputs` for its `forward`.
-        total_steps: Number of optimiser steps; the trainer's estimate if None. To be given if there
+        total_steps: Number of optimiser steps; the trainer's estimate if None. Required if there
             are several optimisers, or if the module makes its data in `setup`.
-        **options: What [`apply_adapmtl`][torch_adapmtl.apply_adapmtl] takes besides:
+        **options: Further arguments of [`apply_adapmtl`][torch_adapmtl.apply_adapmtl]:
             `target_sparsity`, which is required, `example_inputs`, `groups`, …
 
     Raises:
-        AttributeError: At the start, if the module has no such attribute; a model that is made in
-            `configure_model` or `setup` comes too late.
-        RuntimeError: At the start of training, if the trainer cannot tell how many steps it takes.
+        AttributeError: In `setup`, if the module has no such attribute. A model that is made in
+            `configure_model` or `setup` does not exist yet at that time.
+        RuntimeError: If the number of steps is needed and the trainer cannot estimate it.
 
     Example:
         >>> import lightning.pytorch as pl
@@ -76,9 +81,9 @@ class AdapMTLCallback(Callback):
         """Prepare the model, if it has not been prepared before."""
         model = self._model(pl_module)
         if model is self._prepared or isinstance(getattr(model, "adapmtl", None), Pruner):
-            return  # or finalized since
+            return  # prepared, and perhaps finalized since
         if stage != "fit":
-            return  # it may well be plain
+            return  # a plain model can be validated and tested as it is
         steps = self._estimate(trainer) if self.total_steps is None else self.total_steps
         apply_adapmtl(model, total_steps=steps, **self.options)
         self._prepared = model
@@ -87,7 +92,7 @@ class AdapMTLCallback(Callback):
         estimate: object
         try:
             estimate = trainer.estimated_stepping_batches
-        except Exception as error:  # of the module's own, which has no data yet
+        except Exception as error:  # from the LightningModule, which may have no data yet
             estimate = f"not known before setup() ({type(error).__name__}: {error})"
         if isinstance(estimate, str) or not 0 < cast(float, estimate) < float("inf"):
             raise RuntimeError(
@@ -97,7 +102,7 @@ class AdapMTLCallback(Callback):
         return int(cast(float, estimate))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Move the schedule with the optimiser, the last one if there are several."""
+        """Attach the pruner to the optimiser, the last one if there are several."""
         pruner = self._pruner(pl_module)
         if pruner is None:
             return
@@ -116,8 +121,8 @@ class AdapMTLCallback(Callback):
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # not annotated
         step, pruner = trainer.global_step, self._pruner(pl_module)
         if pruner and trainer.loggers and step % every == 0 and step != self._logged:
-            self._logged = step  # only once where batches accumulate
-            # To the loggers themselves: `log` would average over the epoch what is a state.
+            self._logged = step  # once a step, even if several batches accumulate in it
+            # Written to the loggers directly: `log` would average the values over the epoch.
             scalars = pruner.report().scalars()
             for logger in trainer.loggers:
                 logger.log_metrics(scalars, step=step)

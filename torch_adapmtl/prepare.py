@@ -1,4 +1,4 @@
-"""The one call that users make."""
+"""`apply_adapmtl`: find the components of a model, attach the thresholds, make the pruner."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from torch_adapmtl._checks import check_choice, check_fraction, check_steps
+from torch_adapmtl._checks import check_choice, check_flag, check_fraction, check_steps
 from torch_adapmtl.allocation._base import Allocator
 from torch_adapmtl.components._inventory import Groups, Selectors
 from torch_adapmtl.components._outputs import TaskOutputs
@@ -18,7 +18,7 @@ from torch_adapmtl.components._unwrap import unwrap
 from torch_adapmtl.components.find import FROZEN, UNUSED, Components, find_components
 from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.layers.layer import Layer, zeros_to_keep
-from torch_adapmtl.methods._base import Controller, Method
+from torch_adapmtl.methods._base import Controller, Method, as_json
 from torch_adapmtl.methods.adaptive import Adaptive
 from torch_adapmtl.methods.paper import Paper
 from torch_adapmtl.pruner import Pruner
@@ -30,7 +30,7 @@ from torch_adapmtl.weighting._make import make_weighting
 __all__ = ["apply_adapmtl"]
 
 
-# Where the caller is in inference mode, what is made here is for training all the same.
+# Inference mode is left, because tensors made in it could not be trained.
 @torch.inference_mode(False)
 def apply_adapmtl(
     model: nn.Module,
@@ -53,53 +53,53 @@ def apply_adapmtl(
 ) -> Pruner:
     """Prepare a multi-task model for training to a given sparsity with AdapMTL (arXiv 2408.03913).
 
-    Finds which weights all tasks share and which belong to some, puts a soft threshold on each, and
-    returns the pruner, which weights the losses and moves the sparsity. The model is changed in
-    place and used as before. Its parameters keep their identity, so an optimiser made before the
-    call goes on working; it does not train thresholds, though: for the methods that do
-    (`Adaptive(allocation="gradient")`, `Paper()`), make the optimiser from
+    The function finds which weights are shared by all tasks and which belong to some of them,
+    attaches a soft threshold to each prunable tensor, and returns the pruner, which weights the
+    losses and moves the sparsity. The model is changed in place and used as before. Its parameters
+    keep their identity, so an optimiser made before the call still works. Such an optimiser does
+    not train thresholds. For the methods that train them (`Adaptive(allocation="gradient")`,
+    `Paper()`), make the optimiser from
     [`Pruner.param_groups`][torch_adapmtl.Pruner.param_groups].
 
     Args:
-        model: Any module with several outputs, each a task. `torch.compile`'s and
-            `DistributedDataParallel`'s wrappers are looked through; apply before wrapping where
-            thresholds are trained.
+        model: Any module with several outputs, one for each task. The wrappers of `torch.compile`
+            and `DistributedDataParallel` are accepted: the module inside is prepared. For a method
+            that trains thresholds, call this function before wrapping the model.
         target_sparsity: Zeros among all prunable weights at the end, as a fraction in [0, 1).
         total_steps: How often `step` will be called: the number of optimiser steps of the run.
         method: The way of pruning. `"adaptive"`, the default, is
             [`Adaptive()`][torch_adapmtl.Adaptive]: an exact budget over the paper's thresholds.
-            `"paper"` is [`Paper()`][torch_adapmtl.Paper], the mechanism as published. Or any
-            [`Method`][torch_adapmtl.Method]: one of these with other settings, a baseline such as
-            [`Magnitude()`][torch_adapmtl.Magnitude], or one of your own.
-        weighting: Of the task losses: `"stability"` (the paper's text: a stable loss weighs more),
-            `"deviation"` (the authors' code: a deviating one does), `"equal"`, a mapping of fixed
-            weights by task, a callable from losses to weights, or a
-            [`LossWeighting`][torch_adapmtl.LossWeighting].
-        groups: This and the next five say what the components are; all are arguments of
-            [`find_components`][torch_adapmtl.find_components], which documents them. `groups` gives
-            components by hand.
-        example_inputs: The inputs of one call of the model. Not needed for models over a timm or
-            segmentation-models-pytorch encoder, nor when `groups` covers every weight.
+            `"paper"` is [`Paper()`][torch_adapmtl.Paper], the mechanism as published. Any other
+            [`Method`][torch_adapmtl.Method] can be passed: one of these with other settings, a
+            baseline such as [`Magnitude()`][torch_adapmtl.Magnitude], or a class that you write.
+        weighting: How the task losses are weighted: `"stability"` (the paper's text: a stable loss
+            gets more weight), `"deviation"` (the authors' code: a fluctuating loss gets more),
+            `"equal"`, a mapping from task to a fixed weight, a callable from losses to weights, or
+            a [`LossWeighting`][torch_adapmtl.LossWeighting].
+        groups: The components, where you choose them yourself. This and the next five arguments
+            are passed to [`find_components`][torch_adapmtl.find_components], which documents them.
+        example_inputs: The inputs of one call of the model. Not needed for models with a timm or
+            segmentation-models-pytorch encoder, nor if `groups` covers every weight.
         task_inputs: The inputs by task, for a model that is called once for each task.
         task_outputs: How the model's output splits into tasks.
         prunable: Which tensors are prunable, by module type.
-        exclude: What stays dense and counts in no figure.
+        exclude: Tensors that stay dense and are not counted.
         keep_zeros: Whether weights that are zero now stay zero. They count as zeros, and the
-            schedule starts from them: a model that is 60 % sparse goes on from 60 %. A tensor that
-            is zero throughout has yet to be trained, and is free.
+            schedule starts from them: a model that is 60 % sparse starts at 60 %. A tensor of zeros
+            only is taken for one that has not been trained yet; none of its zeros is fixed.
         synchronize: Whether processes that train together (`torch.distributed` is initialised)
-            average their losses for the weighting, and agree on what is pruned. False if each
-            process trains a model of its own.
+            average their losses for the weighting, and agree on which weights are pruned. Pass
+            False if each process trains a different model.
 
     Returns:
-        The pruner. It is also `model.adapmtl`, until `finalize`.
+        The pruner. It is also `model.adapmtl`, until `finalize` removes it.
 
     Raises:
         ValueError: If an argument is out of range or contradicts another, if the tasks cannot be
-            told apart, or if the model cannot be pruned as it is (see `find_components`). The model
-            is untouched then, as after the other errors.
+            distinguished, or if the model cannot be pruned as it is (see `find_components`).
         TypeError: If an argument is of the wrong kind.
-        RuntimeError: If the model has a pruner already, or fails on the example inputs.
+        RuntimeError: If the model has a pruner already, or fails on the example inputs. After any
+            of these errors the model is unchanged.
 
     Warns:
         UserWarning: If most weights are not prunable and stay dense, unless `exclude` is given.
@@ -124,6 +124,8 @@ def apply_adapmtl(
     """
     target_sparsity = check_fraction("target_sparsity", target_sparsity)
     total_steps = check_steps(total_steps)
+    check_flag("keep_zeros", keep_zeros)
+    check_flag("synchronize", synchronize)
     method = _check_method(method)
     inner = unwrap(model)
     _check_plain(inner)
@@ -138,9 +140,19 @@ def apply_adapmtl(
     )
     layers = _make_layers(components, keep_zeros)
     losses = make_weighting(weighting, components.tasks, total_steps)
+    config = {
+        "method": as_json(method.config(), "method"),
+        "weighting": as_json(losses.config(), "weighting"),
+        "tasks": list(losses.tasks),
+    }
     controller = method.controller(
         layers, inner, target_sparsity=target_sparsity, total_steps=total_steps
     )
+    if not isinstance(controller, Controller):
+        raise TypeError(
+            f"method: {type(method).__name__}.controller() must return a Controller, got "
+            f"{controller!r}"
+        )
     prunable_ids = {id(tensor.parameter) for tensor in components.tensors}
     unprunable = {
         name: parameter.numel()
@@ -154,19 +166,15 @@ def apply_adapmtl(
         controller,
         losses.to(layers.device),
         unprunable=unprunable,
-        config={
-            "method": method.config(),
-            "weighting": losses.config(),
-            "tasks": list(losses.tasks),
-        },
+        config=config,
     )
     for module in pruner.modules():
         if isinstance(module, LossWeighting | Controller | Allocator):
-            module.synchronize &= synchronize  # a weighting may have been given with False
-    if not exclude:  # before the model changes: a warning may be made an error
+            module.synchronize &= synchronize  # a weighting may have been passed with False
+    if not exclude:  # before the model changes, because filters may turn the warning into an error
         _warn_of_unprunable(unprunable, layers.total)
     layers.attach()
-    # Not `add_module`, which a model's own __setattr__ or an attribute hook might refuse.
+    # Not `add_module`, which the model's class may override and a registration hook may refuse.
     inner._modules["adapmtl"] = pruner
     guard(inner)
     return pruner
@@ -192,7 +200,7 @@ def _check_plain(model: nn.Module) -> None:
             "call finalize() on it first"
         )
     if hasattr(model, "adapmtl"):
-        raise ValueError("the model has an attribute 'adapmtl', where the pruner goes: rename it")
+        raise ValueError("the model has an attribute 'adapmtl', the name of the pruner: rename it")
     if (name := find_threshold(model)) is not None:
         raise ValueError(
             f"{name!r} has a soft threshold already, or a mask of keep_zeros: call finalize() on "
@@ -225,5 +233,5 @@ def _warn_of_unprunable(sizes: Mapping[str, int], prunable: int) -> None:
             f"{prunable} others. To prune more, name types, as in "
             f"prunable={{nn.LSTM: 'weight_*'}}; to leave them dense without this warning, pass "
             f"them as exclude=",
-            stacklevel=4,  # out of the decorator too
+            stacklevel=4,  # the caller of apply_adapmtl; its decorator is one of the levels
         )

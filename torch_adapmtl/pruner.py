@@ -1,4 +1,4 @@
-"""The pruner: what `apply_adapmtl` returns, the handle on a model that is being made sparse."""
+"""The pruner, which `apply_adapmtl` returns: it controls the pruning of one model."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ __all__ = ["Pruner"]
 class Pruner(nn.Module):
     """Weights the losses and moves the sparsity of a model that `apply_adapmtl` has prepared.
 
-    It lives in the model as the submodule `adapmtl`: it moves with the model, its state is part of
-    the model's `state_dict`, and a copy of the model carries a copy of it. Saving
-    `model.state_dict()` and loading it into a freshly prepared model resumes a run.
+    The pruner is the submodule `adapmtl` of the model: it moves to other devices with the model,
+    its state is part of the model's `state_dict`, and a copy of the model contains a copy of it. To
+    resume a run, save `model.state_dict()` and load it into a newly prepared model.
 
     Attributes:
         components: The prunable tensors of the model, by component.
-        layers: Those that are pruned.
+        layers: The tensors that are pruned; frozen and unused ones are not.
         tasks: The task names, in order.
         target_sparsity: Zeros among all prunable weights at the end, as a fraction.
-        total_steps: Number of calls of `step` until then.
+        total_steps: Number of calls of `step` in the whole run.
         weighting: The loss weighting.
-        controller: What moves the thresholds.
+        controller: The object that moves the thresholds, made by the method.
 
     Example:
         >>> import torch
@@ -86,7 +86,7 @@ class Pruner(nn.Module):
         config: Mapping[str, Any],
     ) -> None:
         super().__init__()
-        self.__dict__["_model"] = model  # not a submodule: this module is one of the model's
+        self.__dict__["_model"] = model  # not a submodule: the model contains this module
         self.components = components
         self.layers = layers
         self.controller = controller
@@ -95,7 +95,7 @@ class Pruner(nn.Module):
         self._unprunable = dict(unprunable)
         self._config = dict(config)
         self._step = 0
-        # The step that the controller is prepared for, and whether an update follows it.
+        # The step that the controller is prepared for, and whether an update is due after it.
         self._prepared: tuple[int, bool] | None = None
         self._finalized = False
         self._step_hook: StepHook | None = None
@@ -109,11 +109,11 @@ class Pruner(nn.Module):
 
     @property
     def total_steps(self) -> int:
-        """Number of calls of `step` until the end."""
+        """Number of calls of `step` in the whole run."""
         return self.controller.total_steps
 
     def forward(self, *args: Any) -> Any:
-        """Return the input: a model that calls all its children in turn calls this one too."""
+        """Return the input unchanged, because a model may call all its child modules in turn."""
         return args[0] if len(args) == 1 else args
 
     # --- in the training loop ---------------------------------------------------------------------
@@ -122,16 +122,16 @@ class Pruner(nn.Module):
         """Weight the task losses and sum them (AdapMTL, Section 3, adaptive weighting).
 
         Args:
-            losses: For each task its loss, a 0-d tensor. A task that is absent or None is skipped.
+            losses: The loss of each task, a 0-d tensor. A task that is absent or None is skipped.
 
         Returns:
             The weighted sum, 0-d, differentiable in the losses. The weights are detached and sum
             to the number of tasks.
 
         Raises:
-            ValueError: If a task is unknown, a loss is not a scalar, there is none, or none of them
-                requires grad while the model trains (in training mode, with gradients enabled).
-            TypeError: If `losses` is no mapping, or a loss no floating-point tensor.
+            ValueError: If a task is unknown, a loss is not a scalar, there is no loss, or no loss
+                requires grad although the model is in training mode with gradients enabled.
+            TypeError: If `losses` is not a mapping, or a loss is not a floating-point tensor.
             RuntimeError: After `finalize`.
         """
         self._check_active("loss")
@@ -139,7 +139,7 @@ class Pruner(nn.Module):
         present = record.check(losses)
         learning = torch.is_grad_enabled() and record.note_gradients(present, self.training)
         total = self.weighting.weigh(present)
-        if learning:
+        if learning and self.training:
             self._prepare()
             self.controller.observe(present)
         return total
@@ -147,20 +147,21 @@ class Pruner(nn.Module):
     def step(self) -> None:
         """Move the sparsity along its schedule; call it once after each step of the optimiser.
 
-        Most calls only count. Every few steps it solves for new thresholds, from a sample of the
-        weights, and waits for the device. When the schedule fixes the zeros (after 90 % of the
-        steps by default), the sparse weights are written into the parameters, exactly
-        `round(target_sparsity * N)` of them zero, and masks hold these zeros from then on, while
-        the other weights train on without a threshold.
+        Most calls only count the step. Every few steps the thresholds are solved anew from a sample
+        of the weights, which waits for the device. When the schedule fixes the zeros (after 90 % of
+        the steps by default), the sparse weights are written into the parameters: exactly
+        `round(target_sparsity * N)` of them are zero. From then on masks keep these zeros, and the
+        other weights train without a threshold.
 
         Raises:
-            RuntimeError: If called more than `total_steps` times, after `finalize`, while
-                attached to an optimiser, or, where an update is due and at the last step, if a
-                loss was not finite since the one before. The call does not count then.
+            RuntimeError: If called more than `total_steps` times, after `finalize`, or while
+                attached to an optimiser. Also, at an update and at the last step, if a loss has
+                been NaN or infinite since the last check. The call does not count then.
 
         Warns:
-            UserWarning: Once, if no weight has changed in the first 50 steps or more: nothing
-                trains them.
+            UserWarning: Once, if no weight has changed in the first 50 steps or more, so that
+                nothing trains them. Once for a task that has had no loss for longer than the window
+                of its weight.
         """
         if self._step_hook is not None:
             raise RuntimeError(
@@ -180,10 +181,10 @@ class Pruner(nn.Module):
         due = self._prepare()
         if due:
             self._check_layers()
-        # The paper's method looks at the weights after every step, but never waits for the device.
+        # The paper's method counts zeros after every step, but must not wait for the device.
         if (due and self.controller.exact) or self._step + 1 == self.total_steps:
             if self._subtract_skipped(uncounted=1):
-                return  # the step that is due is still to come
+                return  # the step count went back, so the due step comes later
             self.weighting.check_finite()
             for text in self._watch.look(self._step, self.layers, self.weighting.unseen()):
                 warnings.warn(text, stacklevel=3)
@@ -194,7 +195,7 @@ class Pruner(nn.Module):
         self._prepare()
 
     def _prepare(self) -> bool:
-        """Prepare the controller for the coming step, once; return whether an update follows it."""
+        """Prepare the controller for the next step, once; return whether an update is due after."""
         if self._prepared is None or self._prepared[0] != self._step:
             due = self.controller.due(self._step + 1)
             self.controller.prepare(self._step, due)
@@ -204,14 +205,14 @@ class Pruner(nn.Module):
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Let the optimiser call `step` after each of its steps, until `finalize`.
 
-        Steps beyond `total_steps` are not counted, nor those that a gradient scaler skips.
+        Steps beyond `total_steps` and steps that a gradient scaler skips are not counted.
 
         Args:
             optimizer: The optimiser that trains the model; with several, the one that steps last.
 
         Raises:
             RuntimeError: If attached already, or after `finalize`.
-            TypeError: If `optimizer` is none.
+            TypeError: If `optimizer` is not an optimiser.
 
         Example:
             >>> import torch
@@ -249,7 +250,7 @@ class Pruner(nn.Module):
     def _subtract_skipped(self, uncounted: int = 0) -> bool:
         """Subtract optimiser steps that a gradient scaler skipped; return whether there were any.
 
-        Only the device may know which it skipped, so this waits for it.
+        With a fused optimiser only the device knows the number, so this waits for the device.
 
         Args:
             uncounted: How many of the optimiser's steps the step count does not include yet.
@@ -273,18 +274,18 @@ class Pruner(nn.Module):
     ) -> list[dict[str, Any]]:
         """Split the model's parameters into groups for an optimiser.
 
-        The first group holds the model's own parameters, with `options`. Where thresholds are
-        trained (`method="paper"` or `Adaptive(allocation="gradient")`) a second one holds them,
-        without weight decay, or with that of `Paper`.
+        The first group holds the model's parameters, with `options`. If thresholds are trained
+        (`method="paper"` or `Adaptive(allocation="gradient")`), a second group holds what trains
+        them, without weight decay, or with the weight decay of `Paper`.
 
         Args:
             threshold_lr: Learning rate of the thresholds; `lr` if None.
-            **options: What the optimiser takes for each group: `lr`, `weight_decay`, …
+            **options: Settings of the optimiser for each group: `lr`, `weight_decay`, …
 
         Raises:
             RuntimeError: After `finalize`.
             ValueError: If a learning rate is negative or not finite.
-            TypeError: If one is no number, or `options` holds `params`.
+            TypeError: If a learning rate is not a number, or `options` holds `params`.
         """
         self._check_active("param_groups")
         if "params" in options:
@@ -303,23 +304,23 @@ class Pruner(nn.Module):
         return groups
 
     def retarget(self, target_sparsity: float, *, total_steps: int) -> None:
-        """Go on to another target, higher or lower, in `total_steps` further steps.
+        """Continue to another target, higher or lower, in `total_steps` further steps.
 
-        The schedule starts anew, in the same shape, from the sparsity that the model has. Zeros
-        that are fixed stay zero if the target is higher; if it is lower, they may return, except
-        those that the model had when it was prepared.
+        The schedule starts again, in the same shape, from the present sparsity of the model. If the
+        target is higher, fixed zeros stay zero. If it is lower, pruned weights may become nonzero
+        again, except those that were zero when the model was prepared.
 
-        A state that is saved afterwards is loaded into a model that has been prepared and then
-        retargeted in the same way, and so is that of an average of the model.
+        A state that is saved afterwards can be loaded only into a model that has been prepared and
+        retargeted in the same way. This includes an average of the model.
 
         Args:
             target_sparsity: Zeros among all prunable weights at the end, as a fraction in [0, 1).
             total_steps: How often `step` will be called from now on.
 
         Raises:
-            ValueError: If an argument is out of range, or bounds leave no room for the target.
-            RuntimeError: With a method other than `Adaptive`, whose schedule cannot be changed, or
-                after `finalize`. After any of these errors the run goes on as before.
+            ValueError: If an argument is out of range, or the bounds make the target impossible.
+            RuntimeError: With a method other than `Adaptive`, the only one that can do this, or
+                after `finalize`. After any of these errors the run can continue as before.
 
         Example:
             >>> import torch
@@ -354,16 +355,17 @@ class Pruner(nn.Module):
     def sparsity(
         self, by: Literal["overall", "component", "layer"] = "overall"
     ) -> float | dict[str, float]:
-        """Count the zeros in the weights as the model sees them now; reads every weight.
+        """Count the zeros in the weights that the model computes with; reads every weight.
 
         Args:
-            by: `"overall"` for one number; `"component"` or `"layer"` for one by name.
+            by: `"overall"` for one number; `"component"` or `"layer"` for a dict by name.
 
         Returns:
-            Zeros / prunable weights, as a fraction.
+            Zeros divided by prunable weights, as a fraction.
 
         Raises:
-            ValueError: If `by` is none of these.
+            ValueError: If `by` is another value.
+            RuntimeError: After `finalize`.
         """
         self._check_active("sparsity")
         check_choice("by", by, ("overall", "component", "layer"))
@@ -376,10 +378,13 @@ class Pruner(nn.Module):
         return {row.name: row.sparsity for row in rows}
 
     def report(self) -> Report:
-        """Say how sparse every component and layer is now; reads every weight.
+        """Report how sparse every component and layer is now; reads every weight.
 
         Returns:
-            A frozen result that prints as a table and renders as one in a notebook.
+            An immutable result. It prints as a table, and a notebook renders it as one.
+
+        Raises:
+            RuntimeError: After `finalize`.
         """
         self._check_active("report")
         alphas = self.controller.thresholds().tolist()
@@ -401,9 +406,12 @@ class Pruner(nn.Module):
         return Report(
             components=tuple(
                 ComponentRow(
-                    name, len(own), sum(row.weights for row in own), sum(row.zeros for row in own)
+                    name,
+                    len(members),
+                    sum(row.weights for row in members),
+                    sum(row.zeros for row in members),
                 )
-                for name, own in by_component.items()
+                for name, members in by_component.items()
             ),
             layers=rows,
             target_sparsity=self.target_sparsity,
@@ -415,20 +423,20 @@ class Pruner(nn.Module):
         )
 
     def __repr__(self) -> str:
-        # One line in the model's repr, without the inner workings.
+        # One line in the model's repr, without the submodules.
         return f"{type(self).__name__}({self.extra_repr()})"
 
     def extra_repr(self) -> str:
-        """Show where the run stands."""
+        """Show the target and the progress of the run in the repr."""
         return f"target_sparsity={self.target_sparsity}, step={self._step} of {self.total_steps}"
 
     # --- the end ----------------------------------------------------------------------------------
 
     def fix_zeros(self) -> None:
-        """Prune the model to its target now, whatever the schedule says, and fix its zeros.
+        """Prune the model to its target now, independently of the schedule, and fix its zeros.
 
-        `step` does this by itself when the schedule says so. Call it to end early; train on as long
-        as you like, without `step`, to let the remaining weights recover.
+        `step` does this when the schedule reaches `fix_at`. Call `fix_zeros` to end the run early.
+        Afterwards you may train without `step`, to let the remaining weights recover.
 
         Raises:
             RuntimeError: With `method="paper"`, which has no exact target, or after `finalize`.
@@ -436,31 +444,33 @@ class Pruner(nn.Module):
         self._check_active("fix_zeros")
         self._check_layers()
         if not self.controller.fixed:
-            self.controller.fix()
+            with torch.inference_mode(False):  # the masks stay for training
+                self.controller.fix()
         self._step, self._prepared = self.total_steps, None
         self._reset_skipped()
 
     def finalize(self) -> nn.Module:
-        """Leave a plain model: its own classes, keys and parameters, the zeros written in.
+        """Write the zeros into the parameters and remove the pruner and its thresholds.
 
-        Outputs in eval mode under `torch.no_grad` are bit for bit what they were before (under
-        `torch.inference_mode` torch multiplies some shapes otherwise). Masks that
-        `torch.nn.utils.prune` had put on tensors before are put back, with the sparse weight
-        under them.
+        The model has its original classes, state-dict keys and parameters again. Its outputs in
+        eval mode under `torch.no_grad` stay bit-identical. (Under `torch.inference_mode` torch
+        selects other matrix multiplications for some shapes.) Masks that `torch.nn.utils.prune` had
+        on tensors before `apply_adapmtl` are restored, with the sparse weight under them.
 
         Returns:
-            The model, changed in place (without the wrapper of `torch.compile` or
-            `DistributedDataParallel`, if it was given with one).
+            The model, changed in place. If `apply_adapmtl` was called on a wrapper of
+            `torch.compile` or `DistributedDataParallel`, this is the module inside it.
 
         Raises:
             RuntimeError: If the zeros are not fixed yet, if the model is sharded, or after an
                 earlier `finalize`. `method="paper"` has no exact target: it warns instead.
 
         Warns:
-            UserWarning: If the run went wrong: all components are equally sparse though they were
-                free to differ, a layer has no weight left, one task has nearly all the weight, a
-                task never had a loss or one that requires grad, a loss ended far above where it
-                began, or (with `method="paper"`) the target was missed.
+            UserWarning: If the run went wrong: all components are equally sparse although the
+                method could prune them differently, a layer has no nonzero weight, one task has
+                more than 80 % of the task weights, a task never had a loss or never one that
+                requires grad, a loss at the end is more than three times the loss at the beginning,
+                or (with `method="paper"`) the target was missed.
         """
         self._check_active("finalize")
         if any(layer.sharded for layer in self.layers):
@@ -481,6 +491,7 @@ class Pruner(nn.Module):
         self._warn()
         if self.controller.fixed:
             self.controller.write()
+            self._check_exact()
         for layer in self.layers:
             layer.remove()
         self.detach()
@@ -489,8 +500,17 @@ class Pruner(nn.Module):
         self._finalized = True
         return self._model
 
+    def _check_exact(self) -> None:
+        zeros, wanted = sum(self.layers.count_zeros()), self.controller.zeros
+        if zeros != wanted:
+            raise RuntimeError(
+                f"finalize() found {zeros} zeros in place of the {wanted} that "
+                f"{type(self.controller).__name__} has fixed: its thresholds or masks have been "
+                f"changed since. Leave both alone after fix_zeros()"
+            )
+
     def _warn(self) -> None:
-        """Warn of what went wrong in the run."""
+        """Warn of everything that went wrong in the run."""
         report = self.report()
         adaptive = isinstance(self.weighting, StabilityWeighting)  # others are the user's choice
         texts = signs(
@@ -532,7 +552,7 @@ class Pruner(nn.Module):
     # --- state and copies -------------------------------------------------------------------------
 
     def get_extra_state(self) -> Tensor:
-        """The config, the progress and the masks of the run, as a tensor of bytes on the CPU."""
+        """Return the config, the progress and the masks of the run, as a CPU tensor of bytes."""
         progress = {
             **self._aim(),
             "step": self._step - self._skipped(),
@@ -542,14 +562,14 @@ class Pruner(nn.Module):
         }
         return save(self._config, progress, self.layers)
 
-    @torch.inference_mode(False)  # masks are for training, wherever they are loaded
+    @torch.inference_mode(False)  # so that the loaded masks can be used in training
     def set_extra_state(self, state: Tensor) -> None:
         """Load what `get_extra_state` returned.
 
         Raises:
-            ValueError: If it is damaged, or comes from another version or a run with another
-                config. Nothing is changed then: the state dict of a whole model is checked before
-                any of it is loaded.
+            ValueError: If the state is damaged, or comes from another version or from a run with
+                another config. Nothing is changed then, because the state dict of a whole model is
+                checked before any of it is loaded.
         """
         progress = load(state, self._expected_state(), self.layers)
         self._step = progress["step"]
@@ -558,15 +578,15 @@ class Pruner(nn.Module):
         self.weighting.record.set_had_losses(progress.get("had", ()))
 
     def _expected_state(self) -> dict[str, Any]:
-        """The values that a state has to agree with to be loaded: the target and the config."""
+        """The values that a state must have to be loaded: the target and the config."""
         return {**self._aim(), **self._config}
 
     def _aim(self) -> dict[str, Any]:
         return {"total_steps": self.total_steps, "target_sparsity": self.target_sparsity}
 
     def __getstate__(self) -> dict[str, Any]:
-        # The hook belongs to an optimiser of the original's parameters, and what the controller
-        # has registered on those does not come along.
+        # The step hook belongs to an optimiser of the original model. Hooks of the controller on
+        # parameters are not copied either, so the copy must be prepared again.
         return {**self.__dict__, "_step_hook": None, "_prepared": None}
 
 

@@ -154,7 +154,6 @@ def test_other_fixed_weights_are_refused() -> None:
     assert_untouched(model, misuse)
 
 
-@pytest.mark.xfail(reason="names schedule.regrow_until=None, which has no effect with masks")
 def test_another_gradient_is_refused_by_its_name() -> None:
     model, other = TwoTasks(), TwoTasks()
     prepare(other, gradient="mask")
@@ -275,3 +274,30 @@ def test_copies_look_at_states_too_and_plain_models_no_more(duplicate: Any) -> N
     twin.load_state_dict(plain)
     with pytest.raises(ValueError, match=r"'body\.weight', not 'body\.parametrizations"):
         duplicate(model).load_state_dict(plain)
+
+
+class Ordered(nn.Module):
+    """Two equal layers, whose order is that in which they are made."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        for name in names:
+            self.add_module(name, nn.Linear(6, 6))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"a": self.get_submodule("first")(x), "b": self.get_submodule("second")(x)}
+
+
+def test_a_state_of_layers_in_another_order_is_refused() -> None:
+    model, swapped = Ordered("first", "second"), Ordered("second", "first")
+    prepare(model).fix_zeros()
+    prepare(swapped)
+    state = copy.deepcopy(model.state_dict())
+
+    def misuse() -> None:
+        with pytest.raises(
+            ValueError, match=r"in another order, \['first.weight', 'second.weight'\]"
+        ):
+            swapped.load_state_dict(state)
+
+    assert_untouched(swapped, misuse)

@@ -1,4 +1,4 @@
-"""Where the zeros go: what moves the layers' offsets."""
+"""The allocation of the zeros to the layers, by their offsets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an allocation is: settings that make an allocator, which moves the layers' offsets."""
+"""The base classes: an `Allocation` holds settings, its `Allocator` moves the offsets."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = ["Allocation", "Allocator", "CommonAllocation"]
 
 
 class Allocator(KeepsPrecision, ABC):
-    """Says at every update how far the layers' offsets should move.
+    """Computes at every update how far the offsets of the layers move.
 
     Attributes:
-        synchronize: Whether processes that train together add up what they see.
+        synchronize: Whether processes that train together sum their statistics.
     """
 
     synchronize = True
@@ -30,11 +30,11 @@ class Allocator(KeepsPrecision, ABC):
     def moves(
         self, sample: Sample, magnitudes: Scores, thresholds: Tensor, offsets: Tensor, zeros: float
     ) -> Tensor:
-        """Say how far each layer's offset should move.
+        """Return how far the offset of each layer moves.
 
         Args:
             sample: The magnitudes of the sampled weights, in storage order.
-            magnitudes: The same, sorted within each layer.
+            magnitudes: The same magnitudes, sorted within each layer.
             thresholds: The threshold of each layer, (L,).
             offsets: The offset of each layer, (L,).
             zeros: How many weights the schedule asks to be zero.
@@ -44,21 +44,21 @@ class Allocator(KeepsPrecision, ABC):
         """
 
     def listen(self, listening: bool) -> None:
-        """Look at the gradients of the backward passes from now on, or stop doing so."""
+        """Start or stop collecting gradients in backward passes; nothing by default."""
 
     def stop(self) -> None:
-        """Remove hooks from the parameters."""
+        """Remove the hooks from the parameters; nothing by default."""
 
 
 class Allocation(ABC):
-    """How the zeros are shared out between layers: what moves their offsets.
+    """How the zeros are distributed over the layers, by moving their offsets.
 
     A layer's threshold is the common level times `exp(offset)`. Subclasses are frozen dataclasses.
 
     Attributes:
         bound: Largest offset, in units of log alpha.
         trained: Whether the optimiser trains the offsets.
-        shardable: Whether it works on weights of which each process holds a part (`fully_shard`).
+        shardable: Whether the allocation works on sharded weights (`fully_shard`).
     """
 
     bound: float
@@ -67,7 +67,7 @@ class Allocation(ABC):
 
     @abstractmethod
     def allocator(self, layers: Layers, offsets: Pooled) -> Allocator | None:
-        """Make what moves the offsets at an update; None if nothing does."""
+        """Make the allocator, or return None if no allocator moves the offsets."""
 
 
 @dataclass(frozen=True)
@@ -79,4 +79,4 @@ class CommonAllocation(Allocation):
     bound: float = 0.0
 
     def allocator(self, layers: Layers, offsets: Pooled) -> None:
-        """Return None: nothing moves the offsets."""
+        """Return None, because the offsets do not move."""

@@ -16,18 +16,18 @@ __all__ = ["GradientAllocation"]
 
 @dataclass(frozen=True)
 class GradientAllocation(Allocation):
-    """Offsets trained by the task gradient through the thresholds, as the paper trains thresholds.
+    """Offsets trained by the gradient of the loss, in the way in which the paper trains thresholds.
 
-    The budget still holds the overall sparsity; the gradient decides which layers bear it. Make
-    the optimiser from [`Pruner.param_groups`][torch_adapmtl.Pruner.param_groups], which include
-    the offsets.
+    The level still meets the budget; the gradient decides how the zeros are distributed over the
+    layers. Make the optimiser from [`Pruner.param_groups`][torch_adapmtl.Pruner.param_groups],
+    which includes the offsets.
 
     Args:
         bound: Largest offset, in units of log alpha; > 0.
 
     Raises:
-        ValueError: If `bound` is not positive.
-        TypeError: If it is no number.
+        ValueError: If `bound` is not positive and finite.
+        TypeError: If `bound` is not a number.
 
     Example:
         >>> from torch_adapmtl import GradientAllocation
@@ -45,4 +45,4 @@ class GradientAllocation(Allocation):
             raise ValueError(f"allocation: bound must be > 0 and finite, got {self.bound}")
 
     def allocator(self, layers: Layers, offsets: Pooled) -> None:
-        """Return None: the optimiser moves the offsets."""
+        """Return None, because the optimiser moves the offsets."""

@@ -1,4 +1,4 @@
-"""Layer-adaptive magnitudes (LAMP): each layer's offset follows the weights that it has left."""
+"""Allocation by layer-adaptive magnitudes (LAMP)."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from torch_adapmtl.layers.sampling import Sample
 
 __all__ = ["LAMP", "LAMPAllocation", "lamp_thresholds"]
 
-# Squares of magnitudes are summed in units of the largest in their layer over this.
+# Squares of magnitudes are summed as integers, in units of the layer's largest square over this.
 _UNIT = 2.0**40
 
 
 @dataclass(frozen=True)
 class LAMPAllocation(Allocation):
-    r"""Offsets from layer-adaptive magnitudes: pruning costs every layer's output the same share.
+    r"""Offsets from layer-adaptive magnitudes (LAMP, Lee et al., arXiv 2010.07611).
 
-    The score of a weight is its square over the sum of the squares of the weights of its layer
-    that are no smaller (LAMP, Lee et al., arXiv 2010.07611); it bounds the change of the layer's
-    output when the weight is pruned. Pruning the weights with the lowest scores of all layers, as
-    many as the budget asks for, gives each layer a threshold \(\alpha_l\). At every update the
-    offset of a layer moves by `rate` of its way to `strength` times the deviation of
-    \(\log \alpha_l\) from the mean over all weights.
+    The LAMP score of a weight is its square divided by the sum of the squares of all weights in its
+    layer that are at least as large. It bounds the relative change of the layer's output if the
+    weight is pruned. Pruning the lowest scores of all layers, as many as the budget asks for, gives
+    each layer a threshold \(\alpha_l\). The goal for the offset of a layer is `strength` times the
+    deviation of \(\log \alpha_l\) from its mean over all weights. At every update the offset moves
+    by the fraction `rate` of its distance to the goal.
 
     Args:
-        strength: 1 for LAMP's thresholds, 0 for one common threshold, in between for their
-            weighted geometric means; in [0, 1].
-        rate: Share of the way that an update goes; in (0, 1].
+        strength: 1 for LAMP's thresholds, 0 for one common threshold, numbers in between for
+            weighted geometric means of the two; in [0, 1].
+        rate: Fraction of the distance that an update covers; in (0, 1].
         bound: Largest offset, in units of log alpha; > 0.
 
     Raises:
         ValueError: If a number is outside its range.
-        TypeError: If one is no number.
+        TypeError: If an argument is not a number.
 
     Example:
         >>> from torch_adapmtl import LAMPAllocation
@@ -65,31 +65,31 @@ class LAMPAllocation(Allocation):
             raise ValueError(f"allocation: bound must be > 0 and finite, got {self.bound}")
 
     def allocator(self, layers: Layers, offsets: Pooled) -> LAMP:
-        """Make what moves the offsets."""
+        """Make the allocator."""
         return LAMP(layers, offsets, self)
 
 
 class LAMP(Allocator):
-    """Moves the offsets as `LAMPAllocation` says.
+    """Moves the offsets as described in `LAMPAllocation`.
 
     Args:
         layers: The layers.
-        offsets: Their offsets, by pool.
+        offsets: Their offsets, one for each pool.
         settings: The settings.
     """
 
     def __init__(self, layers: Layers, offsets: Pooled, settings: LAMPAllocation) -> None:
         super().__init__()
         self._layers, self._settings = layers, settings
-        self._pool = (offsets,)  # in a tuple: not a submodule of its own
+        self._pool = (offsets,)  # in a tuple, so that it is not registered as a submodule
 
     def moves(
         self, sample: Sample, magnitudes: Scores, thresholds: Tensor, offsets: Tensor, zeros: float
     ) -> Tensor:
-        """Say how far each layer's offset should move."""
+        """Return how far the offset of each layer moves."""
         (pool,) = self._pool
         alpha = lamp_thresholds(magnitudes, zeros)
-        known = alpha > 0  # else there is no logarithm: nothing pruned yet, or all weights zero
+        known = alpha > 0  # 0 has no logarithm: nothing is pruned yet, or all weights are zero
         weight = torch.tensor(self._layers.sizes, device=offsets.device) * known
         log = alpha.masked_fill(~known, 1.0).log()
         pooled = pool.sum(log * weight) / pool.sum(weight.to(log.dtype))
@@ -100,27 +100,27 @@ class LAMP(Allocator):
 
 
 def lamp_thresholds(magnitudes: Scores, zeros: float) -> Tensor:
-    """The threshold of each layer at which LAMP prunes `zeros` weights in all.
+    """Return the threshold of each layer at which LAMP prunes `zeros` weights in total.
 
     Args:
         magnitudes: The magnitudes of the layers' weights, or of a sample of them.
         zeros: How many weights to prune.
 
     Returns:
-        The largest magnitude that is pruned in each layer, float32 of shape (L,); 0 where none is.
-        Weights whose scores tie are pruned together.
+        The largest magnitude that is pruned in each layer, float32 of shape (L,); 0 if none is
+        pruned. Weights with equal scores are pruned together.
     """
     layer, base, weights = magnitudes.layer, magnitudes.base, magnitudes.weights
     start, end = magnitudes.starts[:-1], magnitudes.starts[1:]
     values = magnitudes.values
     largest = values[end - 1].double().clamp(min=torch.finfo(torch.float32).tiny)
     square = (values / largest[layer]).square()  # in units of the layer's largest
-    # Whole numbers: sums of them are exact, and the same in any order.
+    # Sums of integers are exact, and do not depend on the order.
     whole = (square * _UNIT).long()
     cumulative = whole.cumsum(0)
-    # The sum over the weights from this one on in its layer, itself included.
-    rest = (cumulative[end - 1][layer] - cumulative + whole).double() / _UNIT
-    score = square / (rest * weights[layer])
+    # The sum over this weight and all larger ones of its layer.
+    larger = (cumulative[end - 1][layer] - cumulative + whole).double() / _UNIT
+    score = square / (larger * weights[layer])
     score = torch.where(square > 0, score, 0.0).float()
     ranks = base[layer] | to_bits(score)
 
@@ -134,5 +134,5 @@ def lamp_thresholds(magnitudes: Scores, zeros: float) -> Tensor:
 
 
 def _rank(keys: Tensor, base: Tensor, start: Tensor, level: Tensor) -> Tensor:
-    """How many keys of each layer are up to `level`, (L,)."""
+    """Count the keys of each layer up to `level`, (L,)."""
     return torch.searchsorted(keys, base + level, right=True) - start

@@ -1,4 +1,4 @@
-"""How many weights are zero: the schedule, the bounds, and the solver that meets them."""
+"""The number of zeros: its schedule, its bounds, and the solver that meets both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How few and how many zeros each layer and component may have, from the user's densities."""
+"""Bounds on the number of zeros of each layer and component, from `min_density`, `max_density`."""
 
 from __future__ import annotations
 
@@ -16,28 +16,29 @@ from torch_adapmtl.layers.layer import Layer
 __all__ = ["DensityBounds", "check_density"]
 
 Density = float | Mapping[str, float] | None
-"""A fraction for all components, or by component; None for no bound."""
+"""A fraction for all components, or a mapping by component; None for no bound."""
 
 # A layer keeps at least this share of the average density.
 _LAYER_FLOOR = 0.1
 
 
 class DensityBounds:
-    """The bounds on the numbers of zeros that densities and masks set.
+    """Bounds on the numbers of zeros, which follow from densities and fixed zeros.
 
     Args:
         layers: The layers.
-        masked: For each of them how many weights are zero for good.
+        masked: The number of fixed zeros of each layer.
         target_sparsity: Zeros among all weights at the end, as a fraction.
-        min_density: Least density of a component, as a fraction; one for all, or by name.
-        max_density: Largest density, likewise.
+        min_density: Smallest density of a component, as a fraction; one number for all components,
+            or a mapping by component.
+        max_density: Largest density of a component, in the same form.
 
     Attributes:
         zeros: The number of zeros at the end, `round(target_sparsity * N)`.
-        masked: As given.
+        masked: The number of fixed zeros of each layer.
 
     Raises:
-        ValueError: If the bounds leave no room for the target; with the arithmetic.
+        ValueError: If the bounds make the target impossible; the error shows the numbers.
     """
 
     def __init__(
@@ -63,12 +64,12 @@ class DensityBounds:
             max(size - k, m) for size, k, m in zip(layers.sizes, kept, masked, strict=True)
         ]
         sizes = layers.sum_components(layers.sizes)
-        room, held = layers.sum_components(self._layer_max), layers.sum_components(masked)
+        room, fixed = layers.sum_components(self._layer_max), layers.sum_components(masked)
         self._min_zeros, self._max_zeros = [], []
         rows = []
         for c, name in enumerate(layers.components):
             highest = min(_share(1.0 - least[c], sizes[c]), room[c])
-            lowest = max(sizes[c] - _share(most[c], sizes[c]), held[c])
+            lowest = max(sizes[c] - _share(most[c], sizes[c]), fixed[c])
             if lowest > highest:
                 raise ValueError(
                     f"min_density={least[c]} and max_density={most[c]} leave component "
@@ -88,8 +89,8 @@ class DensityBounds:
             )
 
     def at(self, zeros: float, device: torch.device) -> Bounds:
-        """The bounds while `zeros` weights are to be zero."""
-        # What a component must lose, it loses in step with the schedule.
+        """Return the bounds for an update at which `zeros` weights should be zero."""
+        # The smallest numbers of zeros of the components rise in proportion to all zeros.
         share = min(1.0, zeros / self.zeros) if self.zeros else 1.0
 
         def counts(values: Sequence[float]) -> Tensor:
@@ -132,11 +133,11 @@ def _by_component(
 
 
 def _floor(layer: Layer, density: float) -> int:
-    """How many weights a layer keeps in any case, so that it does not die.
+    """The smallest number of nonzero weights that a layer keeps.
 
-    A tenth of the average density, or more in a layer with few weights to an input and an output:
-    the average density of (fan in + fan out) weights, as in the Erdős-Rényi allocation (Mocanu et
-    al., arXiv 1707.04780). Never more than the average density of the layer.
+    With d the overall density, it is the larger of two numbers: `0.1 * d` times the number of
+    weights, and d times (fan in + fan out), as in the Erdős-Rényi allocation (Mocanu et al., arXiv
+    1707.04780). It is at most d times the number of weights.
     """
     size = layer.weight.numel()
     outputs = layer.weight.shape[0] if layer.weight.ndim else 1
@@ -145,5 +146,5 @@ def _floor(layer: Layer, density: float) -> int:
 
 
 def _share(fraction: float, size: int) -> int:
-    """The whole part of `fraction * size`, where 0.07 of 100 is 7 and 1 - 0.9 of 10 is 1."""
+    """`fraction * size`, rounded down but for rounding errors: `(1 - 0.9) * 10` gives 1."""
     return math.floor(fraction * size + 1e-6)

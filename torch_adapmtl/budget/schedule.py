@@ -8,44 +8,43 @@ from typing import Literal
 
 from torch_adapmtl._checks import check_choice, check_numbers
 
-__all__ = ["SparsitySchedule"]
+__all__ = ["SparsitySchedule", "check_schedule"]
 
-# When the zeros are fixed, as a fraction of the run, unless the user says otherwise.
+# Default of `fix_at`, unless the schedule ends later.
 _FIX_AT = 0.9
 
 
 @dataclass(frozen=True)
 class SparsitySchedule:
-    """How the overall sparsity goes from `initial` to the target in the course of training.
+    """How the overall sparsity changes from `initial` to the target during training.
 
-    With p the share of the way from `start` to `end`, the sparsity is
-    `target + (initial - target) * (1 - p)**3` for the cubic shape (Zhu and Gupta, arXiv
-    1710.01878), the same with exponent 1 for the linear one and `(1 + cos(pi p)) / 2` in place of
-    the power for the cosine one. Before `start` it is `initial`, from `end` on it is the target,
-    and at the last step it is the target in any case.
+    Let p be the progress from `start` to `end`, between 0 and 1. The sparsity is
+    `target + (initial - target) * f(p)`, where `f(p)` is `(1 - p)**3` for the cubic shape (Zhu and
+    Gupta, arXiv 1710.01878), `1 - p` for the linear one and `(1 + cos(pi * p)) / 2` for the cosine
+    one. Before `start` the sparsity is `initial`. From `end` on, and at the last step in any case,
+    it is the target.
 
-    Weights may become zero and return until `fix_at`. From then on masks hold exactly as many
-    zeros as the target asks for, and the other weights train on without a threshold. Between
-    `regrow_until` and `fix_at`, pruned weights receive no gradient: weights that keep learning
-    while they count as zero keep trading places with others, which is noise in a network with few
-    weights left.
+    Until `fix_at`, weights can become zero and nonzero again. From then on masks fix exactly as
+    many zeros as the target asks for, and the other weights train without a threshold. Between
+    `regrow_until` and `fix_at`, pruned weights receive no gradient. If they did, the set of pruned
+    weights would keep changing, which is noise in a network with few remaining weights.
 
     Args:
         start: When the sparsity begins to rise, as a fraction of `total_steps`.
         end: When it reaches the target, as a fraction of `total_steps`.
-        initial: Sparsity before `start`, as a fraction of the prunable weights; a model that is
-            sparser already starts from its own sparsity.
+        initial: Sparsity before `start`, as a fraction of the prunable weights. A model that is
+            already sparser starts from its present sparsity.
         shape: `"cubic"`, `"linear"` or `"cosine"`.
         fix_at: When the zeros are fixed, as a fraction of `total_steps`;
-            `0 <= start <= end <= fix_at <= 1`, or `max(end, 0.9)` if None. Only
-            [`Adaptive`][torch_adapmtl.Adaptive] uses it, as it does the next.
-        regrow_until: Until when pruned weights receive gradients and may return, as a fraction of
-            `total_steps` between `end` and `fix_at`, or half way between them if None. With
-            `gradient="mask"` they never do.
+            `0 <= start <= end <= fix_at <= 1`. If None, it is `max(end, 0.9)`. Only
+            [`Adaptive`][torch_adapmtl.Adaptive] uses this argument and the next.
+        regrow_until: Until when pruned weights receive gradients and can become nonzero again, as a
+            fraction of `total_steps` between `end` and `fix_at`. If None, it is half way between
+            them. With `gradient="mask"` it has no effect.
 
     Raises:
         ValueError: If a fraction is outside its range, or the shape is unknown.
-        TypeError: If a fraction is no number.
+        TypeError: If a fraction is not a number.
 
     Example:
         >>> from torch_adapmtl import SparsitySchedule
@@ -90,13 +89,13 @@ class SparsitySchedule:
         if not 0.0 <= self.initial < 1.0:
             raise ValueError(f"schedule: initial must lie in [0, 1), got {self.initial}")
         check_choice("schedule: shape", self.shape, ("cubic", "linear", "cosine"))
-        # Floats all, so that schedules that behave alike are equal and print alike.
+        # All numbers become floats, so that schedules with the same effect are equal.
         numbers = {"start": self.start, "end": self.end, "initial": self.initial}
         for name, value in {**numbers, "fix_at": fix_at, "regrow_until": regrow_until}.items():
             object.__setattr__(self, name, float(value))
 
     def fix_step(self, total_steps: int) -> int:
-        """The step at which the zeros are fixed."""
+        """Return the step at which the zeros are fixed."""
         assert self.fix_at is not None
         return max(1, math.ceil(self.fix_at * total_steps))
 
@@ -114,8 +113,8 @@ class SparsitySchedule:
             step: Number of steps taken.
             total_steps: Number of steps of the run.
             target_sparsity: The sparsity at the end, as a fraction.
-            initial: The sparsity before `start`, in place of the schedule's own; the schedule
-                falls if it is above the target.
+            initial: The sparsity before `start`, instead of the attribute `initial`. If it is above
+                the target, the sparsity falls.
         """
         target = target_sparsity
         initial = min(self.initial, target) if initial is None else initial
@@ -124,9 +123,18 @@ class SparsitySchedule:
             return target
         if step <= start:
             return initial
-        rest = 1.0 - (step - start) / (end - start)
+        remaining = 1.0 - (step - start) / (end - start)
         if self.shape == "cosine":
-            rest = (1.0 - math.cos(math.pi * rest)) / 2.0
+            remaining = (1.0 - math.cos(math.pi * remaining)) / 2.0
         elif self.shape == "cubic":
-            rest = rest**3
-        return target + (initial - target) * rest
+            remaining = remaining**3
+        return target + (initial - target) * remaining
+
+
+def check_schedule(schedule: object) -> None:
+    """Raise a `TypeError` unless `schedule` is a `SparsitySchedule`."""
+    if not isinstance(schedule, SparsitySchedule):
+        raise TypeError(
+            f"schedule must be a SparsitySchedule, such as SparsitySchedule(shape='linear'), got "
+            f"{schedule!r}"
+        )

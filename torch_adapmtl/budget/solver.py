@@ -1,9 +1,9 @@
-"""The solver of the sparsity budget: which level of the scores makes so many weights zero.
+"""The solver of the sparsity budget: it finds the level at which the model has so many zeros.
 
-A weight's *score* is `|w| / exp(offset)` with the offset of its layer; one level for the whole
-model decides: scores up to the level are pruned. The solver finds the level that meets the
-budget. It works on integers, because the bits of non-negative float32 numbers are ordered as the
-numbers are: bisection over them is exact and ends after 31 halvings, without a host round trip.
+The *score* of a weight is `|w| / exp(offset)`, with the offset of its layer. Weights with scores up
+to a common level are pruned, and the solver finds the level that meets the budget. It works on the
+bits of the scores as integers, because the bits of non-negative float32 numbers have the same order
+as the numbers. So bisection is exact after 32 halvings, and never waits for the device.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from torch import Tensor
 
 __all__ = ["MAX_BITS", "Bounds", "Scores", "bisect", "from_bits", "select", "solve", "to_bits"]
 
-# Bits are those of a float32, plus one: 0 is a weight that is zero in any case (its score is
-# negative), the last stands for the largest finite number and for all that is not finite.
+# A level is the bits of a float32 plus one. Level 0 stands for negative scores, which mark fixed
+# zeros. The last level stands for the largest finite number and for everything that is not finite.
 MAX_BITS = 0x7F7FFFFF + 1
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """How many zeros each layer and each component may and must have; counts in float64.
+    """The smallest and largest numbers of zeros of layers and components, in float64.
 
     Attributes:
-        component: For each layer the index of its component, shape (L,).
-        layer_max: Most zeros a layer may have, shape (L,).
-        min_zeros: Fewest zeros a component must have, shape (C,).
-        max_zeros: Most zeros a component may have, shape (C,).
+        component: The index of each layer's component, shape (L,).
+        layer_max: Largest number of zeros of each layer, shape (L,).
+        min_zeros: Smallest number of zeros of each component, shape (C,).
+        max_zeros: Largest number of zeros of each component, shape (C,).
     """
 
     component: Tensor
@@ -40,13 +40,13 @@ class Bounds:
     max_zeros: Tensor
 
     def total(self, counts: Tensor) -> Tensor:
-        """Sum `counts` (L,), each held to its layer's bound, by component (C,)."""
+        """Clamp `counts` (L,) to the bounds of the layers, and sum them by component (C,)."""
         capped = torch.minimum(counts, self.layer_max)
         zeros = torch.zeros_like(self.min_zeros)
         return zeros.index_add_(0, self.component, capped)
 
     def clamp(self, zeros: Tensor) -> Tensor:
-        """Hold the components' numbers of zeros (C,) within their bounds."""
+        """Clamp the numbers of zeros of the components (C,) to their bounds."""
         return zeros.clamp(self.min_zeros, self.max_zeros)
 
 
@@ -54,18 +54,18 @@ class Scores:
     """Scores of all layers, or of a sample of them, sorted within each layer.
 
     Args:
-        values: The scores of all layers one after the other, flat, float32; negative for weights
-            that are zero in any case.
-        lengths: How many of them belong to each layer.
-        weights: How many weights of its layer each score stands for, by layer, float64 of shape
-            (L,); None for one.
-        below: For each layer how many of its weights are known to score below all those given,
-            int64 of shape (L,); none if None.
+        values: The scores, concatenated over the layers, flat, float32; negative for fixed zeros.
+        lengths: The number of scores of each layer.
+        weights: How many weights of its layer each score represents, by layer, float64 of shape
+            (L,); 1 if None.
+        below: How many further weights of each layer have scores below all of `values`, int64 of
+            shape (L,); 0 if None.
 
     Attributes:
-        keys: Index of the layer in the high word, bits of the score in the low one, sorted, int64.
+        keys: The layer's index in the high word and the score's bits in the low word, sorted,
+            int64.
         layer: The index of the layer of each key, int64.
-        starts: Where the keys of each layer start, and where those of the last one end, (L + 1,).
+        starts: The position of each layer's first key, then the number of keys, (L + 1,).
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Scores:
         length = torch.tensor(lengths, device=values.device)
         self.base = index << 32
         self.layer = torch.repeat_interleave(index, length, output_size=len(values))
-        # One sort orders every layer's scores.
+        # A single sort orders the scores of every layer.
         self.keys = (self.base[self.layer] | to_bits(values)).sort().values
         ends = length.cumsum(0)
         self.starts = torch.cat([ends.new_zeros(1), ends])
@@ -93,32 +93,32 @@ class Scores:
 
     @cached_property
     def values(self) -> Tensor:
-        """The scores in the order of the keys, float32; 0 for weights that are zero in any case."""
+        """The scores in the order of the keys, float32; 0 for fixed zeros."""
         return from_bits(self.bits)
 
     def scaled(self, factors: Tensor) -> Scores:
-        """The same scores, multiplied by a positive factor for each layer, (L,), without a sort."""
+        """Multiply the scores by a positive factor for each layer, (L,); needs no new sort."""
         bits = to_bits(self.values * factors[self.layer]).masked_fill_(self.bits == 0, 0)
         scores = copy.copy(self)
-        del scores.values  # those of this object
+        del scores.values  # the cached values belong to this object
         scores.keys = self.base[self.layer] | bits
         return scores
 
     def count(self, level: Tensor) -> Tensor:
-        """How many weights of each layer have scores up to `level` (bits, (L,) or 0-d): (L,)."""
+        """Count the weights of each layer with scores up to `level` (bits, (L,) or 0-d): (L,)."""
         rank = self._rank(level, right=True)
         return torch.where(level < 0, 0, rank + self.below) * self.weights
 
     def _rank(self, level: Tensor, right: bool = False) -> Tensor:
-        """How many of each layer's scores are below `level`, or up to it: (L,)."""
+        """Count the scores of each layer below `level`, or up to it if `right`: (L,)."""
         keys = self.base + level.clamp(min=0)
         return torch.searchsorted(self.keys, keys, right=right) - self.starts[:-1]
 
     def window(self, level: Tensor) -> tuple[Tensor, Tensor]:
-        """For each layer the range of levels that holds the exact one, if this is a fair sample."""
+        """A range of levels for each layer that contains the exact level, if the sample is fair."""
         starts, length = self.starts[:-1], self.starts.diff()
         rank = self._rank(level)
-        # Eight standard deviations of the rank, and more where they say little.
+        # Eight standard deviations of the rank, and a constant because they vanish at the ends.
         margin = 8.0 * (rank * (length - rank) / length.double()).clamp(min=0).sqrt() + 16.0
         margin = margin.nan_to_num(0.0).long()
         low, high = rank - margin, rank + margin
@@ -129,7 +129,7 @@ class Scores:
 
 
 def bisect(count: Callable[[Tensor], Tensor], wanted: Tensor) -> Tensor:
-    """The smallest level in bits whose count reaches `wanted`; -1 prunes nothing."""
+    """Find the smallest level, in bits, whose count is at least `wanted`; -1 prunes nothing."""
     low = torch.full_like(wanted, -2, dtype=torch.long)
     high = torch.full_like(wanted, MAX_BITS, dtype=torch.long)
     for _ in range(32):
@@ -141,10 +141,11 @@ def bisect(count: Callable[[Tensor], Tensor], wanted: Tensor) -> Tensor:
 
 
 def _common(scores: Scores, bounds: Bounds, zeros: Tensor) -> tuple[Tensor, Callable[..., Tensor]]:
-    """The level (0-d) at which the bounded components hold `zeros`; how to count them at a level.
+    """Find the common level (0-d) at which the components, within their bounds, have `zeros` zeros.
 
-    The second takes a level for the model (0-d) or one for each component (C,), and gives counts
-    (C,) that the layers' bounds hold already and the components' do not yet.
+    Also returns the function that counts the zeros of the components (C,) at a level for the model
+    (0-d) or for each component (C,). Its counts respect the bounds of the layers, but not those of
+    the components.
     """
     member = bounds.component
 
@@ -158,9 +159,9 @@ def _common(scores: Scores, bounds: Bounds, zeros: Tensor) -> tuple[Tensor, Call
 def solve(scores: Scores, bounds: Bounds, zeros: Tensor) -> Tensor:
     """Find the level of each layer, in bits, at which the model has `zeros` zero weights.
 
-    All layers share one level, except those that a bound holds back (the layer's own bound, or its
-    component's). Where scores tie, or the scores are a sample, the count is met as nearly as a
-    level can; `select` meets it exactly. Nothing here waits for the device.
+    All layers share one level, except where the bound of a layer or a component applies. If scores
+    are equal or only a sample is known, the number of zeros is approximate; `select` finds it
+    exactly. Nothing here waits for the device.
 
     Args:
         scores: The scores to count.
@@ -171,50 +172,51 @@ def solve(scores: Scores, bounds: Bounds, zeros: Tensor) -> Tensor:
         The levels, int64 of shape (L,); `from_bits` turns them into thresholds on the scores.
     """
     common, at = _common(scores, bounds, zeros)
-    free = at(common)
-    due = bounds.clamp(free)
-    level = torch.where(free != due, bisect(at, due), common)[bounds.component]
+    unbounded = at(common)
+    bounded = bounds.clamp(unbounded)
+    level = torch.where(unbounded != bounded, bisect(at, bounded), common)[bounds.component]
     cap = bisect(scores.count, bounds.layer_max)
-    # A tie that would carry a layer past its bound is not pruned at all.
+    # Equal scores that together would exceed the bound of a layer are not pruned at all.
     cap = torch.where(scores.count(cap) > bounds.layer_max, cap - 1, cap)
     return torch.minimum(level, cap)
 
 
 def select(scores: Scores, bounds: Bounds, zeros: int) -> tuple[list[int], list[int]]:
-    """Say exactly which weights are pruned: per layer a level in bits and a number of zeros.
+    """Find exactly which weights to prune: a level in bits and a number of zeros for each layer.
 
-    A layer with level b and number k loses all its weights with scores below b and, of those that
-    tie at b, the first ones in storage order until k are gone. Between components and between
-    layers, ties go to the first. The numbers sum to `zeros`.
+    In a layer with level b and number k, all weights with scores below b are pruned. Of the weights
+    whose scores equal b, the first in storage order are pruned, until k weights are pruned. Equal
+    scores in several components or layers are pruned in the first of them. The numbers sum to
+    `zeros`.
 
     Args:
-        scores: The scores of all weights, or of all those near the levels that come out.
+        scores: The scores of all weights, or of all weights near the resulting levels.
         bounds: Bounds in numbers of zeros.
         zeros: The budget.
 
     Returns:
-        Levels in bits and numbers of zeros, one a layer.
+        The levels in bits and the numbers of zeros, one of each for each layer.
     """
     budget = torch.tensor(zeros, dtype=torch.float64, device=scores.keys.device)
     common, at = _common(scores, bounds, budget)
     below, upto = at(common - 1), at(common)
-    due = bounds.clamp(below).tolist()
-    _fill(due, bounds.clamp(upto).tolist(), range(len(due)), zeros)
+    by_component = bounds.clamp(below).tolist()
+    _fill(by_component, bounds.clamp(upto).tolist(), range(len(by_component)), zeros)
 
-    wanted = torch.tensor(due, dtype=torch.float64, device=budget.device)
-    held = (wanted < below) | (wanted > upto)
-    own = torch.where(held, bisect(at, wanted), common)[bounds.component]
-    level = torch.minimum(own, bisect(scores.count, bounds.layer_max))
-    most = torch.minimum(scores.count(own), bounds.layer_max).tolist()
-    numbers = torch.minimum(scores.count(own - 1), bounds.layer_max).tolist()
-    for c, number in enumerate(due):
+    wanted = torch.tensor(by_component, dtype=torch.float64, device=budget.device)
+    bounded = (wanted < below) | (wanted > upto)  # components whose bounds apply
+    component_level = torch.where(bounded, bisect(at, wanted), common)[bounds.component]
+    level = torch.minimum(component_level, bisect(scores.count, bounds.layer_max))
+    most = torch.minimum(scores.count(component_level), bounds.layer_max).tolist()
+    numbers = torch.minimum(scores.count(component_level - 1), bounds.layer_max).tolist()
+    for c, number in enumerate(by_component):
         members = (bounds.component == c).nonzero().squeeze(1).tolist()
         _fill(numbers, most, members, number)
     return level.tolist(), [int(k) for k in numbers]
 
 
 def _fill(numbers: list[float], most: list[float], order: Sequence[int], wanted: float) -> None:
-    """Raise the `numbers` in `order` toward `most`, first come first served, to sum to `wanted`."""
+    """Raise `numbers` to at most `most`, in the given order, until their sum is `wanted`."""
     missing = wanted - sum(numbers[i] for i in order)
     for i in order:
         extra = min(missing, most[i] - numbers[i])
@@ -223,10 +225,10 @@ def _fill(numbers: list[float], most: list[float], order: Sequence[int], wanted:
 
 
 def to_bits(scores: Tensor) -> Tensor:
-    """Bits of float32 scores as int64, ordered as the scores are; negative ones are all alike."""
+    """Bits of float32 scores as int64, in the order of the scores; 0 for all negative scores."""
     return (scores.view(torch.int32).long() + 1).clamp(0, MAX_BITS)
 
 
 def from_bits(level: Tensor) -> Tensor:
-    """The float32 numbers with these bits; 0 for the levels that prune nothing new."""
+    """The float32 numbers with these bits; 0 for the levels -1 and 0."""
     return (level - 1).clamp(min=0).to(torch.int32).view(torch.float32)

@@ -1,4 +1,4 @@
-"""The layers of a run: prunable tensors with a soft threshold on each."""
+"""The layers of a run: prunable tensors, each with a soft threshold."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layers of a run as one collection: their sizes, their number of weights, their components."""
+"""The collection of the layers of a run, with their sizes and components."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Layers(Sequence[Layer]):
         sizes: Number of weights of each layer.
         total: Number of weights of all layers, N.
         components: Names of the components, in the order of their first layer.
-        component: For each layer the index of its component in `components`.
+        component: The index of each layer's component in `components`.
 
     Example:
         >>> import torch
@@ -61,7 +61,7 @@ class Layers(Sequence[Layer]):
 
     @property
     def device(self) -> torch.device:
-        """The device of the first layer, where all figures about layers are kept."""
+        """The device of the first layer, where tensors with one entry for each layer are."""
         return self._layers[0].weight.device
 
     @property
@@ -71,39 +71,39 @@ class Layers(Sequence[Layer]):
 
     @property
     def initial_zeros(self) -> list[int]:
-        """For each layer, how many of its weights were zero for good when the run began."""
+        """The number of fixed zeros of each layer when the run began."""
         return [count_zeros(layer.initial_mask) for layer in self._layers]
 
     def zeros_at(self, sparsity: float) -> int:
-        """The number of zeros at a sparsity, a fraction: `round(sparsity * N)`."""
+        """Return the number of zeros at a sparsity (a fraction): `round(sparsity * N)`."""
         return round(sparsity * self.total)
 
     def sum_components(self, values: Sequence[int]) -> list[int]:
-        """Sum a number of each layer by component."""
+        """Sum values of the layers by component."""
         sums = [0] * len(self.components)
         for component, value in zip(self.component, values, strict=True):
             sums[component] += value
         return sums
 
     def count_zeros(self) -> list[int]:
-        """The zeros of each layer as the model sees it now; reads every weight."""
+        """Count the zeros that the model computes with, for each layer; reads every weight."""
         counts = [(layer.sparse() == 0).sum() for layer in self._layers]
         return torch.stack([count.to(self.device) for count in counts]).tolist()
 
     def attach(self) -> None:
-        """Put the thresholds on all layers, or on none if one refuses."""
-        begun = []
+        """Attach the thresholds to all layers; after an error, to none."""
+        started = []
         try:
             for layer in self._layers:
-                begun.append(layer)
+                started.append(layer)
                 layer.attach()
         except Exception:
-            for layer in begun:
+            for layer in started:
                 layer.remove(bake=False)
             raise
 
     def check_ties(self) -> None:
-        """Raise a `ValueError` if `torch.nn.utils.prune` masks a tied weight differently."""
+        """Raise a `ValueError` if `torch.nn.utils.prune` masks a tied weight in different ways."""
         for layer in self._layers:
             masks = [module._buffers.get(name + "_mask") for module, name in layer.owners]
             if not all(_same(masks[0], mask) for mask in masks[1:]):

@@ -1,4 +1,4 @@
-"""Seeing the gradients of the layers' weights as they come."""
+"""Hooks that call a function with each gradient of the layers' weights."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["GradientHooks"]
 
 
 class GradientHooks:
-    """Calls a function when a layer's parameter has received its gradient, while it is listening.
+    """Calls a function when a layer's weight has received its gradient; can be switched off.
 
     Args:
         layers: The layers.
-        function: Takes the index of the layer and the parameter, whose `grad` is not None.
+        function: Called with the index of the layer and its weight, whose `grad` is not None.
     """
 
     def __init__(self, layers: Layers, function: Callable[[int, nn.Parameter], None]) -> None:
@@ -26,11 +26,11 @@ class GradientHooks:
         self._hooked: list[tuple[nn.Parameter, Any]] = []
 
     def listen(self, listening: bool) -> None:
-        """Call the function from now on, or stop calling it."""
+        """Call the function from now on, or stop calling it; registers the hooks if needed."""
         self._listening = listening
         if listening:
             weights = [layer.weight for layer in self._layers]
-            # Loading a state dict or unfreezing a layer may have brought other parameters.
+            # Loading a state dict may have replaced parameters, or a layer may be unfrozen since.
             wanted = [(id(w), w.requires_grad) for w in weights]
             if wanted != [(id(w), handle is not None) for w, handle in self._hooked]:
                 self.remove()
@@ -38,7 +38,7 @@ class GradientHooks:
                 self._hooked = [(w, self._hook(i, w)) for i, w in enumerate(weights)]
 
     def remove(self) -> None:
-        """Take the hooks off the parameters."""
+        """Remove the hooks from the parameters."""
         for _, handle in self._hooked:
             if handle is not None:
                 handle.remove()
@@ -56,5 +56,5 @@ class GradientHooks:
         return weight.register_post_accumulate_grad_hook(call)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Hooks belong to the parameters of this very model; a copy makes its own when it listens.
+        # Hooks belong to the parameters of this model; a copy registers new ones in `listen`.
         return {**self.__dict__, "_listening": False, "_hooked": []}

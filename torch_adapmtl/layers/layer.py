@@ -1,4 +1,4 @@
-"""One prunable tensor, the modules that hold it, and the soft threshold on it."""
+"""A layer: a prunable tensor, the modules that hold it, and its soft threshold."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ __all__ = ["Layer", "count_zeros", "shaped_like", "zeros_to_keep"]
 
 @dataclass(eq=False)
 class Layer:
-    """A prunable tensor, the modules that hold it, and the soft threshold on it.
+    """A prunable tensor, the modules that hold it, and its soft threshold.
 
     Attributes:
         name: The tensor's first qualified name in the model.
         component: The component it belongs to.
         owners: Every `(module, tensor name)` that holds it; several if the weight is tied.
-        initial_mask: Which weights were not zero for good when the run began, bool in the weight's
-            shape; None for all.
-        threshold: The parametrization, one for all owners; a controller puts its own here.
+        initial_mask: False for the zeros that were fixed when the run began, bool in the weight's
+            shape; None if there were none.
+        threshold: The parametrization, the same for all owners; a controller sets it.
     """
 
     name: str
@@ -47,12 +47,12 @@ class Layer:
 
     @property
     def mask(self) -> Tensor | None:
-        """Which weights may be nonzero, bool in the weight's shape; None if all may."""
+        """False for the zeros that a mask fixes, bool in the weight's shape; None for no mask."""
         return self.threshold.mask
 
     @property
     def attached(self) -> bool:
-        """Whether the threshold is on the tensor; `prune.remove` may have taken it off."""
+        """Whether the threshold is attached; `prune.remove` may have removed it."""
         return all(self._is_on(module, name) for module, name in self.owners)
 
     def _is_on(self, module: nn.Module, name: str) -> bool:
@@ -60,77 +60,79 @@ class Layer:
 
     @property
     def sharded(self) -> bool:
-        """Whether each process holds only its part of the weight (`fully_shard`)."""
+        """Whether each process holds only a part of the weight (`fully_shard`)."""
         return is_sharded(self.weight)
 
     def values(self) -> Tensor:
-        """The weight without its history; gathered from all processes if it is sharded."""
+        """Return the weight, detached; gathered from all processes if it is sharded."""
         return whole(self.weight.detach())
 
     @torch.no_grad()
     def assign(self, values: Tensor) -> None:
-        """Write values into the weight, of which each process keeps its part if it is sharded."""
+        """Write values into the weight; if it is sharded, each process writes its part."""
         weight: Any = self.weight
         if self.sharded:
             from torch.distributed.tensor import distribute_tensor
 
-            # All processes have the same values: nothing is sent.
+            # All processes have the same values, so nothing is sent.
             mesh, placements = weight.device_mesh, weight.placements
             values = distribute_tensor(values, mesh, placements, src_data_rank=None)
         weight.copy_(values)
 
     @torch.no_grad()
     def sparse(self) -> Tensor:
-        """The weight as the model sees it."""
+        """Return the sparse weight that the model computes with."""
         weight: Tensor = self.threshold(self.values())
         return weight
 
     def attach(self) -> None:
-        """Put the threshold on the tensor wherever it is held, with the initial mask."""
+        """Attach the threshold with the initial mask, in every module that holds the tensor."""
         for module, name in self.owners:
             attach_threshold(module, name, self.threshold)
         self.threshold.mask = self.initial_mask
 
     def remove(self, *, bake: bool = True) -> None:
-        """Leave the plain parameter, with the sparse weight written into it unless told not to.
+        """Remove the threshold, and restore an earlier mask of `torch.nn.utils.prune`.
 
-        A mask that `torch.nn.utils.prune` had put there before is put back.
+        Args:
+            bake: Whether to write the sparse weight into the parameter.
         """
         sparse = self.sparse() if bake else None
         for module, name in self.owners:
-            if not self._is_on(module, name):  # removed by `prune.remove`, or never put there
+            if not self._is_on(module, name):  # removed by `prune.remove`, or never attached
                 continue
             parameter = detach_threshold(module, name)
             if sparse is not None:
                 with torch.no_grad():
-                    parameter.copy_(sparse)
+                    parameter.copy_(sparse).add_(0.0)  # makes every zero +0.0
             put_back(module, name, self.threshold)
 
 
 def zeros_to_keep(module: nn.Module, name: str, *, keep_zeros: bool) -> Tensor | None:
-    """Which weights of a plain tensor are not zero for good, bool in its shape; None for all.
+    """Return the initial mask of a plain tensor, False for fixed zeros; None if there are none.
 
-    Masks of `torch.nn.utils.prune` hold zeros for good, and so does `keep_zeros` the zeros that
-    the tensor has. A tensor that is zero throughout has yet to be trained, and is free.
+    Zeros under a mask of `torch.nn.utils.prune` are fixed, and with `keep_zeros` all other zeros
+    too. A tensor of zeros only is taken for one that has not been trained yet: `keep_zeros` fixes
+    none of its zeros.
     """
     pruned = module._buffers.get(name + "_mask")
     mask = None if pruned is None else pruned != 0
     if keep_zeros:
         weight = held_parameter(module, name).detach()
-        # Counting allocates nothing, and most tensors turn out to have no zeros.
+        # Counting allocates no memory, and most tensors have no zeros.
         if 0 < int(torch.count_nonzero(weight)) < weight.numel():
             mask = weight != 0 if mask is None else mask & (weight != 0)
     return mask
 
 
 def count_zeros(mask: Tensor | None) -> int:
-    """The number of weights that a mask holds at zero."""
+    """Return the number of zeros that a mask fixes."""
     return 0 if mask is None else mask.numel() - int(torch.count_nonzero(mask))
 
 
 def shaped_like(weight: Tensor, mask: Tensor) -> Tensor:
-    """Bring a flat mask into the shape and the memory format of `weight`."""
-    # A mask of another format would pass it on to the weight and so to the convolution.
-    if is_sharded(weight):  # forward passes see it whole
+    """Reshape a flat mask to the shape and the memory format of `weight`."""
+    # The masked weight takes the memory format of its mask, and so does the convolution.
+    if is_sharded(weight):  # the mask is not sharded: forward passes gather the weight
         return mask.view(weight.shape)
     return torch.empty_like(weight, dtype=torch.bool).copy_(mask.view(weight.shape))

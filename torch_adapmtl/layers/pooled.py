@@ -1,4 +1,4 @@
-"""One number for each pool of layers that share it."""
+"""One number for each pool of layers."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ __all__ = ["Pooled"]
 
 
 class Pooled(KeepsPrecision):
-    """One number for each pool of layers, in one tensor: offsets, or the paper's scores.
+    """One number for each pool of layers that share it: an offset, or the paper's s.
 
     Args:
-        pool: For each layer the index of its pool; pools are numbered from 0 without gaps.
-        value: Initial value of all pools.
-        device: Where the tensor is.
-        trained: Whether the optimiser trains it.
+        pool: The index of each layer's pool; pools are numbered from 0 without gaps.
+        value: Initial value of all numbers.
+        device: The device of the tensor.
+        trained: Whether the optimiser trains the numbers.
 
     Attributes:
-        values: The numbers, float32 of shape (P,); a parameter if trained.
-        pool: As given.
+        values: The numbers of the P pools, float32 of shape (P,); a parameter if trained.
+        pool: The index of each layer's pool.
     """
 
     values: Tensor
@@ -40,20 +40,20 @@ class Pooled(KeepsPrecision):
             self.register_buffer("values", values)
 
     def of(self, layer: int) -> Tensor:
-        """The number of one layer, 0-d, differentiable if it is trained."""
+        """Return the number of one layer, 0-d, differentiable if it is trained."""
         return self.values[self.pool[layer]]
 
     def by_layer(self) -> Tensor:
-        """The number of each layer, (L,), detached."""
+        """Return the number of each layer, (L,), detached."""
         return self.values.detach()[self._index()]
 
     def assign(self, by_layer: Tensor) -> None:
-        """Set the numbers from those of the layers, (L,), which are equal within a pool."""
+        """Set the numbers from one value for each layer, (L,), equal within a pool."""
         first = [self.pool.index(pool) for pool in range(len(self.values))]
         self.values.copy_(by_layer[torch.tensor(first, device=by_layer.device)])
 
     def sum(self, by_layer: Tensor) -> Tensor:
-        """Replace the number of each layer, (L,), by the sum over its pool."""
+        """Return for each layer the sum of the values of its pool, (L,)."""
         index = self._index()
         return torch.zeros_like(by_layer).index_add_(0, index, by_layer)[index]
 

@@ -1,4 +1,4 @@
-"""An even sample of the layers' weights, so that an update need not read all of them."""
+"""A uniform sample of the layers' weights, so that an update does not read all of them."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from torch_adapmtl.layers.layer import Layer
 
 __all__ = ["Sample", "magnitudes", "positions", "take"]
 
-# Weights looked at in one update. All of them up to here; an even sample of larger models, with an
-# error of the overall sparsity (one standard deviation at 90 %) below 0.1 % of the weights.
+# Number of weights that an update reads. A smaller model is read entirely. In a larger one, the
+# error of the overall sparsity (one standard deviation at 90 %) is below 0.1 % of the weights.
 SAMPLE = 2**17
-# Fewest weights sampled in a layer.
+# Smallest number of weights sampled in a layer.
 LAYER_SAMPLE = 1024
-# One weight of so many is sampled where zeros are fixed, once in a run: the more are sampled, the
-# fewer of the others have to be sorted then.
+# When the zeros are fixed, one weight in this many is sampled. The larger the sample, the fewer of
+# the other weights must be sorted.
 LARGE = 32
-# Weights read at once on a CPU: what is computed from them stays in a core's cache.
+# Number of weights read at once on a CPU, so that intermediate results stay in a core's cache.
 PIECE = 2**17
 
 
@@ -33,9 +33,9 @@ class Sample:
     """Magnitudes of the layers' weights, or of a sample of them.
 
     Attributes:
-        values: `|w|`, float32, flat, all layers one after the other; -1 where a mask holds a zero.
-        lengths: How many belong to each layer.
-        weights: How many weights of its layer each sampled one stands for, by layer, float64 (L,).
+        values: `|w|`, float32, flat, concatenated over the layers; -1 for zeros that a mask fixes.
+        lengths: The number of values of each layer.
+        weights: How many weights of its layer each value represents, by layer, float64 (L,).
     """
 
     values: Tensor
@@ -48,7 +48,7 @@ class Sample:
 
         Args:
             layers: The layers.
-            large: Whether to sample one weight of 32, however large the model.
+            large: Whether to sample one weight in 32, however large the model.
         """
         device = layers.device
         parts = [
@@ -64,36 +64,37 @@ class Sample:
 
 
 def positions(size: int, total: int, device: torch.device, *, large: bool = False) -> Tensor | None:
-    """Where to sample a layer: evenly spread and always the same; None for all of it.
+    """Return the positions to sample in a layer, evenly spread and deterministic; None for all.
 
     Args:
         size: Number of weights of the layer.
         total: Number of weights of all layers.
-        device: Where the positions are made.
-        large: Whether to sample one weight of 32, however large the model.
+        device: The device of the positions.
+        large: Whether to sample one weight in 32, however large the model.
     """
     if total <= SAMPLE:
         return None
     wanted = max(LAYER_SAMPLE, size // LARGE if large else round(size / total * SAMPLE))
     if wanted >= size:
         return None
-    spread = _spread if large else _cached_spread  # what is used once is not worth keeping
+    spread = _spread if large else _cached_spread  # a large sample is used only once
     return spread(size, wanted, device)
 
 
 def _spread(size: int, wanted: int, device: torch.device) -> Tensor:
-    # One in each of as many equal stretches; where in it follows no row or channel.
+    # One position in each of `wanted` equal intervals. Its place in the interval varies, so that
+    # the sample does not follow rows or channels.
     number = torch.arange(wanted + 1, device=device)
     start = (number * size).div_(wanted, rounding_mode="floor")
     inside = (number[:-1].double() * 0.6180339887498949).frac()
     return start[:-1] + (inside * start.diff()).long()
 
 
-_cached_spread = lru_cache(maxsize=4096)(_spread)  # of layers; a megabyte for each model
+_cached_spread = lru_cache(maxsize=4096)(_spread)  # layers; about a megabyte for a model
 
 
 def take(tensor: Tensor, where: Tensor | None) -> Tensor:
-    """The entries at these positions, or all, float32 and flat."""
+    """Return the entries at these positions, or all entries, float32 and flat."""
     tensor = whole(tensor.detach())
     return (tensor.flatten() if where is None else tensor.take(where)).float()
 
@@ -107,9 +108,9 @@ def _sampled(layer: Layer, where: Tensor | None) -> Tensor:
 
 
 def magnitudes(layer: Layer) -> Iterator[Tensor]:
-    """`|w|` of all weights of a layer, piece by piece, float32 and flat.
+    """Yield `|w|` of all weights of a layer in pieces, float32 and flat.
 
-    -1 where a mask holds a zero; infinity for NaN.
+    The value is -1 for zeros that a mask fixes, and infinity for NaN.
     """
     weight, mask = layer.values().flatten(), layer.mask
     size = PIECE if weight.device.type == "cpu" else max(len(weight), 1)

@@ -1,9 +1,10 @@
-"""Ways of pruning, and the controllers that they make.
+"""The methods, and the controllers that they make.
 
-`Adaptive` is the default, `Paper` the mechanism of AdapMTL as published; the others are baselines
-under the same pruner, loop and exact budget. The baselines put hard masks on the weights, without
-shrinkage: a pruned weight gets no gradient and stays pruned unless said otherwise. They end with
-exactly `round(target_sparsity * N)` zeros, and keep no floor of weights in a layer.
+`Adaptive` is the default method, and `Paper` is the mechanism of AdapMTL as published. The others
+are baselines, which use the same pruner, the same training loop and the same exact budget. The
+baselines prune by masks, without shrinkage: a pruned weight gets no gradient and stays pruned,
+unless the method documents otherwise. They end with exactly `round(target_sparsity * N)` zeros.
+They do not guarantee a minimum number of weights in a layer.
 """
 
 from __future__ import annotations

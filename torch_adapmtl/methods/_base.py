@@ -1,10 +1,10 @@
-"""What a way of pruning is: a method, which makes a controller, which moves the thresholds."""
+"""The base classes: a `Method` holds settings and makes a `Controller`, which moves thresholds."""
 
 from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch_adapmtl._precision import KeepsPrecision
 from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.layers.layer import shaped_like
+from torch_adapmtl.methods._lowest import lowest, open_score
 
 __all__ = ["Controller", "Method"]
 
@@ -21,7 +22,7 @@ _GOLDEN = 0.6180339887498949
 
 
 class Method(ABC):
-    """A way of pruning, which [`apply_adapmtl`][torch_adapmtl.apply_adapmtl] takes as `method`.
+    """A way of pruning: the `method` of [`apply_adapmtl`][torch_adapmtl.apply_adapmtl].
 
     It holds settings and makes a [`Controller`][torch_adapmtl.Controller] for each run. Make a
     subclass a frozen dataclass: `config` then reads the settings from its fields.
@@ -38,21 +39,21 @@ class Method(ABC):
     ) -> Controller:
         """Make the controller of a run.
 
-        It puts a threshold of its own on each layer (`layer.threshold`), and changes nothing else:
-        the thresholds are not attached to the model yet.
+        The controller sets `layer.threshold` of each layer and changes nothing else; the thresholds
+        are attached to the model afterwards.
 
         Args:
             layers: The layers, in the order of `model.parameters()`.
-            model: The model, plain.
+            model: The plain model, without thresholds.
             target_sparsity: Zeros among all weights of the layers at the end, as a fraction.
-            total_steps: Number of steps.
+            total_steps: Number of steps of the run.
         """
 
     def config(self) -> dict[str, Any]:
-        """Return the settings that decide what a run does, as JSON can hold them.
+        """Return the settings that decide what a run does, as values that JSON can hold.
 
-        Checkpoints store it: a state dict is loaded only into a run whose config is equal. By
-        default it is the name of the class and the fields of the dataclass.
+        A checkpoint stores the config, and a state dict is loaded only into a run with an equal
+        config. By default the config is the name of the class and the fields of the dataclass.
         """
         return settings_of(self)
 
@@ -65,19 +66,20 @@ class Controller(KeepsPrecision, ABC):
     Args:
         layers: The layers. A subclass sets `layer.threshold` of each.
         target_sparsity: Zeros among all weights of the layers at the end, as a fraction.
-        total_steps: Number of steps.
+        total_steps: Number of steps of the run.
 
     Attributes:
         zeros: The number of zeros at the end, `round(target_sparsity * N)`.
         fix_step: The step at which the zeros are fixed; no update is due after it.
-        interval: About how many steps lie between two updates.
+        interval: Approximate number of steps between two updates.
         exact: Whether the run ends with exactly `zeros` zeros, fixed by masks.
-        fixed: Whether masks hold the zeros for good.
-        allocates: Whether components are free to differ in their sparsity, and meant to.
+        fixed: Whether the zeros are fixed.
+        allocates: Whether components should differ in their sparsity; `finalize` warns if they are
+            equal.
         threshold_decay: Weight decay of thresholds that the optimiser trains.
         initial: The sparsity that the schedule starts from, as a fraction.
         synchronize: Whether processes that train together prune the same weights.
-        shardable: Whether it works on weights of which each process holds a part.
+        shardable: Whether the controller works on sharded weights (`fully_shard`).
     """
 
     exact = True
@@ -94,13 +96,13 @@ class Controller(KeepsPrecision, ABC):
         self.aim(target_sparsity, total_steps)
 
     def aim(self, target_sparsity: float, total_steps: int) -> None:
-        """Set the target, and when it is reached."""
+        """Set the target and the number of steps, and derive the other numbers from them."""
         self.target_sparsity, self.total_steps = target_sparsity, total_steps
         self.fix_step = total_steps
         self.interval = max(1, min(10, total_steps // 50))
         self.zeros = self.layers.zeros_at(target_sparsity)
 
-    # --- what a subclass says ---------------------------------------------------------------------
+    # --- for subclasses to define -----------------------------------------------------------------
 
     @abstractmethod
     def thresholds(self) -> Tensor:
@@ -108,36 +110,46 @@ class Controller(KeepsPrecision, ABC):
 
     @abstractmethod
     def fix(self) -> None:
-        """Prune to the target exactly, now, and fix the zeros: choose them, then `fix_zeros`."""
+        """Prune to exactly the target now: choose the zeros, then call `fix_zeros`."""
 
     def due(self, step: int) -> bool:
         """Whether an update is due after `step` steps."""
-        # Not a whole number of steps apart, so that batches which take turns are all seen in time.
+        # A fractional spacing, so that updates do not always meet the same batch if batches of
+        # several kinds alternate.
         spacing = self.interval + _GOLDEN if self.interval > 1 else 1
         turn = step // spacing != (step - 1) // spacing
         return step == self.fix_step or (turn and step < self.fix_step)
 
     def update(self, step: int) -> None:
-        """Move thresholds and masks to where they should be after `step` steps."""
+        """Move thresholds and masks to their values after `step` steps."""
 
     def prepare(self, step: int, due: bool) -> None:
-        """Get ready for the step after `step` steps; `due` says whether an update follows it.
+        """Prepare for the step that follows `step` steps.
 
-        Called once before the losses of each step, and again after a copy or a load: what is
-        registered here (hooks on parameters) need not survive either.
+        Called once before the losses of each step, and again after the model was copied or a state
+        was loaded. Hooks on parameters can be registered here: they are registered again then.
+
+        Args:
+            step: Number of steps taken.
+            due: Whether an update is due after the coming step.
         """
 
     def observe(self, losses: Mapping[str, Tensor]) -> None:
-        """See the task losses of a step before they are weighted, 0-d and with their graph."""
+        """Receive the unweighted task losses of a step, 0-d and with their graph."""
 
     def refresh(self) -> None:
-        """Derive from the state what is not in it, after a state dict was loaded."""
+        """Recompute everything that the state dict does not hold, after it was loaded."""
 
     def retarget(self, target_sparsity: float, total_steps: int, zeros: int) -> None:
-        """Start anew, from the present number of `zeros` to another target.
+        """Start a new run to another target.
+
+        Args:
+            target_sparsity: Zeros among all weights of the layers at the end, as a fraction.
+            total_steps: Number of steps of the new run.
+            zeros: The present number of zeros.
 
         Raises:
-            RuntimeError: Unless the subclass can.
+            RuntimeError: Unless a subclass supports it.
         """
         raise RuntimeError(
             "retarget() needs method='adaptive', whose thresholds follow a schedule: call "
@@ -146,40 +158,67 @@ class Controller(KeepsPrecision, ABC):
         )
 
     def missed(self, sparsity: float) -> str:
-        """Why a run that is not exact ended at this sparsity and what to do; empty if it is fine.
+        """Explain why the run missed its target, with a remedy; an empty string if it did not.
 
         Args:
             sparsity: Zeros among all weights of the layers, as a fraction.
         """
         return ""
 
-    # --- what it does for a subclass --------------------------------------------------------------
+    # --- provided to subclasses -------------------------------------------------------------------
 
+    @torch.inference_mode(False)  # masks stay for training, where step() may be called from
     def step(self, step: int, due: bool) -> None:
-        """Do what is due after `step` steps."""
+        """Update or fix after `step` steps if that is due; at the last step, write the zeros."""
         if due and not self.fixed:
             self.fix() if step == self.fix_step else self.update(step)
         elif self.fixed and step == self.total_steps:
-            self.write()  # momentum has moved what the masks hide, or a remaining weight onto zero
+            # The optimiser may have moved parameters under the masks, or a kept weight to zero.
+            self.write()
 
     @torch.no_grad()
     def fix_zeros(self, keep: list[Tensor]) -> None:
         """Write the sparse weights into the parameters, and fix their zeros by masks.
 
+        The thresholds become zero.
+
         Args:
-            keep: For each layer which of its weights remain, bool and flat.
+            keep: Which weights of each layer remain, one flat bool tensor for each layer.
+
+        Raises:
+            RuntimeError: If they do not leave exactly `zeros` zeros.
         """
+        zeros = self.layers.total - sum(int(torch.count_nonzero(flat)) for flat in keep)
+        if zeros != self.zeros:
+            raise RuntimeError(
+                f"{type(self).__name__} was to fix {self.zeros} zeros of {self.layers.total} "
+                f"weights, and chose {zeros}: choose that many, as fix_lowest() does"
+            )
         for layer, flat in zip(self.layers, keep, strict=True):
             layer.threshold.mask = shaped_like(layer.weight, flat)
         self.write()
+        for layer in self.layers:
+            layer.threshold.set_threshold(0.0)  # else weights would shrink again
         self.fixed = True
+
+    def fix_lowest(self, scores: Sequence[Tensor]) -> None:
+        """Prune the weights with the lowest scores to exactly the target, and fix the zeros.
+
+        Args:
+            scores: A tensor for each layer, in the weight's shape or flat. Weights that a mask has
+                pruned already stay pruned.
+        """
+        opened = [
+            open_score(score, layer) for score, layer in zip(scores, self.layers, strict=True)
+        ]
+        self.fix_zeros([~flat for flat in lowest(opened, self.zeros)])
 
     @torch.no_grad()
     def write(self) -> None:
-        """Write the sparse weights into the parameters, none of those that remain as zero.
+        """Write the sparse weights into the parameters; no weight that remains is zero.
 
-        A weight that remains may tie with the threshold, or have been zero all along; it gets the
-        smallest number, so that it does not count as pruned.
+        A weight that the mask keeps can still be zero, because it equals the threshold or was zero
+        before. It gets the smallest positive number, so that the number of zeros is exact.
         """
         for layer in self.layers:
             sparse = layer.sparse()
@@ -189,19 +228,29 @@ class Controller(KeepsPrecision, ABC):
 
 
 def settings_of(settings: Any) -> dict[str, Any]:
-    """The name of a class and the fields of its dataclass, as JSON can hold them."""
-    fields = dataclasses.fields(settings) if dataclasses.is_dataclass(settings) else ()
-    values = {field.name: _as_json(getattr(settings, field.name)) for field in fields}
-    return {"name": type(settings).__name__, **values}
+    """The name of a class and its dataclass fields, as values that JSON can hold."""
+    name = type(settings).__name__
+    if not dataclasses.is_dataclass(settings):
+        raise TypeError(
+            f"config: {name} is not a dataclass, so that its settings are not known: make it one "
+            f"(@dataclass(frozen=True)), or override config()"
+        )
+    fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    return {"name": name, **as_json(fields, name)}
 
 
-def _as_json(value: Any) -> Any:
+def as_json(value: Any, path: str) -> Any:
+    """A setting as JSON gives it back: tuples as lists, names as strings, numbers of Python.
+
+    Raises:
+        TypeError: If JSON cannot hold it; `path` says where it stands.
+    """
     if dataclasses.is_dataclass(value):
         return settings_of(value)
     if isinstance(value, Mapping):
-        return {str(name): _as_json(item) for name, item in value.items()}
+        return {str(name): as_json(item, f"{path}.{name}") for name, item in value.items()}
     if isinstance(value, tuple | list):
-        return [_as_json(item) for item in value]
+        return [as_json(item, f"{path}[{i}]") for i, item in enumerate(value)]
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, Integral):
@@ -209,12 +258,12 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, Real):
         return float(value)
     raise TypeError(
-        f"config() cannot store {value!r}: use numbers, strings, lists, mappings and dataclasses "
-        f"as settings, or override config()"
+        f"config: {path} is {value!r}, which a checkpoint cannot store: use numbers, strings, "
+        f"lists, mappings and dataclasses as settings, or override config()"
     )
 
 
 def _smallest(dtype: torch.dtype) -> float:
-    """The smallest positive number that is safe from being flushed to zero."""
-    # Half precision has few small numbers, and its subnormals are never flushed.
+    """The smallest positive number that the device does not flush to zero."""
+    # float16 subnormals are never flushed, and its smallest normal number is rather large.
     return 2.0**-24 if dtype == torch.float16 else torch.finfo(dtype).tiny

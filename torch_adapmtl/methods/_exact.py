@@ -1,4 +1,4 @@
-"""The exact choice of the weights with the lowest scores, in a few passes over them."""
+"""The exact choice of the weights with the lowest scores, in a few passes over all weights."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _TINY = torch.finfo(torch.float32).tiny
 def choose(layers: Layers, factors: Tensor, bounds: Bounds, zeros: int) -> list[Tensor]:
     """Choose the weights that remain when exactly `zeros` are pruned, lowest scores first.
 
-    A sample says near which levels the exact ones lie, so that only the scores near them are
-    sorted.
+    A sample gives a window of levels that contains the exact levels, so that only the scores in
+    this window are sorted.
 
     Args:
         layers: The layers.
-        factors: What the magnitudes are multiplied by to become scores, for each layer, (L,).
+        factors: The factor of each layer, (L,): a score is the magnitude times the factor.
         bounds: Bounds in numbers of zeros.
         zeros: How many weights to prune.
 
     Returns:
-        For each layer which weights remain, bool and flat.
+        Which weights of each layer remain, one flat bool tensor for each layer.
     """
     sample = Sample.draw(layers, large=True)
     scores = Scores(sample.values, sample.lengths, sample.weights).scaled(factors)
@@ -37,7 +37,7 @@ def choose(layers: Layers, factors: Tensor, bounds: Bounds, zeros: int) -> list[
     low, high = scores.window(solve(scores, bounds, budget))
     level, numbers = select(_near(layers, factors, low, high), bounds, zeros)
     exact = torch.tensor(level, device=factors.device)
-    if not bool(((low <= exact) & (exact <= high)).all()):  # the sample was not a fair one
+    if not bool(((low <= exact) & (exact <= high)).all()):  # the sample was not representative
         low, high = torch.full_like(low, -1), torch.full_like(high, MAX_BITS)
         level, numbers = select(_near(layers, factors, low, high), bounds, zeros)
     rows = zip(layers, factors.tolist(), level, numbers, strict=True)
@@ -45,7 +45,7 @@ def choose(layers: Layers, factors: Tensor, bounds: Bounds, zeros: int) -> list[
 
 
 def _near(layers: Layers, factors: Tensor, low: Tensor, high: Tensor) -> Scores:
-    """The scores within a window of levels for each layer, and how many lie below it."""
+    """The scores within each layer's window of levels, and the number of scores below it."""
     device = factors.device
     lows = torch.where(low < 1, -torch.inf, from_bits(low)).tolist()
     highs = torch.where(high < MAX_BITS, from_bits(high), torch.inf).tolist()
@@ -65,16 +65,16 @@ def _near(layers: Layers, factors: Tensor, low: Tensor, high: Tensor) -> Scores:
 
 
 def _remaining(layer: Layer, factor: float, level: int, zeros: int) -> Tensor:
-    """Mark the weights of a layer that remain, given `select`'s answer for it: bool, flat.
+    """Mark the weights of a layer that remain, bool and flat, from the result of `select`.
 
-    All with scores below the level are pruned and, of those that tie at it, the first ones in
-    storage order, `zeros` in all.
+    All weights with scores below the level are pruned. Of the weights whose score equals the level,
+    the first in storage order are pruned, until `zeros` weights are pruned.
     """
     keep = torch.ones(layer.weight.numel(), dtype=torch.bool, device=layer.weight.device)
     if zeros == 0:
         return keep
-    # Level 0 is that of the weights that a mask holds, whose scores are negative; the last level
-    # is that of all that is not finite.
+    # Level 0 stands for weights that a mask keeps at zero, whose scores are negative. The last
+    # level also stands for all scores that are not finite.
     lowest = float(from_bits(torch.tensor(level))) if level > 0 else -torch.inf
     highest = torch.inf if level == MAX_BITS else lowest if level > 0 else -_TINY
     places = keep.split(sampling.PIECE if keep.device.type == "cpu" else len(keep))

@@ -1,4 +1,4 @@
-"""The default method: one level for the budget, an offset for every layer."""
+"""The default method: one common level that meets the budget, and an offset for each layer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch_adapmtl.allocation.gradient import GradientAllocation
 from torch_adapmtl.allocation.lamp import LAMPAllocation
 from torch_adapmtl.allocation.sensitivity import SensitivityAllocation
 from torch_adapmtl.budget.density import DensityBounds, check_density
-from torch_adapmtl.budget.schedule import SparsitySchedule
+from torch_adapmtl.budget.schedule import SparsitySchedule, check_schedule
 from torch_adapmtl.budget.solver import Bounds, Scores, from_bits, solve
 from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.layers.layer import count_zeros
@@ -39,33 +39,33 @@ _ALLOCATIONS: Mapping[str, type[Allocation]] = {
 class Adaptive(Method):
     """An exact budget over AdapMTL's soft thresholds; the default of `apply_adapmtl`.
 
-    All thresholds follow one level, solved so that the overall sparsity keeps to its schedule and
-    ends at the target exactly, times `exp(offset)` with an offset for each layer. It differs from
-    the paper (arXiv 2408.03913), where each component trains one threshold and the sparsity
-    follows; [`Paper`][torch_adapmtl.Paper] is that mechanism.
+    The threshold of a layer is a common level times `exp(offset)`, with an offset for each layer.
+    The level is solved at each update so that the overall sparsity follows its schedule, and the
+    run ends at exactly the target. In the paper (arXiv 2408.03913) each component trains one
+    threshold, and the sparsity is what results; [`Paper`][torch_adapmtl.Paper] is that mechanism.
 
     Args:
         schedule: How the sparsity rises.
-        granularity: One offset for each `"layer"`, or each `"component"` as in the paper.
-        allocation: What moves the offsets: `"lamp"`, what each layer's weights contribute to its
-            output; `"sensitivity"`, what pruning costs the loss; `"gradient"`, the task gradient
-            (the paper's way); `"common"`, nothing: one threshold for all. Or an instance of
-            [`LAMPAllocation`][torch_adapmtl.LAMPAllocation],
+        granularity: One offset for each `"layer"`, or for each `"component"` as in the paper.
+        allocation: What moves the offsets. `"lamp"`: the contribution of each layer's weights to
+            its output. `"sensitivity"`: the estimated cost of pruning for the loss. `"gradient"`:
+            the gradient of the loss, as in the paper. `"common"`: nothing, so that all layers have
+            the same threshold. Or an instance of [`LAMPAllocation`][torch_adapmtl.LAMPAllocation],
             [`SensitivityAllocation`][torch_adapmtl.SensitivityAllocation] or
             [`GradientAllocation`][torch_adapmtl.GradientAllocation].
-        gradient: Whether pruned weights receive gradients until the schedule's `regrow_until`
-            (`"straight_through"`), or never (`"mask"`, the paper's).
-        reach: Where the shrinkage of the remaining weights ends, in units of the threshold;
-            `math.inf` for the paper's soft threshold. See
+        gradient: `"straight_through"`: pruned weights receive gradients until the schedule's
+            `regrow_until`. `"mask"`: pruned weights never receive gradients, as in the paper.
+        reach: Magnitude at which the shrinkage of the remaining weights ends, in units of the
+            threshold; `math.inf` for the paper's soft threshold. See
             [`soft_threshold`][torch_adapmtl.soft_threshold].
-        min_density: Least share of nonzero weights of a component, as a fraction; one for all or a
-            mapping by component. Every layer also keeps a floor: a tenth of the overall density,
-            and more if it is small.
-        max_density: Largest share of nonzero weights of a component, likewise.
+        min_density: Smallest share of nonzero weights in a component, as a fraction: one number for
+            all components, or a mapping by component. Independently of it, each layer keeps at
+            least a tenth of the overall density, and a layer with few weights keeps more.
+        max_density: Largest share of nonzero weights in a component, in the same form.
 
     Raises:
-        ValueError: If an argument is out of range. By `apply_adapmtl`, if the bounds leave no room
-            for the target.
+        ValueError: If an argument is out of range. Also in `apply_adapmtl`, if the bounds make the
+            target impossible.
         TypeError: If an argument is of the wrong kind.
 
     Example:
@@ -84,11 +84,7 @@ class Adaptive(Method):
     max_density: float | Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.schedule, SparsitySchedule):
-            raise TypeError(
-                f"schedule must be a SparsitySchedule, such as SparsitySchedule(shape='linear'), "
-                f"got {self.schedule!r}"
-            )
+        check_schedule(self.schedule)
         check_choice("granularity", self.granularity, ("layer", "component"))
         if not isinstance(self.allocation, Allocation):
             check_choice("allocation", self.allocation, tuple(_ALLOCATIONS))
@@ -101,7 +97,7 @@ class Adaptive(Method):
             density = getattr(self, name)
             check_density(name, density)
             if isinstance(density, Mapping):
-                object.__setattr__(self, name, dict(density))  # the caller may change theirs
+                object.__setattr__(self, name, dict(density))  # a copy of the caller's
 
     def config(self) -> dict[str, Any]:
         """Return the settings, without those that have no effect."""
@@ -124,11 +120,11 @@ class Adaptive(Method):
 
 
 class _OffsetThreshold(SoftThreshold):
-    """alpha = level * exp(offset), with an offset that the task gradient trains."""
+    """alpha = level * exp(offset), with an offset that the gradient of the loss trains."""
 
     def __init__(self, offsets: Pooled, layer: int, **options: Any) -> None:
         super().__init__(0.0, **options)
-        self._source = (offsets, layer)  # in a tuple: not a submodule of its own
+        self._source = (offsets, layer)  # in a tuple, so that it is not registered as a submodule
 
     def threshold(self) -> Tensor:
         offsets, layer = self._source
@@ -140,20 +136,21 @@ class _OffsetThreshold(SoftThreshold):
 
 
 class AdaptiveController(Controller):
-    """Keeps the overall sparsity on its schedule and shares it out between the layers.
+    """Keeps the overall sparsity on its schedule, and distributes it over the layers.
 
     Args:
         method: The settings.
         layers: The layers.
         target_sparsity: Zeros among all weights of the layers at the end, as a fraction.
-        total_steps: Number of steps.
+        total_steps: Number of steps of the run.
 
     Attributes:
-        level: The level of each layer: the same for all but those that a bound holds back, (L,).
-        offsets: The offsets, by pool, in units of log alpha.
+        level: The level of each layer, (L,): the common level, or a lower or higher one where a
+            bound applies.
+        offsets: The offsets, one for each pool of layers that share it, in units of log alpha.
 
     Raises:
-        ValueError: If the bounds leave no room for the target; with the arithmetic.
+        ValueError: If the bounds make the target impossible; the error shows the numbers.
     """
 
     level: Tensor
@@ -190,21 +187,21 @@ class AdaptiveController(Controller):
         self.allocator = self.allocation.allocator(layers, self.offsets)
 
     def aim(self, target_sparsity: float, total_steps: int) -> None:
-        """Set the target, and when the zeros are fixed."""
+        """Set the target, and derive the step at which the zeros are fixed."""
         super().aim(target_sparsity, total_steps)
         self.fix_step = self.method.schedule.fix_step(total_steps)
 
     def thresholds(self) -> Tensor:
         """The threshold of each layer, in units of the weight, float32 of shape (L,).
 
-        Once the zeros are fixed, the thresholds of the last update.
+        Once the zeros are fixed, these are the thresholds of the last update.
         """
         return self.level * self.offsets.by_layer().exp()
 
     # --- in the course of the run -----------------------------------------------------------------
 
     def prepare(self, step: int, due: bool) -> None:
-        """Let pruned weights receive gradients, or not, and the allocator listen to gradients."""
+        """Switch the gradients of pruned weights and the gradient hooks of the allocator."""
         method = self.method
         regrow = method.gradient == "straight_through" and method.schedule.regrows(
             step, self.total_steps
@@ -233,21 +230,21 @@ class AdaptiveController(Controller):
         self._set_thresholds()
 
     def _mobility(self, step: int) -> float:
-        """How far offsets may still move: all the way, then ever less from the schedule's end on.
+        """The factor of the offsets' moves: 1, and falling to 0 after the end of the schedule.
 
-        A moving threshold shifts what its layer computes, and weights whose learning rate has
-        decayed cannot follow.
+        A threshold that moves changes the output of its layer, and weights cannot adapt to that
+        once their learning rate has decayed.
         """
         end = self.method.schedule.end * self.total_steps
         return min(1.0, (self.fix_step - step) / max(self.fix_step - end, 1.0))
 
     def _set_offsets(self, offsets: Tensor) -> None:
-        # An offset that the gradient has made NaN starts anew.
+        # An offset that training has made NaN is set to 0.
         bound = self.allocation.bound
         self.offsets.assign(offsets.nan_to_num(0.0).clamp(-bound, bound))
 
     def _factors(self) -> Tensor:
-        """By what a magnitude is multiplied to become a score, for each layer, (L,)."""
+        """The factor of each layer, (L,): a score is the magnitude times the factor."""
         return self.offsets.by_layer().neg().exp()
 
     def _solve(self, scores: Scores, zeros: float) -> Tensor:
@@ -255,7 +252,7 @@ class AdaptiveController(Controller):
         return solve(scores, self._bounds(zeros), budget)
 
     def _set_thresholds(self) -> None:
-        """Set the threshold of every layer, after an update."""
+        """Write the thresholds into the layers, after an update."""
         alphas = self.level if self.allocation.trained else self.thresholds()
         for layer, alpha in zip(self.layers, alphas.tolist(), strict=True):
             value = 0.0 if self.fixed else min(alpha, torch.finfo(layer.weight.dtype).max)
@@ -272,7 +269,8 @@ class AdaptiveController(Controller):
     def _bounds(self, zeros: float) -> Bounds:
         """The bounds while `zeros` weights are to be zero."""
         density, method = self._density, self.method
-        if zeros > density.zeros:  # on the way down to the target, whose floors come with it
+        # While the sparsity falls to the target, the floors follow the present density.
+        if zeros > density.zeros:
             density = DensityBounds(
                 self.layers,
                 density.masked,
@@ -282,36 +280,34 @@ class AdaptiveController(Controller):
             )
         return density.at(zeros, self.level.device)
 
-    # --- the end, another target, a loaded state --------------------------------------------------
+    # --- fixing the zeros, another target, a loaded state -----------------------------------------
 
-    @torch.inference_mode(False)  # the masks stay for training, where this may be called from
     @torch.no_grad()
     def fix(self) -> None:
-        """Write the sparse weights into the parameters, with the exact number of zeros, masked.
+        """Write the sparse weights into the parameters, and fix the exact number of zeros by masks.
 
-        The thresholds stay as they are, and only the choice of zeros becomes exact: nothing is
-        trained afterwards that could make up for a moved threshold.
+        The remaining weights are shrunk by the thresholds of the last update; only the choice of
+        zeros becomes exact. So the model's output hardly changes at this step.
         """
         self._set_offsets(self.offsets.by_layer())
         self.fix_zeros(choose(self.layers, self._factors(), self._bounds(self.zeros), self.zeros))
         if self.allocator is not None:
             self.allocator.stop()
-        self._set_thresholds()
 
     def retarget(self, target_sparsity: float, total_steps: int, zeros: int) -> None:
-        """Start anew, from the present number of `zeros` to another target.
+        """Start a new run, from the present number of `zeros` to another target.
 
-        Zeros that masks hold stay if the target is higher. If it is lower, those may return that
-        were not there when the run began.
+        If the target is higher, fixed zeros stay zero. If it is lower, pruned weights may become
+        nonzero again, except those that were zero when the first run began.
 
         Raises:
-            ValueError: If the bounds leave no room for the target; nothing is changed then.
+            ValueError: If the bounds make the target impossible; nothing is changed then.
         """
         rising = self.layers.zeros_at(target_sparsity) >= zeros
         masks = [layer.mask if rising else layer.initial_mask for layer in self.layers]
         self._bound([count_zeros(mask) for mask in masks], target_sparsity)
         if self.fixed:
-            self.write()  # momentum has moved what the masks hide
+            self.write()  # the optimiser may have moved parameters under the masks
         for layer, mask in zip(self.layers, masks, strict=True):
             layer.threshold.mask = None if mask is None else mask.to(layer.weight.device)
         self.aim(target_sparsity, total_steps)
@@ -320,7 +316,7 @@ class AdaptiveController(Controller):
 
     def refresh(self) -> None:
         """Set thresholds and bounds from the loaded state."""
-        if not self.fixed:  # masks of a model that was sparse before count in the bounds
+        if not self.fixed:  # the masks are the initial ones, whose zeros count in the bounds
             masked = [count_zeros(layer.mask) for layer in self.layers]
             self._bound(masked, self.target_sparsity)
         self._set_thresholds()

@@ -1,4 +1,4 @@
-"""Iterative magnitude pruning, with rewinding (the lottery ticket) or without."""
+"""Iterative magnitude pruning, with or without rewinding (the lottery ticket)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from torch_adapmtl._checks import check_count
+from torch_adapmtl._checks import check_count, check_flag
 from torch_adapmtl.budget.schedule import SparsitySchedule
 from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.methods._base import Method
@@ -18,20 +18,21 @@ __all__ = ["IterativeController", "IterativeMagnitude"]
 
 @dataclass(frozen=True)
 class IterativeMagnitude(Method):
-    """Train, prune the smallest weights of the model, and again (Han et al., arXiv 1506.02626).
+    """Iterative magnitude pruning: train, prune the smallest weights, repeat (arXiv 1506.02626).
 
-    The run is cut into `rounds + 1` phases of equal length. After phase k the density becomes
-    `(1 - target_sparsity) ** (k / rounds)`, by global magnitude. With `rewind`, the remaining
-    weights then go back to their initial values, with all other parameters and buffers: the lottery
-    ticket (Frankle and Carbin, arXiv 1803.03635). The optimiser and its schedule should begin anew
-    in every phase, which is the training loop's part: `phases` says where.
+    The run is divided into `rounds + 1` phases of equal length. After phase k, global magnitude
+    pruning reduces the density to `(1 - target_sparsity) ** (k / rounds)` (Han et al.). With
+    `rewind`, the remaining weights and all other parameters and buffers are then reset to their
+    initial values: the lottery ticket (Frankle and Carbin, arXiv 1803.03635). The optimiser and its
+    learning-rate schedule should be restarted in every phase. The training loop must do this;
+    `phases` returns the steps.
 
     Args:
-        rounds: Number of times that weights are pruned.
-        rewind: Whether the remaining weights go back to their initial values.
+        rounds: How many times weights are pruned.
+        rewind: Whether the remaining weights are reset to their initial values.
 
     Raises:
-        ValueError: If `rounds` is no integer >= 1.
+        ValueError: If `rounds` is not an integer >= 1.
 
     Example:
         >>> from torch_adapmtl import IterativeMagnitude
@@ -44,9 +45,10 @@ class IterativeMagnitude(Method):
 
     def __post_init__(self) -> None:
         check_count("rounds", self.rounds)
+        check_flag("rewind", self.rewind)
 
     def phases(self, total_steps: int) -> list[int]:
-        """The steps at which phases begin."""
+        """Return the steps at which the phases begin."""
         return [round(total_steps * k / (self.rounds + 1)) for k in range(self.rounds + 1)]
 
     def controller(
@@ -57,12 +59,12 @@ class IterativeMagnitude(Method):
 
 
 class IterativeController(MagnitudeController):
-    """Prunes in rounds, and rewinds.
+    """Prunes at the end of each phase, and rewinds.
 
     Args:
         method: The settings.
         layers: See `MaskController`.
-        model: The model, whose other parameters and buffers are rewound too.
+        model: The model; its other parameters and its buffers are rewound too.
         target_sparsity: See `MaskController`.
         total_steps: See `MaskController`.
     """
@@ -79,21 +81,21 @@ class IterativeController(MagnitudeController):
     ) -> None:
         super().__init__(layers, target_sparsity, total_steps, SparsitySchedule())
         self.method = method
-        self.__dict__["_model"] = model  # not a submodule: this module is one of the model's
+        self.__dict__["_model"] = model  # not a submodule: the model contains this module
         pruned = {id(layer.weight) for layer in layers}
-        for layer in layers:  # masks of torch.nn.utils.prune are taken over, and do not train
+        for layer in layers:  # earlier masks move into the layer, and are not trained
             pruned |= {id(module._buffers.get(name + "_mask")) for module, name in layer.owners}
         tensors = [*model.named_parameters(), *model.named_buffers()]
-        self._others = [name for name, tensor in tensors if id(tensor) not in pruned]
+        self._unpruned = [name for name, tensor in tensors if id(tensor) not in pruned]
         if method.rewind:
             for i, tensor in enumerate(self._tensors()):
                 self.register_buffer(f"initial_{i}", tensor.detach().clone())
 
     def _tensors(self) -> list[Tensor]:
-        """All that training changes, always in the same order."""
+        """All tensors that training changes, always in the same order."""
         named: dict[str, Tensor] = dict(self._model.named_parameters())
         named.update(self._model.named_buffers())
-        return [layer.weight for layer in self.layers] + [named[name] for name in self._others]
+        return [layer.weight for layer in self.layers] + [named[name] for name in self._unpruned]
 
     def due(self, step: int) -> bool:
         """Whether weights are pruned after `step` steps: at the end of each phase."""
@@ -101,7 +103,7 @@ class IterativeController(MagnitudeController):
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Prune to the density of the phase that begins, and rewind."""
+        """Prune to the density of the next phase, and rewind."""
         rounds = self.method.rounds
         phase = self.method.phases(self.total_steps).index(step)
         density = (1 - self.target_sparsity) ** (phase / rounds)

@@ -1,4 +1,4 @@
-"""Magnitude pruning, over the whole model or uniformly."""
+"""Magnitude pruning: globally, or with the same sparsity in every layer."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from torch_adapmtl._checks import check_choice
-from torch_adapmtl.budget.schedule import SparsitySchedule
+from torch_adapmtl.budget.schedule import SparsitySchedule, check_schedule
 from torch_adapmtl.layers.collection import Layers
-from torch_adapmtl.methods.masks import MaskController, MaskMethod, lowest
+from torch_adapmtl.methods._lowest import lowest
+from torch_adapmtl.methods.masks import MaskController, MaskMethod
 
 __all__ = ["Magnitude", "MagnitudeController"]
 
@@ -21,16 +22,16 @@ __all__ = ["Magnitude", "MagnitudeController"]
 class Magnitude(MaskMethod):
     """Gradual magnitude pruning (Zhu and Gupta, arXiv 1710.01878): the smallest weights first.
 
-    One-shot pruning with finetuning is the same with a schedule of no length, such as
+    For one-shot pruning with finetuning, pass a schedule that ends where it starts, such as
     `SparsitySchedule(start=0.5, end=0.5)`.
 
     Args:
-        scope: `"global"`: one threshold for the whole model; `"uniform"`: the same sparsity in
-            every layer.
+        scope: `"global"`: the smallest weights of the whole model are pruned. `"uniform"`: every
+            layer has the same sparsity.
         schedule: How the sparsity rises.
 
     Raises:
-        ValueError: If `scope` is neither.
+        ValueError: If `scope` is another value.
 
     Example:
         >>> from torch_adapmtl import Magnitude
@@ -43,6 +44,7 @@ class Magnitude(MaskMethod):
 
     def __post_init__(self) -> None:
         check_choice("scope", self.scope, ("global", "uniform"))
+        check_schedule(self.schedule)
 
     def controller(
         self, layers: Layers, model: nn.Module, *, target_sparsity: float, total_steps: int
@@ -55,14 +57,14 @@ class Magnitude(MaskMethod):
 
 
 class MagnitudeController(MaskController):
-    """Masks the weights of the smallest magnitude.
+    """Prunes the weights with the smallest magnitudes.
 
     Args:
         layers: See `MaskController`.
         target_sparsity: See `MaskController`.
         total_steps: See `MaskController`.
         schedule: See `MaskController`.
-        uniform: Whether every layer gets the same sparsity.
+        uniform: Whether every layer has the same sparsity.
     """
 
     def __init__(
@@ -78,11 +80,11 @@ class MagnitudeController(MaskController):
         self.uniform = uniform
 
     def scores(self) -> list[Tensor]:
-        """The magnitudes."""
+        """The magnitude of each weight."""
         return [layer.weight.abs() for layer in self.layers]
 
     def choose(self, zeros: int) -> list[Tensor]:
-        """Mark the smallest weights: of all, or of every layer its share."""
+        """Mark the smallest weights of the model, or of each layer in proportion to its size."""
         if not self.uniform:
             return super().choose(zeros)
         scores = self.open_scores()
@@ -92,9 +94,9 @@ class MagnitudeController(MaskController):
 
 
 def _shares(zeros: int, sizes: Sequence[int], least: Sequence[int]) -> list[int]:
-    """Split `zeros` in proportion to `sizes`, in whole numbers that sum to it, none below `least`.
+    """Split `zeros` in proportion to `sizes` into integers with the sum `zeros`.
 
-    The least are at most `zeros` together.
+    No part is smaller than its entry of `least`, whose sum must be at most `zeros`.
     """
     shares = list(least)
     free = list(range(len(sizes)))

@@ -1,52 +1,29 @@
-"""Hard masks on exactly as many weights as asked: the base of all methods that score weights."""
+"""Pruning by scores and masks, to an exact number of zeros: the base of the baselines."""
 
 from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torch_adapmtl._distributed import agree
-from torch_adapmtl.budget.schedule import SparsitySchedule
+from torch_adapmtl.budget.schedule import SparsitySchedule, check_schedule
 from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.layers.gradient_hooks import GradientHooks
 from torch_adapmtl.layers.layer import shaped_like
 from torch_adapmtl.methods._base import Controller, Method
+from torch_adapmtl.methods._lowest import lowest, open_score
 from torch_adapmtl.tensor.soft_threshold import SoftThreshold
 
-__all__ = ["MaskController", "MaskMethod", "OneShotController", "lowest", "task_gradients"]
-
-
-def lowest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Mark the `count` lowest of all scores together; of equal ones the first in order.
-
-    Args:
-        scores: Any shapes; -inf, for weights that are pruned already, comes first, then NaN.
-        count: How many to mark.
-
-    Returns:
-        Boolean tensors, flat, one for each of `scores`.
-    """
-    flat = torch.cat([part.flatten() for part in scores])
-    # Above -inf, or a NaN could take the place of a pruned weight, which would return.
-    least = torch.finfo(flat.dtype).min
-    flat = flat.nan_to_num(nan=least, posinf=torch.inf, neginf=-torch.inf)
-    if count == 0:
-        marked = torch.zeros_like(flat, dtype=torch.bool)
-    else:
-        level = flat.kthvalue(count).values
-        marked = flat < level
-        ties = (flat == level).nonzero().squeeze(1)
-        marked[ties[: count - int(marked.sum())]] = True
-    return list(marked.split([part.numel() for part in scores]))
+__all__ = ["MaskController", "MaskMethod", "OneShotController", "task_gradients"]
 
 
 def task_gradients(losses: Mapping[str, Tensor], layers: Layers) -> dict[str, list[Tensor | None]]:
-    """The gradient of each task's loss for each layer's weight; None where a task has none."""
+    """The gradient of each task's loss for each layer's weight; None if the loss is independent."""
     weights = [layer.weight for layer in layers]
     return {
         task: list(torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True))
@@ -55,7 +32,7 @@ def task_gradients(losses: Mapping[str, Tensor], layers: Layers) -> dict[str, li
 
 
 class MaskMethod(Method):
-    """A method whose masks follow the rise of a schedule, and nothing else of it."""
+    """A method whose masks follow a schedule but do not use its `fix_at` and `regrow_until`."""
 
     def config(self) -> dict[str, Any]:
         """Return the settings, without those of the schedule that have no effect."""
@@ -66,19 +43,30 @@ class MaskMethod(Method):
 
 
 class MaskController(Controller):
-    """Prunes the weights with the lowest scores, by hard masks that follow a schedule.
+    """Prunes the weights with the lowest scores, by masks that follow a schedule.
 
-    A pruned weight gets no gradient and stays pruned. A subclass says in `scores` what each weight
-    is worth; [a criterion of your own](../how-to/own-method.md) shows how.
+    A pruned weight gets no gradient and stays pruned. A subclass defines `scores`; see
+    [Prune by a criterion of your own](../how-to/own-method.md).
 
     Args:
-        layers: The layers; their thresholds (zero) are made here.
+        layers: The layers. Their thresholds, all zero, are made here.
         target_sparsity: Zeros among all weights of the layers at the end, as a fraction.
-        total_steps: Number of steps.
+        total_steps: Number of steps of the run.
         schedule: How the sparsity rises.
 
     Raises:
-        ValueError: If the model has more zeros that stay than the target asks for.
+        ValueError: If initial masks fix more zeros than the target asks for.
+
+    Example:
+        >>> import torch
+        >>> from torch_adapmtl import Layer, Layers, MaskController, SparsitySchedule
+        >>> class LargestFirst(MaskController):
+        ...     def scores(self):
+        ...         return [-layer.weight.abs() for layer in self.layers]
+        >>> linear = torch.nn.Linear(4, 4)
+        >>> layers = Layers([Layer("weight", "main", ((linear, "weight"),))])
+        >>> LargestFirst(layers, 0.5, 100, SparsitySchedule()).zeros
+        8
     """
 
     def __init__(
@@ -88,14 +76,15 @@ class MaskController(Controller):
         total_steps: int,
         schedule: SparsitySchedule,
     ) -> None:
+        check_schedule(schedule)
         super().__init__(layers, target_sparsity, total_steps)
         self.schedule = schedule
         self._initial_zeros = sum(layers.initial_zeros)
         if self._initial_zeros > self.zeros:
             raise ValueError(
                 f"target_sparsity={target_sparsity} asks for {self.zeros} zeros, but masks that "
-                f"are there already hold {self._initial_zeros}: raise the target or remove the "
-                f"masks"
+                f"are there already, or zeros that are kept, hold {self._initial_zeros}: raise the "
+                f"target, pass keep_zeros=False, or remove the masks"
             )
         for layer in layers:
             weight = layer.weight
@@ -104,67 +93,68 @@ class MaskController(Controller):
 
     @abstractmethod
     def scores(self) -> list[Tensor]:
-        """What each weight is worth: for each layer a tensor in the weight's shape, or flat."""
+        """Return the score of each weight: a tensor for each layer, in the weight's shape or flat.
+
+        The weights with the lowest scores are pruned.
+        """
 
     def on_gradient(self, index: int, weight: nn.Parameter) -> None:
-        """See the gradient (`weight.grad`) that the layer of this index has just received.
+        """Use the gradient (`weight.grad`) that a layer's weight has just received.
 
-        Called in every backward pass until the zeros are fixed, if a subclass overrides it.
+        If a subclass overrides this, it is called in every backward pass until the zeros are fixed.
+
+        Args:
+            index: The index of the layer.
+            weight: Its weight.
         """
 
     def thresholds(self) -> Tensor:
-        """The thresholds: none."""
+        """The thresholds, which are all zero."""
         return torch.zeros(len(self.layers), device=self.layers.device)
 
     def prepare(self, step: int, due: bool) -> None:
-        """Listen to the gradients, where a subclass asks for them."""
+        """Register the gradient hooks if a subclass overrides `on_gradient`.
+
+        A subclass that overrides this too has to call `super().prepare(step, due)`.
+        """
         if type(self).on_gradient is not MaskController.on_gradient:
             self._hooks.listen(not self.fixed)
             if self.fixed:
                 self._hooks.remove()
 
     def choose(self, zeros: int) -> list[Tensor]:
-        """Mark the weights that are pruned when `zeros` are, by layer, bool and flat."""
+        """Mark the `zeros` weights to prune: a flat bool tensor for each layer."""
         return lowest(self.open_scores(), zeros)
 
     def open_scores(self) -> list[Tensor]:
-        """The scores, float32 and flat, -inf where a mask has pruned a weight already."""
+        """The scores, float32 and flat; -inf for weights that a mask has pruned already."""
         return [
-            self._open(score, layer.mask)
+            open_score(score, layer)
             for score, layer in zip(self.scores(), self.layers, strict=True)
         ]
 
-    @staticmethod
-    def _open(score: Tensor, mask: Tensor | None) -> Tensor:
-        score = score.detach().float().flatten()
-        return (
-            score
-            if mask is None
-            else score.masked_fill(~mask.to(score.device).flatten(), -torch.inf)
-        )
-
     def _agreed(self, zeros: int) -> list[Tensor]:
-        """The choice, alike in all processes that train together: each has seen other batches."""
+        """The result of `choose`, made equal in all processes, whose batches differ."""
         chosen = self.choose(zeros)
         return [agree(flat) for flat in chosen] if self.synchronize else chosen
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Prune to where the schedule is after `step` steps."""
+        """Prune to the sparsity of the schedule after `step` steps."""
         self.prune(
             self.layers.zeros_at(self.schedule(step, self.total_steps, self.target_sparsity))
         )
 
     @torch.no_grad()
     def prune(self, zeros: int) -> None:
-        """Mask the weights with the lowest scores, `zeros` in all."""
+        """Prune the weights with the lowest scores, to `zeros` zeros in total."""
         pruned = self._agreed(max(zeros, self._initial_zeros))
         for layer, flat in zip(self.layers, pruned, strict=True):
             layer.threshold.mask = shaped_like(layer.weight, ~flat) if bool(flat.any()) else None
 
     @torch.no_grad()
     def fix(self) -> None:
-        """Prune to the target now, exactly, and fix the zeros by masks."""
+        """Prune to exactly the target now, and fix the zeros by masks."""
         self.fix_zeros([~flat for flat in self._agreed(self.zeros)])
 
     def refresh(self) -> None:
@@ -172,14 +162,20 @@ class MaskController(Controller):
         self._initial_zeros = sum(self.layers.initial_zeros)
 
     def store(self, name: str) -> None:
-        """Register a buffer of zeros for each layer's weight, float32; part of the state dict."""
+        """Register a float32 buffer of zeros for each layer; they are part of the state dict."""
         for i, layer in enumerate(self.layers):
             zeros = torch.zeros_like(layer.weight, dtype=torch.float32)
             self.register_buffer(f"{name}_{i}", zeros)
 
     def stored(self, name: str) -> list[Tensor]:
-        """The buffers that `store` registered, one a layer, in the weight's shape."""
-        return [self.get_buffer(f"{name}_{i}") for i in range(len(self.layers))]
+        """Return the buffers that `store` registered, one for each layer, in the weight's shape."""
+        return [self.stored_at(name, i) for i in range(len(self.layers))]
+
+    def stored_at(self, name: str, index: int) -> Tensor:
+        """Return the buffer of one layer that `store` registered."""
+        buffer = self._buffers[f"{name}_{index}"]
+        assert buffer is not None
+        return buffer
 
 
 class OneShotController(MaskController):
@@ -189,10 +185,10 @@ class OneShotController(MaskController):
         layers: See `MaskController`.
         target_sparsity: See `MaskController`.
         total_steps: See `MaskController`.
-        batches: How many batches to score; the masks come with the last of them.
+        batches: How many batches to score. The masks are set after the last of them.
     """
 
-    _MANY = 0.1  # a share of weights without any effect that is worth a warning
+    _MANY = 0.1  # share of weights without effect on the losses from which on there is a warning
 
     seen: Tensor
 
@@ -202,23 +198,23 @@ class OneShotController(MaskController):
         never = SparsitySchedule(start=1.0, end=1.0)
         super().__init__(layers, target_sparsity, total_steps, never)
         self.batches = batches
-        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
-        self._seen = 0  # the same on the host: to ask the device would wait for it in every step
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64, device=layers.device))
+        self._seen = 0  # the same on the host, because reading the buffer would wait for the device
 
     @abstractmethod
     def score(self, losses: Mapping[str, Tensor]) -> None:
-        """Add what the losses of one batch say to the scores."""
+        """Add the contribution of one batch to the scores."""
 
     def effects(self) -> list[Tensor]:
-        """How much the losses depend on each weight, by layer; zero if they do not at all."""
+        """The effect of each weight on the losses, by layer; zero if no loss depends on it."""
         return self.scores()
 
     def observe_later(self, losses: Mapping[str, Tensor]) -> None:
-        """See the losses of a batch that comes after those that are scored."""
+        """Receive the losses of a batch after the scored ones."""
 
     @property
     def scored(self) -> bool:
-        """Whether all batches that are to be scored have been."""
+        """Whether all batches have been scored."""
         return self._seen == self.batches
 
     def due(self, step: int) -> bool:
@@ -226,12 +222,26 @@ class OneShotController(MaskController):
         return step == self.total_steps
 
     def refresh(self) -> None:
-        """Read how many batches the loaded state has scored."""
+        """Read the number of scored batches from the loaded state."""
         super().refresh()
         self._seen = int(self.seen)
 
+    def fix(self) -> None:
+        """Prune to exactly the target now, and fix the zeros by masks.
+
+        Raises:
+            RuntimeError: If no batch has been scored: all weights would tie.
+        """
+        if self._seen == 0:
+            raise RuntimeError(
+                f"0 of {self.batches} batches have been scored, so there is nothing to prune by: "
+                f"call pruner.loss(losses) with the losses of each step, in training "
+                f"mode, before pruner.step() or fix_zeros()"
+            )
+        super().fix()
+
     def observe(self, losses: Mapping[str, Tensor]) -> None:
-        """Score the first batches, then prune: the masks act from the next forward pass on."""
+        """Score the first batches, then prune; the masks act from the next forward pass on."""
         if self.fixed or self.scored:
             self.observe_later(losses)
             return
@@ -255,6 +265,6 @@ class OneShotController(MaskController):
 
     def _share_without_effect(self) -> float:
         pairs = zip(self.effects(), self.layers, strict=True)
-        effects = torch.cat([self._open(effect, layer.mask) for effect, layer in pairs])
+        effects = torch.cat([open_score(effect, layer) for effect, layer in pairs])
         left = (effects != -torch.inf).sum().clamp(min=1)
         return float((effects == 0).sum() / left)

@@ -1,4 +1,4 @@
-"""The authors' own mechanism: one sigmoid threshold a component, raised by weight decay."""
+"""The mechanism as published: one sigmoid threshold per component, raised by weight decay."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from torch_adapmtl.tensor.soft_threshold import SoftThreshold
 __all__ = ["Paper", "PaperController"]
 
 
-# How far above its target a run may end, as a fraction of the weights: more than a step makes.
+# How far above its target a run may end without a warning, as a fraction of the weights. One step
+# can exceed the target by less than this.
 _ABOVE = 0.01
 
 
@@ -26,26 +27,27 @@ _ABOVE = 0.01
 class Paper(Method):
     """The paper's mechanism (AdapMTL, arXiv 2408.03913, Section 3, and the authors' code).
 
-    Each component has one trained number s and the threshold `alpha = sigmoid(s)`. It starts low;
-    the optimiser's weight decay pulls s toward 0, which raises the threshold. When the overall
-    sparsity reaches the target, the thresholds stay as they are. The weights do not, and with a
-    threshold that is high from the start most of them can follow each other below it. The target is
-    missed if s does not rise fast enough: the pair of `start` and `weight_decay` has to be found
-    for each model and length of training, which is why it is not the default method. `finalize`
-    warns of a target that was missed, or exceeded by more than a percent of the weights.
+    Each component has one trained number s, and its threshold is `alpha = sigmoid(s)`. The
+    threshold starts near zero; the optimiser's weight decay pulls s toward 0, which raises the
+    threshold. When the overall sparsity reaches the target, the thresholds stop. The weights still
+    train: if the threshold is high from the start, most of them can fall below it later. The target
+    is missed if s does not rise fast enough. A suitable pair of `start` and `weight_decay` must be
+    found for each model and each length of training, which is why this is not the default method.
+    `finalize` warns if the target was missed, or exceeded by more than 1 % of the weights.
 
     Args:
-        start: Initial value of s; the authors suggest -20, for 20,000 steps. It should prune
-            nothing yet.
+        start: Initial value of s; the authors suggest -20, for 20,000 steps. At this value the
+            threshold should not prune anything.
         weight_decay: Weight decay of s in `Pruner.param_groups`; the authors use 5e-8 to 1e-4.
-            Shorter runs need more: with Adam s moves by up to the learning rate in a step, as long
-            as its decay outweighs the gradient of the loss.
-        gradient: Whether pruned weights receive gradients (`"straight_through"`), or not
-            (`"mask"`, the paper's).
+            Shorter runs need more. With Adam, s moves by up to the learning rate in a step, as long
+            as its decay is larger than the gradient of the loss.
+        gradient: `"mask"`: pruned weights receive no gradient, as in the paper.
+            `"straight_through"`: they do.
 
     Raises:
-        ValueError: If `start` is not finite, `weight_decay` is negative, or `gradient` is neither.
-        TypeError: If a number is none.
+        ValueError: If `start` is not finite, `weight_decay` is negative or not finite, or
+            `gradient` is another value.
+        TypeError: If `start` or `weight_decay` is not a number.
 
     Example:
         >>> from torch_adapmtl import Paper
@@ -79,7 +81,7 @@ class _SigmoidThreshold(SoftThreshold):
 
     def __init__(self, scores: Pooled, layer: int, **options: Any) -> None:
         super().__init__(0.0, **options)
-        self._source = (scores, layer)  # in a tuple: not a submodule of its own
+        self._source = (scores, layer)  # in a tuple, so that it is not registered as a submodule
 
     def threshold(self) -> Tensor:
         scores, layer = self._source
@@ -90,20 +92,20 @@ class _SigmoidThreshold(SoftThreshold):
 
 
 class PaperController(Controller):
-    """Trains one threshold a component, and stops them all once the target is reached.
+    """Trains one threshold per component, and stops all of them when the target is reached.
 
-    It counts the zeros after every step, on the device and without waiting for it: one pass over
-    the weights, as in the authors' code.
+    The controller counts the zeros after every step in one pass over the weights, as the authors'
+    code does, but on the device and without waiting for it.
 
     Args:
         method: The settings.
         layers: The layers.
         target_sparsity: Zeros among all weights of the layers, as a fraction.
-        total_steps: Number of steps.
+        total_steps: Number of steps of the run.
 
     Attributes:
         s: The trained number of each component.
-        stopped: What `s` was when the target was reached; `s` itself until then.
+        stopped: The value of `s` when the target was reached; equal to `s` before.
         reached: Whether the target was reached, bool, 0-d.
     """
 
@@ -133,12 +135,12 @@ class PaperController(Controller):
         return self.s.by_layer().sigmoid()
 
     def due(self, step: int) -> bool:
-        """Whether the weights are looked at after `step` steps: always."""
+        """Whether the zeros are counted after `step` steps: always."""
         return True
 
     @torch.no_grad()
     def step(self, step: int, due: bool) -> None:
-        """Put the thresholds back if the target was reached before; count the zeros."""
+        """Reset the thresholds if the target has been reached before; count the zeros."""
         s, stopped = self.s.values, self.stopped.values
         s.copy_(torch.where(self.reached, stopped, s))  # the optimiser may have moved it
         stopped.copy_(s)
@@ -146,7 +148,7 @@ class PaperController(Controller):
         self.reached |= zeros >= self.zeros
 
     def fix(self) -> None:
-        """Refuse: the thresholds decide on the sparsity.
+        """Raise an error, because this method has no exact target.
 
         Raises:
             RuntimeError: Always.
@@ -157,7 +159,7 @@ class PaperController(Controller):
         )
 
     def missed(self, sparsity: float) -> str:
-        """Why the run ended below its target or well above it, and what to do about it."""
+        """Explain why the run ended below its target or far above it, with a remedy."""
         if sparsity > self.target_sparsity + _ABOVE:
             return (
                 "method='paper' stopped its thresholds when the target was reached, but weights "

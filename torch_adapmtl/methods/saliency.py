@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_adapmtl._checks import check_count, check_numbers
-from torch_adapmtl.budget.schedule import SparsitySchedule
+from torch_adapmtl.budget.schedule import SparsitySchedule, check_schedule
 from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.methods._base import Method
 from torch_adapmtl.methods.masks import MaskController, MaskMethod, OneShotController
@@ -22,19 +22,19 @@ class SNIP(Method):
     """Single-shot pruning by connection sensitivity (Lee et al., arXiv 1810.02340).
 
     The score of a weight is `|w * dL/dw|` on the first batch, at initialisation; L is the sum of
-    the task losses. The masks are made from it by the first `loss()` and stay: the first optimiser
-    step, which uses the gradients of that batch, is still that of the dense model.
+    the task losses. The first call of `loss()` computes the scores and sets the masks, which stay.
+    The first optimiser step still uses the gradients of the dense model.
 
     Args:
-        batches: How many batches to score; with more than one, the weights train meanwhile.
+        batches: How many batches to score. With more than one, the weights train in between.
 
     Raises:
-        ValueError: If `batches` is no integer >= 1.
+        ValueError: If `batches` is not an integer >= 1.
 
     Warns:
-        UserWarning: When the scores are read, if a tenth of the weights or more score exactly zero,
-            as all do in residual branches whose last scale starts at zero (timm's
-            `zero_init_last`): they would be pruned whole. Start those scales at 1.
+        UserWarning: When the masks are set, if a tenth or more of the weights have a score of
+            exactly zero. This is so in residual branches whose last scale starts at zero (timm's
+            `zero_init_last`), which would be pruned entirely. Initialise those scales to 1.
 
     Example:
         >>> from torch_adapmtl import SNIP
@@ -55,7 +55,7 @@ class SNIP(Method):
 
 
 class SNIPController(OneShotController):
-    """Masks the weights of the smallest connection sensitivity, after the first batches."""
+    """Prunes the weights with the smallest connection sensitivities, after the first batches."""
 
     def __init__(
         self, layers: Layers, target_sparsity: float, total_steps: int, batches: int
@@ -64,7 +64,7 @@ class SNIPController(OneShotController):
         self.store("effect")
 
     def score(self, losses: Mapping[str, Tensor]) -> None:
-        """Add `w * dL/dw`: the effect of scaling each weight."""
+        """Add `w * dL/dw`, the effect on the loss of scaling each weight."""
         weights = [layer.weight for layer in self.layers]
         total = torch.stack(list(losses.values())).sum()
         gradients = torch.autograd.grad(total, weights, retain_graph=True, allow_unused=True)
@@ -73,7 +73,7 @@ class SNIPController(OneShotController):
                 effect.add_((weight * gradient).detach().float())
 
     def scores(self) -> list[Tensor]:
-        """The connection sensitivities."""
+        """The connection sensitivity of each weight."""
         return [effect.abs() for effect in self.stored("effect")]
 
 
@@ -81,17 +81,18 @@ class SNIPController(OneShotController):
 class Taylor(MaskMethod):
     """Gradual pruning by first-order Taylor saliency (Molchanov et al., arXiv 1906.10771).
 
-    The score of a weight is `(w * dL/dw)**2`, the squared change of the loss when it is pruned,
-    averaged exponentially over the backward passes; gradients that are not finite are skipped.
-    Under gradient accumulation, the average sees the sum of the gradients as it grows.
+    The score of a weight is `(w * dL/dw)**2`: to first order, the squared change of the loss if the
+    weight is pruned. It is averaged exponentially over the backward passes; a pass with gradients
+    that are not finite is skipped. Under gradient accumulation, each backward pass of a step enters
+    the average with the gradient accumulated so far.
 
     Args:
         schedule: How the sparsity rises.
-        decay: Share of the average kept from one backward pass to the next; in [0, 1).
+        decay: Share of the average that remains after each backward pass; in [0, 1).
 
     Raises:
         ValueError: If `decay` is out of range.
-        TypeError: If it is no number.
+        TypeError: If `decay` is not a number.
 
     Example:
         >>> from torch_adapmtl import Taylor
@@ -103,6 +104,7 @@ class Taylor(MaskMethod):
     decay: float = 0.95
 
     def __post_init__(self) -> None:
+        check_schedule(self.schedule)
         check_numbers(decay=self.decay)
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay must lie in [0, 1), got {self.decay}")
@@ -115,7 +117,7 @@ class Taylor(MaskMethod):
 
 
 class TaylorController(MaskController):
-    """Masks the weights of the smallest averaged saliency."""
+    """Prunes the weights with the smallest averaged saliencies."""
 
     def __init__(
         self, method: Taylor, layers: Layers, target_sparsity: float, total_steps: int
@@ -126,14 +128,14 @@ class TaylorController(MaskController):
 
     @torch.no_grad()
     def on_gradient(self, index: int, weight: nn.Parameter) -> None:
-        """Take the saliency of a backward pass into the average."""
+        """Add the saliency of a backward pass to the average."""
         assert weight.grad is not None
         effect = (weight * weight.grad).float().square_()
-        average = self.get_buffer(f"saliency_{index}")
-        # A gradient scaler skips a step whose gradients overflow; so does the average.
+        average = self.stored_at("saliency", index)
+        # Gradients that overflow are skipped, as a gradient scaler skips their step.
         new = torch.where(effect.isfinite().all(), effect, average)
         average.lerp_(new, 1 - self.method.decay)
 
     def scores(self) -> list[Tensor]:
-        """The averaged saliencies."""
+        """The averaged saliency of each weight."""
         return self.stored("saliency")

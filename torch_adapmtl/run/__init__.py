@@ -1,4 +1,4 @@
-"""What a run says of itself: reports, diagnostics, checkpoints; and the figures of a model."""
+"""Reports, diagnostics and checkpoints of a run; the sparsity, size and performance of a model."""
 
 from __future__ import annotations
 

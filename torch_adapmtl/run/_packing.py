@@ -1,7 +1,7 @@
-"""Settings, progress and masks of a run as one tensor of bytes.
+"""The settings, the progress and the masks of a run as one tensor of bytes.
 
-A tensor, because much that is done with a state dict (averaging it, writing it to safetensors,
-comparing it) assumes that every value is one.
+It is a tensor because averages of models, safetensors and other tools assume that every value of a
+state dict is a tensor.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch_adapmtl.layers.layer import shaped_like
 
 __all__ = ["damaged", "pack", "unpack", "unpack_mask"]
 
-# Room for what changes in the course of a run, in bytes.
+# Bytes reserved for the progress.
 _PROGRESS = 512
 
 
@@ -28,16 +28,16 @@ def pack(
     masks: Sequence[Tensor | None],
     sizes: Sequence[int],
 ) -> Tensor:
-    """Write what JSON can hold, and boolean masks, into a uint8 tensor on the CPU.
+    """Write values that JSON can hold, and boolean masks, into a uint8 tensor on the CPU.
 
-    Its length is the same throughout a run, masks or not, because states are copied into each
-    other: by averages of a model, by distributed checkpoints.
+    Its length is constant during a run, also if masks are added, because averages of a model and
+    distributed checkpoints copy one state into another.
 
     Args:
-        header: What does not change in the course of a run.
-        progress: What does; a few numbers.
-        masks: The masks; None where there is none.
-        sizes: How many entries each of them has, or would have.
+        header: The values that are constant during a run.
+        progress: The values that change during a run; a few numbers.
+        masks: The masks; None for a missing mask.
+        sizes: The number of entries of each mask, present or missing.
     """
     text = json.dumps([header, list(sizes)]).encode()
     changing = json.dumps(progress).encode().ljust(_PROGRESS)
@@ -53,10 +53,10 @@ def pack(
 
 
 def unpack(state: object) -> tuple[dict[str, Any], dict[str, Any], list[Tensor | None]]:
-    """Read what `pack` wrote; the masks come as packed bytes.
+    """Read header, progress and masks from the result of `pack`; the masks stay packed.
 
     Raises:
-        ValueError: If `pack` has not written it.
+        ValueError: If `state` is not a result of `pack`, or is damaged.
     """
     if not isinstance(state, Tensor):
         raise damaged(f"it is a {type(state).__name__}, not a tensor")
@@ -75,15 +75,16 @@ def unpack(state: object) -> tuple[dict[str, Any], dict[str, Any], list[Tensor |
         lengths = [len(sizes), *map(_bytes, sizes)]
         present, *bits = state[start + _PROGRESS :].split(lengths)
         flags = present.tolist()
-        masks = [part if there else None for part, there in zip(bits, flags, strict=True)]
+        masks = [part if flag else None for part, flag in zip(bits, flags, strict=True)]
         return {**header}, {**progress}, masks
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise damaged(f"its {len(state)} bytes cannot be read: {error}") from error
 
 
-def damaged(found: str) -> ValueError:
+def damaged(reason: str) -> ValueError:
+    """Make the error for a state that cannot be read."""
     return ValueError(
-        f"the state dict's adapmtl._extra_state is damaged, or not of torch-adapmtl ({found}); "
+        f"the state dict's adapmtl._extra_state is damaged, or not of torch-adapmtl ({reason}); "
         f"load another checkpoint"
     )
 
@@ -96,30 +97,30 @@ def _bytes(size: int) -> int:
     return -(-size // 8)
 
 
-# Averages of a model ask for its state in every step, and masks seldom change.
+# A cache, because averages of a model read its state in every step and masks seldom change.
 _PACKED = WeakTensorKeyDictionary()
 
 
 def _packed(mask: Tensor) -> Tensor:
-    found: tuple[int, Tensor] | None = _PACKED.get(mask)
-    if found is None or found[0] != mask._version:
-        found = mask._version, pack_mask(mask).cpu()
-        _PACKED[mask] = found
-    return found[1]
+    cached: tuple[int, Tensor] | None = _PACKED.get(mask)
+    if cached is None or cached[0] != mask._version:
+        cached = mask._version, pack_mask(mask).cpu()
+        _PACKED[mask] = cached
+    return cached[1]
 
 
 def pack_mask(mask: Tensor) -> Tensor:
-    """Pack a boolean mask into bytes, eight entries each, the first in the lowest bit."""
+    """Pack a boolean mask into bytes, eight entries in each, the first entry in the lowest bit."""
     flat = mask.flatten()
     rows = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
     return (rows.to(torch.uint8) << _shifts(rows)).sum(1, dtype=torch.uint8)
 
 
 def unpack_mask(packed: Tensor, like: Tensor) -> Tensor:
-    """Unpack bytes into a boolean mask in the shape and on the device of `like`.
+    """Unpack bytes into a boolean mask with the shape and the device of `like`.
 
     Raises:
-        ValueError: If the number of bytes does not fit.
+        ValueError: If the number of bytes does not match the shape.
     """
     if len(packed) != _bytes(like.numel()):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Calling a function after each step of an optimiser."""
+"""A hook that calls a function after each step of an optimiser."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ __all__ = ["StepHook"]
 class StepHook:
     """Calls a function after each step of an optimiser, and counts the steps that were skipped.
 
-    A gradient scaler skips the step where gradients overflow. If the optimiser is fused, the scaler
-    lets the optimiser skip it, which only the device knows.
+    A gradient scaler skips a step whose gradients overflow. With a fused optimiser, the step itself
+    is called, and the optimiser skips it on the device.
 
     Args:
-        optimizer: The optimiser, or a wrapper that keeps it as `optimizer`.
+        optimizer: The optimiser, or a wrapper that holds it in the attribute `optimizer`.
         function: The function to call.
 
     Raises:
-        TypeError: If `optimizer` is no optimiser.
+        TypeError: If `optimizer` is not an optimiser.
     """
 
     def __init__(self, optimizer: object, function: Callable[[], None]) -> None:
@@ -33,7 +33,7 @@ class StepHook:
             )
         inner: Any = optimizer
         while "_optimizer_step_post_hooks" not in vars(inner) and hasattr(inner, "optimizer"):
-            inner = inner.optimizer  # Accelerate's wrapper takes no hooks
+            inner = inner.optimizer  # Accelerate's wrapper does not support hooks
         self._function = function
         self._skipped: Tensor | int = 0
         self._hook = inner.register_step_post_hook(self._after_step)
@@ -45,11 +45,11 @@ class StepHook:
         self._function()
 
     def skipped(self) -> int:
-        """How many steps a fused optimiser skipped since `reset`; waits for the device."""
+        """Return how many steps a fused optimiser skipped since `reset`; waits for the device."""
         return int(self._skipped)
 
     def reset(self) -> None:
-        """Start counting the skipped steps anew."""
+        """Set the number of skipped steps to 0."""
         self._skipped = 0
 
     def remove(self) -> None:

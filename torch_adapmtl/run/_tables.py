@@ -9,7 +9,7 @@ __all__ = ["details", "html_table", "text_table"]
 
 
 def text_table(rows: Sequence[Sequence[str]], *, left: int) -> list[str]:
-    """Aligned lines; the first `left` columns to the left, the others to the right."""
+    """Return aligned lines: the first `left` columns are left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
@@ -22,7 +22,7 @@ def text_table(rows: Sequence[Sequence[str]], *, left: int) -> list[str]:
 
 
 def html_table(rows: Sequence[Sequence[str]], *, left: int, caption: str = "") -> str:
-    """An HTML table whose first row is its head; the first `left` columns to the left."""
+    """Return an HTML table with the first row as its head, `left` columns left-aligned."""
 
     def line(row: Iterable[str], tag: str) -> str:
         cells = []
@@ -38,5 +38,5 @@ def html_table(rows: Sequence[Sequence[str]], *, left: int, caption: str = "") -
 
 
 def details(summary: str, body: str) -> str:
-    """HTML that shows a summary and unfolds to a body."""
+    """Return HTML that shows a summary and can be unfolded to show the body."""
     return f"<details><summary>{escape(summary)}</summary>{body}</details>"

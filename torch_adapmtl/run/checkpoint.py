@@ -1,13 +1,13 @@
-"""The state of a run in the model's state dict, and the check of what is loaded.
+"""The state of a run in the model's state dict, and the check of a state dict before it is loaded.
 
-Torch loads module by module and complains at the end, when weights of another run are in the model
-already. A hook on the model looks at the library's part of the state dict before any of it is
+`load_state_dict` loads module by module and reports mismatches at the end, when a part of the state
+is already in the model. A hook on the model checks the state of the pruner before anything is
 loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,15 +18,15 @@ from torch_adapmtl.run._packing import damaged, pack, unpack, unpack_mask
 __all__ = ["guard", "load", "save", "unguard"]
 
 _VERSION = 2
-_OWN = "adapmtl."
+_PREFIX = "adapmtl."
 
 
 def save(config: Mapping[str, Any], progress: Mapping[str, Any], layers: Layers) -> Tensor:
-    """Write a run's config, its progress, and its masks: the present and the initial ones.
+    """Pack the config, the progress, and the present and initial masks of a run.
 
     Args:
-        config: What does not change in the course of a run.
-        progress: What does; a few numbers.
+        config: The values that are constant during a run.
+        progress: The values that change during a run; a few numbers.
         layers: The layers.
     """
     header = {"version": _VERSION, **config, "layers": layers.names}
@@ -35,10 +35,10 @@ def save(config: Mapping[str, Any], progress: Mapping[str, Any], layers: Layers)
 
 
 def load(state: Tensor, expected: Mapping[str, Any], layers: Layers) -> dict[str, Any]:
-    """Load what `save` wrote: put the masks on the layers, return the progress.
+    """Load a result of `save`: set the masks of the layers and return the progress.
 
     Raises:
-        ValueError: If `_read` refuses it; no mask has been changed then.
+        ValueError: If `_read` raises it; no mask has been changed then.
     """
     progress, masks = _read(state, expected, layers)
     present, initial = masks[: len(layers)], masks[len(layers) :]
@@ -50,19 +50,19 @@ def load(state: Tensor, expected: Mapping[str, Any], layers: Layers) -> dict[str
 def _read(
     state: object, expected: Mapping[str, Any], layers: Layers
 ) -> tuple[dict[str, Any], list[Tensor | None]]:
-    """Read what `save` wrote, and check that it is for this run.
+    """Read a result of `save`, and check that it belongs to this run.
 
     Args:
         state: The tensor of bytes.
-        expected: The values of config and progress that it has to agree with.
-        layers: The layers that it has to agree with.
+        expected: The values of config and progress that the state must have.
+        layers: The layers; the state must have the same names and components.
 
     Returns:
-        The progress, and the layers' masks, all the present ones before all the initial ones.
+        The progress, and the masks: the present masks of all layers, then the initial masks.
 
     Raises:
-        ValueError: If it is damaged, or comes from another version or a run with another config or
-            other layers.
+        ValueError: If the state is damaged, or comes from another version, or from a run with
+            another config or other layers.
     """
     header, progress, packed = unpack(state)
     if header.get("version") != _VERSION:
@@ -80,20 +80,26 @@ def _read(
         raise damaged(f"it says step={step!r}, fixed={fixed!r}, initial={initial!r}")
     saved = {**header, **progress}
     for name, value in expected.items():
-        if (difference := _difference(name, saved.get(name), value)) is not None:
-            path, theirs, ours = difference
+        differences = list(_differences(name, saved.get(name), value))
+        if differences:
+            # A setting that both have says more than one that only one of them has.
+            path, saved_value, own_value = min(differences, key=lambda found: None in found)
             raise ValueError(
-                f"the state dict comes from a run with {path}={theirs!r}, this model was prepared "
-                f"with {path}={ours!r}: prepare it alike"
+                f"the state dict comes from a run with {path}={saved_value!r}, this model was "
+                f"prepared with {path}={own_value!r}: prepare it alike"
             )
     if not isinstance(header.get("layers"), dict):
         raise damaged("it names no layers")
-    if header["layers"] != layers.names:
+    if list(header["layers"].items()) != list(layers.names.items()):
+        saved_order, order = list(header["layers"]), list(layers.names)
         differing = dict(sorted(header["layers"].items() ^ layers.names.items()))
         raise ValueError(
             f"the state dict comes from a model in which other tensors were pruned, or in "
             f"other components; they differ in {differing}: prepare the model alike (groups, "
             f"prunable, exclude)"
+            if differing
+            else f"the state dict comes from a model whose tensors are in another order, "
+            f"{saved_order} and not {order}: make the model alike"
         )
     masks = [
         None if bits is None else unpack_mask(bits, layer.weight)
@@ -102,19 +108,17 @@ def _read(
     return progress, masks
 
 
-def _difference(path: str, saved: Any, expected: Any) -> tuple[str, Any, Any] | None:
-    """Where two settings first differ, as a dotted path, and what is there; None if nowhere."""
+def _differences(path: str, saved: Any, expected: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the differences of two settings: a dotted path and both values."""
     if isinstance(saved, dict) and isinstance(expected, dict):
         for name in {**expected, **saved}:
-            inner = _difference(f"{path}.{name}", saved.get(name), expected.get(name))
-            if inner is not None:
-                return inner
-        return None
-    return None if saved == expected else (path, saved, expected)
+            yield from _differences(f"{path}.{name}", saved.get(name), expected.get(name))
+    elif saved != expected:
+        yield path, saved, expected
 
 
 def guard(model: nn.Module) -> None:
-    """Check what is loaded into `model`, which has a pruner, from now on."""
+    """Check each state dict that is loaded into `model`, which has a pruner, from now on."""
     model.register_load_state_dict_pre_hook(_check)
 
 
@@ -126,31 +130,31 @@ def unguard(model: nn.Module) -> None:
 
 
 def _check(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
-    """Raise a `ValueError` if the state dict is of a model that was prepared otherwise, or not."""
+    """Raise a `ValueError` unless the state dict is of a model that was prepared alike."""
     pruner: Any = model._modules.get("adapmtl")
-    if pruner is None:  # a copy that somebody has taken apart
+    if pruner is None:  # the user has removed the pruner from a copy
         return
     part = {
         name.removeprefix(prefix): value
         for name, value in state_dict.items()
         if name.startswith(prefix)
     }
-    if _OWN + "_extra_state" not in part:
+    if _PREFIX + "_extra_state" not in part:
         _check_prepared(pruner.layers, part)
         return
-    _read(part[_OWN + "_extra_state"], pruner._expected_state(), pruner.layers)
+    _read(part[_PREFIX + "_extra_state"], pruner._expected_state(), pruner.layers)
     for layer in pruner.layers:
         name = _original(layer.name)
         _check_shape(name, layer.weight, part, "of another model: make the model alike")
-    wanted = {_OWN + name for name in pruner.state_dict(keep_vars=True)}
-    saved = {name for name in part if name.startswith(_OWN)}
+    wanted = {_PREFIX + name for name in pruner.state_dict(keep_vars=True)}
+    saved = {name for name in part if name.startswith(_PREFIX)}
     if wanted != saved:
         raise ValueError(
             f"the state dict comes from a run with other options: it has "
             f"{sorted(saved - wanted)}, and not {sorted(wanted - saved)}; prepare the model alike"
         )
     for name, tensor in (*pruner.named_parameters(), *pruner.named_buffers()):
-        _check_shape(_OWN + name, tensor, part, "with other options: prepare the model alike")
+        _check_shape(_PREFIX + name, tensor, part, "with other options: prepare the model alike")
 
 
 def _check_prepared(layers: Layers, part: Mapping[str, Any]) -> None:
@@ -163,7 +167,7 @@ def _check_prepared(layers: Layers, part: Mapping[str, Any]) -> None:
 
 
 def _original(name: str) -> str:
-    """The name of a layer's parameter while there is a threshold on it."""
+    """The name of a layer's parameter while a threshold is attached."""
     path, _, tensor = name.rpartition(".")
     return ".".join(filter(None, (path, "parametrizations", tensor, "original")))
 
@@ -173,7 +177,7 @@ def _check_shape(name: str, tensor: Tensor, part: Mapping[str, Any], remedy: str
     if not isinstance(value, Tensor):
         return
     shape, expected = tuple(value.shape), tuple(tensor.shape)
-    if shape != expected and (shape, expected) != ((1,), ()):  # which torch lets pass
+    if shape != expected and (shape, expected) != ((1,), ()):  # torch accepts this pair
         raise ValueError(
             f"the state dict's {name} has shape {shape}, this model's {expected}; it comes from a "
             f"run {remedy}"

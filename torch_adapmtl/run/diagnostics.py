@@ -1,4 +1,4 @@
-"""Signs that a run goes wrong, in words that say what to do about it."""
+"""Warnings that a run goes wrong, each with a remedy."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ from torch_adapmtl.weighting._record import LossRecord
 
 __all__ = ["Watch", "signs"]
 
-# Share of the summed task weights above which one task has taken the training over.
+# Share of the summed task weights above which a task dominates the training.
 _DOMINANT = 0.8
-# Sparsities that differ less than this, relative to the smaller of density and sparsity, are equal.
+# Sparsities count as equal if they differ by less than this, relative to the smaller of density and
+# sparsity.
 _EQUAL = 1e-3
-# A loss that ends this many times as large as it began has diverged.
+# A loss that is this many times as large at the end as at the beginning has diverged.
 _DIVERGED = 3.0
-# Steps in which a gradient scaler has found its scale and a warm-up has left zero.
+# Number of steps after which a gradient scaler has found its scale, and a warm-up is above zero.
 _PATIENCE = 50
-# Weights looked at in a layer to see whether it is trained.
-_LOOKED_AT = 64
+# Number of weights of a layer that are compared to detect whether it is trained.
+_COMPARED = 64
 
 
 class _Idleness:
-    """Notices that no optimiser trains the weights, though the steps are counted.
+    """Detects that no optimiser trains the weights although steps are counted.
 
-    A write to a parameter shows in its version, without waiting for the device. Some optimisers
-    write in ways that do not raise it; then a few values are compared.
+    A write to a parameter increases its version, which can be read without waiting for the device.
+    Some optimisers write without increasing it; therefore a few values are compared too.
 
     Args:
-        layers: The layers, as they are at the first step.
+        layers: The layers before the first step.
     """
 
     def __init__(self, layers: Layers) -> None:
@@ -41,7 +42,7 @@ class _Idleness:
         self._values = [_some(layer.weight) for layer in layers]
 
     def decided(self, step: int, layers: Layers) -> bool | str:
-        """Whether it is clear after `step` steps that weights are trained; a warning if not."""
+        """Return True if weights are trained, False if that is unknown, a text if not."""
         weights = [layer.weight for layer in layers]
         if [weight._version for weight in weights] != self._versions:
             return True
@@ -60,12 +61,12 @@ class _Idleness:
 @torch.no_grad()
 def _some(weight: Tensor) -> Tensor:
     size = weight.numel()
-    where = torch.arange(min(size, _LOOKED_AT), device=weight.device)
+    where = torch.arange(min(size, _COMPARED), device=weight.device)
     return take(weight, where * (size // max(len(where), 1)))
 
 
 class Watch:
-    """Warnings while a run goes on, each once."""
+    """Warnings during a run; each is given once."""
 
     def __init__(self) -> None:
         self._begun: int | None = None
@@ -73,17 +74,17 @@ class Watch:
         self._unseen: set[str] = set()
 
     def begin(self, step: int, layers: Layers) -> None:
-        """Note the weights before the first step that this process takes."""
+        """Store the weights before the first step that this process takes."""
         if self._begun is None:
             self._begun, self._idleness = step, _Idleness(layers)
 
     def look(self, step: int, layers: Layers, unseen: Mapping[str, int]) -> list[str]:
-        """Warnings after `step` steps, for which the device is waited for now and then.
+        """Return the warnings after `step` steps; this may wait for the device.
 
         Args:
             step: How many steps have been taken.
             layers: The layers.
-            unseen: The tasks that have had no loss for longer than their window: for how long.
+            unseen: The tasks without a loss for longer than their window, and for how many steps.
         """
         warnings = []
         taken = step - (self._begun or 0)
@@ -93,8 +94,8 @@ class Watch:
                 warnings.append(decided)
         warnings += [
             f"task {task!r} has had no loss for {steps} steps, longer than the window that its "
-            f"weight is taken from: its weight is that of before, and its part of the model is "
-            f"pruned all the same. If this is not meant, look at the names in the losses and at "
+            f"weight is computed from: its weight does not change any more, and its part of the "
+            f"model is still pruned. If this is not intended, check the names in the losses and "
             f"the data"
             for task, steps in unseen.items()
             if task not in self._unseen
@@ -110,13 +111,13 @@ def signs(
     allocated: bool,
     task_weights: Mapping[str, float],
 ) -> list[str]:
-    """Say what went wrong in a run, a sentence or two each; an empty list if nothing did.
+    """Return warnings of everything that went wrong in a run; an empty list if nothing did.
 
     Args:
-        report: The report at its end.
-        record: The losses on the way.
-        allocated: Whether the components were free to differ in their sparsity, and meant to.
-        task_weights: The weights of the tasks, if nobody chose them.
+        report: The report at the end of the run.
+        record: The record of the losses.
+        allocated: Whether the components should differ in their sparsity.
+        task_weights: The weights of the tasks; empty if the user chose them.
     """
     warnings = []
     sparsities = [row.sparsity for row in report.components]

@@ -12,12 +12,12 @@ __all__ = ["RelativePerformance", "relative_performance"]
 
 @dataclass(frozen=True)
 class RelativePerformance:
-    """Relative performance of a multi-task model; everything in percent, higher is better.
+    """Relative performance of a multi-task model, in percent; higher is better.
 
     Attributes:
         delta: Delta_T, the mean of `tasks`.
         tasks: Delta_Tt of each task, the sum of its `metrics`.
-        metrics: Change of each metric of each task, its sign turned where lower is better.
+        metrics: Change of each metric of each task, with the sign reversed if lower is better.
     """
 
     delta: float
@@ -44,18 +44,19 @@ def relative_performance(
     $$\Delta_{T_t} = 100 \sum_j (-1)^{l_j} \frac{M_j - B_j}{|B_j|}, \qquad
     \Delta_T = \frac1T \sum_t \Delta_{T_t}$$
 
-    The metrics of a task are *summed*, so a task with many metrics moves further. The paper
-    divides by \(B_j\); its magnitude is the same for the positive metrics there, and keeps
-    "better" positive for negative ones.
+    The changes of a task's metrics are *summed*, so a task with more metrics has a larger effect.
+    The paper divides by \(B_j\). For its metrics, which are positive, the magnitude gives the same
+    result; for negative metrics it keeps the sign of an improvement positive.
 
     Args:
-        metrics: The model's metrics, ``{task: {metric: value}}``, in any unit (each its own).
-        baseline: The same metrics of the baseline; in the paper the dense multi-task model.
-        lower_is_better: The metrics of which less is better: a name, for every task that has
-            it, or a pair ``(task, name)``. Pass ``()`` if there are none.
+        metrics: The model's metrics, ``{task: {metric: value}}``, each in any unit.
+        baseline: The same metrics of the baseline, which is the dense multi-task model in the
+            paper.
+        lower_is_better: The metrics for which lower values are better: a name, for every task
+            that has the metric, or a pair ``(task, name)``. Pass ``()`` if there are none.
 
     Returns:
-        The figures per metric, per task and overall, in percent.
+        The changes per metric, per task and overall, in percent.
 
     Raises:
         ValueError: If tasks or metrics differ, a value is not finite, a baseline is 0, or an
@@ -63,12 +64,12 @@ def relative_performance(
         TypeError: If an argument is of the wrong kind.
 
     Example:
-        >>> found = relative_performance(
+        >>> change = relative_performance(
         ...     {"seg": {"miou": 0.42}, "depth": {"abs_err": 0.66}},
         ...     {"seg": {"miou": 0.40}, "depth": {"abs_err": 0.60}},
         ...     lower_is_better=["abs_err"],
         ... )
-        >>> print(found)
+        >>> print(change)
         seg         +5.00 %
         depth      -10.00 %
         overall     -2.50 %
@@ -105,11 +106,11 @@ def relative_performance(
 
 
 def _check_same(what: str, metrics: Mapping[str, Any], baseline: Mapping[str, Any]) -> None:
-    for name, given in (("metrics", metrics), ("baseline", baseline)):
-        if not isinstance(given, Mapping):
+    for name, argument in (("metrics", metrics), ("baseline", baseline)):
+        if not isinstance(argument, Mapping):
             raise TypeError(
                 f"{name} must be a mapping {{task: {{metric: value}}}}; for the {what} it holds "
-                f"{given!r}"
+                f"{argument!r}"
             )
     missing = [name for name in baseline if name not in metrics]
     extra = [name for name in metrics if name not in baseline]

@@ -1,4 +1,4 @@
-"""The report of a pruning run: how sparse each part is, as a table for terminals and notebooks."""
+"""The report of a run: the sparsity of each part, as a table for terminals and notebooks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["ComponentRow", "DensePart", "LayerRow", "Report"]
 
 @dataclass(frozen=True)
 class ComponentRow:
-    """How sparse one component is.
+    """The sparsity of one component.
 
     Attributes:
         name: The component: `shared`, a task, or tasks joined by `+`.
@@ -37,7 +37,7 @@ class ComponentRow:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """How sparse one prunable tensor is.
+    """The sparsity of one prunable tensor.
 
     Attributes:
         name: The tensor's qualified name in the model.
@@ -65,11 +65,11 @@ class LayerRow:
 
 
 class DensePart(NamedTuple):
-    """A tensor that is left dense and counts in no sparsity figure.
+    """A tensor that stays dense and is not counted in any sparsity.
 
     Attributes:
         name: The tensor's qualified name in the model.
-        reason: Why it is left dense, for example `unused` or `frozen`.
+        reason: Why it stays dense, for example `unused` or `frozen`.
         weights: Number of its weights.
     """
 
@@ -80,20 +80,21 @@ class DensePart(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """How sparse a model is at one point of its training.
+    """The sparsity of a model at one step of its training.
 
-    Prints as a table of components; a notebook shows the layers too. Sparsity is the number of
-    zeros over the number of prunable weights: a fraction in the attributes, percent in the tables.
+    A report prints as a table of components; in a notebook it also shows the layers. Sparsity is
+    the number of zeros divided by the number of prunable weights, as a fraction in the attributes
+    and in percent in the tables.
 
     Attributes:
         components: One row per component.
         layers: One row per prunable tensor.
-        target_sparsity: The sparsity asked for at the end, a fraction of all prunable weights.
-        step: Steps taken.
-        total_steps: Steps the run was set up for.
-        dense: What is left dense (tuples of name, reason and weights will do).
-        task_weights: The current weight of each task's loss.
-        given: How many weights were zero before the run, and stay so.
+        target_sparsity: Zeros among all prunable weights at the end, as a fraction.
+        step: Number of steps taken.
+        total_steps: Number of steps of the run.
+        dense: The tensors that stay dense; tuples of name, reason and weights are accepted.
+        task_weights: The present weight of each task's loss.
+        given: How many zeros were fixed when the run began.
 
     Example:
         >>> print(
@@ -155,18 +156,18 @@ class Report:
         return _fraction(self.zeros, self.weights)
 
     def thresholds(self, component: str) -> tuple[float, float] | None:
-        """Smallest and largest threshold in a component, or None if it has no layer here."""
-        found = [row.threshold for row in self.layers if row.component == component]
-        return (min(found), max(found)) if found else None
+        """Return the smallest and largest threshold of a component; None if it has no layer."""
+        thresholds = [row.threshold for row in self.layers if row.component == component]
+        return (min(thresholds), max(thresholds)) if thresholds else None
 
     def scalars(self) -> dict[str, float]:
-        """Return what a logger draws over time, by name: sparsities (fractions), task weights.
+        """Return numbers to log, by name: sparsities (as fractions) and task weights.
 
+        To log them to TensorBoard:
         `for name, value in pruner.report().scalars().items(): writer.add_scalar(name, value, step)`
-        is all that TensorBoard needs.
 
         Example:
-            >>> from torch_adapmtl import ComponentRow, Report
+            >>> from torch_adapmtl.run import ComponentRow, Report
             >>> parts = (ComponentRow("shared", 2, 600, 480), ComponentRow("seg", 1, 400, 400))
             >>> Report(parts, (), target_sparsity=0.9, step=7, total_steps=9).scalars()
             {'sparsity/shared': 0.8, 'sparsity/seg': 1.0, 'sparsity/overall': 0.88}
@@ -178,7 +179,7 @@ class Report:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain dicts, lists, strings and numbers, as JSON can hold them."""
+        """Return the report as dicts, lists, strings and numbers, which JSON can hold."""
         return {
             "target_sparsity": self.target_sparsity,
             "sparsity": self.sparsity,
@@ -248,9 +249,9 @@ class Report:
     def _component_table(self) -> list[list[str]]:
         rows = [["component", "tensors", "weights", "zeros", "sparsity", "threshold"]]
         for row in self.components:
-            found = dict.fromkeys(f"{x:.3g}" for x in self.thresholds(row.name) or ())
+            thresholds = dict.fromkeys(f"{x:.3g}" for x in self.thresholds(row.name) or ())
             counts = [f"{row.tensors:,}", f"{row.weights:,}", f"{row.zeros:,}"]
-            rows.append([row.name, *counts, _percent(row.sparsity), " ... ".join(found)])
+            rows.append([row.name, *counts, _percent(row.sparsity), " ... ".join(thresholds)])
         tensors = sum(row.tensors for row in self.components)
         counts = [f"{tensors:,}", f"{self.weights:,}", f"{self.zeros:,}"]
         rows.append(["overall", *counts, _percent(self.sparsity), ""])
@@ -277,5 +278,5 @@ def _fraction(zeros: int, weights: int) -> float:
 
 def _percent(fraction: float) -> str:
     text = f"{100 * fraction:.2f} %"
-    # 100 % says that nothing is left, so it must not come from rounding
+    # 100 % means that no weight remains, so it must not result from rounding.
     return "99.99 %" if text == "100.00 %" and fraction < 1 else text

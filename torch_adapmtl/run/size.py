@@ -1,4 +1,4 @@
-"""Sparsity and size of any model."""
+"""The sparsity and the size of any model."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ __all__ = ["ModelSize", "size", "sparsity"]
 def sparsity(model_or_tensors: nn.Module | Tensor | Iterable[Tensor]) -> float:
     """Return the fraction of weights that are exactly zero, in [0, 1].
 
-    Of a model, the weights are those that are prunable by default: the weights (not the biases)
-    of convolutions, transposed convolutions and linear layers, and the projections of
-    `torch.nn.MultiheadAttention`; tied weights count once, and a weight under a parametrization
-    or a pruning mask counts as what the forward pass uses. Parts that no task needs and frozen
-    ones, which `Pruner.sparsity` leaves out, are included.
+    For a model, the function counts the weights that are prunable by default: the weights (not the
+    biases) of convolutions, transposed convolutions and linear layers, and the projections of
+    `torch.nn.MultiheadAttention`. Tied weights count once. Of a weight under a parametrization or a
+    pruning mask, the value that the forward pass uses is counted. Unused and frozen weights, which
+    `Pruner.sparsity` excludes, are included.
 
     Args:
         model_or_tensors: A model, a tensor, or any number of tensors (each counted once).
 
     Raises:
         ValueError: If there is no weight to count.
-        TypeError: If something else than tensors is given.
+        TypeError: If the argument contains anything but tensors.
 
     Example:
         >>> sparsity(torch.tensor([0.0, 1.0, 0.0, 2.0]))
@@ -41,8 +41,8 @@ def sparsity(model_or_tensors: nn.Module | Tensor | Iterable[Tensor]) -> float:
         tensors = [model_or_tensors]
     else:
         tensors = []
-        given: Iterable[object] = model_or_tensors
-        for tensor in {id(tensor): tensor for tensor in given}.values():
+        values: Iterable[object] = model_or_tensors
+        for tensor in {id(value): value for value in values}.values():
             if not isinstance(tensor, Tensor):
                 raise TypeError(
                     f"model_or_tensors must be a model, a tensor or tensors, got {tensor!r} among "
@@ -60,16 +60,16 @@ def sparsity(model_or_tensors: nn.Module | Tensor | Iterable[Tensor]) -> float:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Size of a model's parameters, dense and with the zeros left out.
+    """The size of a model's parameters, dense and in two sparse formats.
 
-    For a tensor of n elements of b bytes each, of which v are not zero:
+    For a tensor of n elements of b bytes each, of which v are nonzero:
 
     - dense: ``n * b``;
     - as bitmap and values: ``ceil(n / 8) + v * b``;
     - as CSR with 4-byte indices, the first dimension as rows (one row for vectors and
       scalars): ``v * b + 4 * v + 4 * (rows + 1)``.
 
-    In both sparse formats a tensor that would not get smaller stays dense.
+    In both sparse formats, a tensor that would not become smaller stays dense.
 
     Attributes:
         parameters: Number of parameters, biases and normalisation layers included.
@@ -99,11 +99,11 @@ class ModelSize:
 
 
 def size(model: nn.Module) -> ModelSize:
-    """Measure a model's parameters, dense and as they could be stored without their zeros.
+    """Measure the size of a model's parameters, dense and in two sparse formats.
 
-    Tied parameters count once; buffers do not count. Meant for plain models: under a
-    parametrization or a pruning mask a weight counts as what the forward pass uses, and
-    parameters of the parametrization itself, such as thresholds, count too.
+    Tied parameters count once; buffers do not count. The function is meant for plain models. Of a
+    weight under a parametrization or a pruning mask, the value that the forward pass uses is
+    counted, and parameters of the parametrization, such as thresholds, are counted too.
 
     Example:
         >>> layer = torch.nn.Linear(500, 500, bias=False)
@@ -132,12 +132,12 @@ def _is_prunable(module: nn.Module, name: str) -> bool:
 def _weights(
     model: nn.Module, chosen: Callable[[nn.Module, str], bool] = lambda module, name: True
 ) -> Iterator[Tensor]:
-    """Every parameter that is chosen by a module holding it, once, as the forward pass uses it."""
+    """Yield each parameter that `chosen` accepts once, as the forward pass uses it."""
     seen: set[int] = set()
     for module in model.modules():
         sources = {name: [p] for name, p in module._parameters.items() if p is not None}
         if isinstance(module, parametrize.ParametrizationList):
-            # its originals are what the parametrized module stands for
+            # The originals are counted with the module that is parametrized.
             sources = {n: p for n, p in sources.items() if not n.startswith("original")}
         if parametrize.is_parametrized(module):
             chains: Any = module.parametrizations
@@ -155,7 +155,7 @@ def _weights(
             seen.update(map(id, parameters))
             with torch.no_grad():
                 tensor = getattr(module, name)
-                if mask is not None:  # the plain attribute is stale until the next forward
+                if mask is not None:  # the attribute is outdated until the next forward pass
                     tensor = tensor * mask
             yield tensor
 

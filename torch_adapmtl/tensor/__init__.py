@@ -1,4 +1,4 @@
-"""One tensor made sparse: the soft threshold, as a function, parametrization, prune method."""
+"""The soft threshold on one tensor: a function, a parametrization and a prune method."""
 
 from __future__ import annotations
 

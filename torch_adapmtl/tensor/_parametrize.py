@@ -1,11 +1,11 @@
 """Attaching a parametrization to a tensor so that its module can still be copied and pickled.
 
-`torch.nn.utils.parametrize` does the work. Three of its limits are lifted here:
+This module uses `torch.nn.utils.parametrize` and removes three of its limits:
 
-- a parametrized module refuses to be pickled;
+- a parametrized module cannot be pickled;
 - a deep copy shares the generated class with its source, so that removing the parametrization
   from one of the two breaks the other;
-- recurrent modules read their weights from a list that never sees the parametrization.
+- recurrent modules read their weights from a list that ignores the parametrization.
 """
 
 from __future__ import annotations
@@ -22,17 +22,16 @@ def attach(module: nn.Module, name: str, parametrization: nn.Module) -> None:
     """Make `module.<name>` the output of `parametrization`; the parameter keeps its identity."""
     order = _order(module)
     if parametrize.is_parametrized(module, name):
-        # First in the chain, on the parameter itself; the parametrizations of others follow.
+        # Placed first, on the parameter itself; other parametrizations are applied after it.
         parametrization.train(module.training)
         chain: Any = module.parametrizations[name]  # type: ignore[index]
         chain.insert(0, parametrization)
     else:
-        # The consistency check that `unsafe` skips would evaluate every parametrization once; ours
-        # never changes shape or dtype.
+        # `unsafe` skips a check of shape and dtype, which a soft threshold never changes.
         parameter = module._parameters.get(name)
         if parameter is not None:
-            # Registering writes to the tensor (`set_`), which would cut a parameter off from a
-            # DistributedDataParallel that has wrapped the model already; so register a stand-in.
+            # Registering calls `set_` on the tensor. A DistributedDataParallel that already wraps
+            # the model would lose the parameter, so register another one and replace it below.
             module._parameters[name] = nn.Parameter(parameter.detach(), parameter.requires_grad)
         parametrize.register_parametrization(module, name, parametrization, unsafe=True)
         if parameter is not None:
@@ -44,7 +43,7 @@ def attach(module: nn.Module, name: str, parametrization: nn.Module) -> None:
 
 
 def _order(module: nn.Module) -> tuple[str, ...]:
-    """The names of the module's parameters in their original order, parametrized ones included."""
+    """The names of the module's parameters in their original order, with the parametrized ones."""
     known: tuple[str, ...] = ()
     if parametrize.is_parametrized(module):
         plists: Any = module.parametrizations
@@ -53,12 +52,12 @@ def _order(module: nn.Module) -> tuple[str, ...]:
 
 
 def detach(module: nn.Module, name: str) -> nn.Parameter:
-    """Undo `attach`: put the parameter itself back at `module.<name>`, in its old place."""
+    """Undo `attach`: restore the parameter at `module.<name>`, in its original position."""
     parametrizations: Any = module.parametrizations
     plist = parametrizations[name]
     parameter: nn.Parameter = plist.original
     if len(plist) > 1:
-        del plist[0]  # the parametrizations of others stay
+        del plist[0]  # other parametrizations stay
         return parameter
     del parametrizations[name]
     cls: Any = type(module)
@@ -66,9 +65,9 @@ def detach(module: nn.Module, name: str) -> nn.Parameter:
         del module.parametrizations
         module.__class__ = cls.__bases__[0]
     else:
-        # A class of its own, because a copy made by others may share this one.
-        kept = {k: v for k, v in vars(cls).items() if k not in (name, "__dict__", "__weakref__")}
-        module.__class__ = type(cls)(cls.__name__, cls.__bases__, kept)
+        # A new class, because a copy of the module may share this one.
+        members = {k: v for k, v in vars(cls).items() if k not in (name, "__dict__", "__weakref__")}
+        module.__class__ = type(cls)(cls.__name__, cls.__bases__, members)
     setattr(module, name, parameter)
     followers = set(plist.order[plist.order.index(name) + 1 :])
     later = [k for k in module._parameters if k in followers]
@@ -83,9 +82,9 @@ def _mend_class(cls: Any) -> None:
     if "__reduce_ex__" in vars(cls):
         return
     cls.__reduce_ex__ = _reduce_ex
-    if "__deepcopy__" in vars(cls):  # torch's own, which shares the class; ours goes by reduce
+    if "__deepcopy__" in vars(cls):  # shares the class; without it, __reduce_ex__ is used
         del cls.__deepcopy__
-    if "__getstate__" in vars(cls):  # torch's own, which raises
+    if "__getstate__" in vars(cls):  # torch's method, which raises an error
         del cls.__getstate__
     if issubclass(cls, nn.RNNBase):
         cls._flat_weights = property(_flat_weights, _ignore)
@@ -94,7 +93,7 @@ def _mend_class(cls: Any) -> None:
 
 def _reduce_ex(self: Any, protocol: int) -> tuple[Any, ...]:
     base = type(self).__bases__[0]
-    getstate = getattr(base, "__getstate__", None)  # every object has one from Python 3.11 on
+    getstate = getattr(base, "__getstate__", None)  # from Python 3.11 on, every object has one
     state = self.__dict__ if getstate is None else getstate(self)
     return _shell, (base, tuple(self.parametrizations)), state
 
@@ -115,8 +114,8 @@ def _flat_weights(self: Any) -> list[Tensor | None]:
 
 
 def _ignore(self: Any, value: list[Tensor | None]) -> None:
-    """Ignore the list that `nn.RNNBase` assigns when it moves devices; it is computed instead."""
+    """Ignore the list that `nn.RNNBase` assigns when it is moved; the list is computed instead."""
 
 
 def _nothing(self: Any) -> None:
-    """Computed weights share no storage that cuDNN could flatten, and no list goes stale."""
+    """Do nothing: computed weights share no storage that cuDNN could flatten."""

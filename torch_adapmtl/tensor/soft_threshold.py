@@ -1,4 +1,4 @@
-"""The soft threshold on a weight: one autograd function, as a function and a parametrization."""
+"""The soft threshold on a weight: `soft_threshold` and the parametrization `SoftThreshold`."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ __all__ = ["SoftThreshold", "soft_threshold"]
 
 
 class _SoftThreshold(torch.autograd.Function):
-    """`S(w, alpha)`; saves the parameter and alpha for the backward, or nothing.
+    """`S(w, alpha)`; saves at most the parameter and alpha for the backward pass.
 
-    `value` is alpha as a Python number, if the caller knows it: then one kernel reads the weight
-    once and writes the result once, at the cost of a copy.
+    `value` is alpha as a Python number, or None if it is not known on the host. If it is known, the
+    weight is read once and the result written once, which takes as long as a copy.
     """
 
     generate_vmap_rule = True
@@ -42,13 +42,13 @@ class _SoftThreshold(torch.autograd.Function):
             return firm(weight, value, reach)
         if value is not None:
             return F.softshrink(weight, min(value, torch.finfo(weight.dtype).max))
-        # A threshold in training may fall below zero.
+        # A threshold that is trained can become negative.
         alpha = alpha.to(weight.dtype).clamp(min=0)
-        if torch.onnx.is_in_onnx_export():  # ONNX cannot tell the sign of a zero
+        if torch.onnx.is_in_onnx_export():  # ONNX has no operation for the sign of a zero
             soft = weight - weight.clamp(-alpha, alpha)
             return soft if reach == math.inf else to_firm(reach, soft, alpha)
-        # Not `sign(w) * relu(|w| - alpha)`: this form keeps NaN, infinity and the sign of a zero,
-        # and makes one new tensor.
+        # Unlike `sign(w) * relu(|w| - alpha)`, this keeps NaN, infinity and the sign of a zero, and
+        # allocates one tensor only.
         soft = weight.clamp(-alpha, alpha).sub_(weight).copysign_(weight)
         return soft if reach == math.inf else to_firm(reach, soft, alpha).copysign_(weight)
 
@@ -59,7 +59,7 @@ class _SoftThreshold(torch.autograd.Function):
         ctx.value = None if alpha.requires_grad else value
         if ctx.value is None and (not straight_through or alpha.requires_grad):
             ctx.save_for_backward(weight, alpha)
-        elif not straight_through:  # an update may move alpha before the backward pass
+        elif not straight_through:  # not alpha, which an update may change before the backward pass
             ctx.save_for_backward(weight)
 
     @staticmethod
@@ -74,7 +74,7 @@ class _SoftThreshold(torch.autograd.Function):
             magnitude = weight.abs()
             threshold = alpha.to(weight.dtype)
             if needs_weight and not ctx.straight_through:
-                # On `>=`, so that a zero weight under a zero threshold still learns.
+                # `>=`, so that a zero weight is trained while the threshold is zero.
                 grad_weight = grad.masked_fill(magnitude < threshold, 0)
             if needs_alpha:
                 kept = (grad * weight.sign()).masked_fill(magnitude <= threshold, 0)
@@ -88,7 +88,7 @@ def _mask(weight: Tensor, mask: Tensor) -> Tensor:
 
 
 class _Mask(torch.autograd.Function):
-    """The entries where a boolean mask is True, zero elsewhere; the same for the gradient."""
+    """Apply a boolean mask to a tensor, and to its gradient in the backward pass."""
 
     generate_vmap_rule = True
 
@@ -114,29 +114,30 @@ def soft_threshold(
 ) -> Tensor:
     r"""Soft thresholding, \(S(w, \alpha) = \mathrm{sign}(w)\,\mathrm{relu}(|w| - \alpha)\), AdapMTL's pruning operator.
 
-    The gradients are the paper's (arXiv 2408.03913): \(\partial S/\partial w = 1[|w| \ge \alpha]\) and
-    \(\partial S/\partial \alpha = -\mathrm{sign}(w)\,1[|w| > \alpha]\). The first includes the kink, so
-    that zero-initialised weights learn while the threshold is zero. With `straight_through=True` the
-    gradient with respect to the weight is passed on for *every* entry, so that a pruned weight keeps
-    learning and can return; the paper's mask gradient leaves it where it fell.
+    The gradients are \(\partial S/\partial w = 1[|w| \ge \alpha]\) and
+    \(\partial S/\partial \alpha = -\mathrm{sign}(w)\,1[|w| > \alpha]\). The paper (arXiv 2408.03913) has
+    \(>\) in both; here the first includes equality, so that zero-initialised weights are trained while
+    the threshold is zero. With `straight_through=True` the gradient with respect to the weight is
+    passed on for *every* entry, so that a pruned weight is still trained and can become nonzero again.
 
-    With a finite `reach` the shrinkage ends: it decreases for weights above \(\alpha\) and is zero from
-    `reach` times \(\alpha\) on (up to rounding), so that large weights are not biased. This is firm
-    thresholding (Gao and Bruce, 1997), with \(r\) the reach and \(S(w, \alpha)\,r / (r - 1)\) in between;
-    the gradients stay those above.
+    With a finite `reach` the shrinkage decreases for weights above \(\alpha\) and is zero from `reach`
+    times \(\alpha\) on (up to rounding), so that large weights are not biased. This is firm thresholding
+    (Gao and Bruce, 1997): with \(r\) the reach, the result is \(S(w, \alpha)\,r / (r - 1)\) in between.
+    The gradients are the same as above.
 
-    A threshold of zero is the identity. NaN and infinite weights pass through. The backward keeps
-    `weight` and `alpha` alive and nothing else; the straight-through one keeps nothing unless `alpha`
+    A threshold of zero is the identity. NaN and infinite weights are returned unchanged. The backward
+    pass needs `weight` and `alpha` only; with `straight_through=True` it needs nothing, unless `alpha`
     is trained.
 
     Args:
         weight: Any shape; float16, bfloat16, float32 or float64.
         alpha: The threshold, not negative, in units of the weight: a number, or a tensor that
             broadcasts to the weight's shape (it is rounded to the weight's dtype). The sign of a
-            tensor is not checked, because that would synchronise with the device: a negative entry
-            counts as zero, with the gradient it would have just above, so that it can rise again.
-        reach: Where the shrinkage ends, in units of alpha; > 1. The paper's never ends.
-        straight_through: Pass the gradient on to pruned weights too.
+            tensor is not checked, because that would synchronise with the device. A negative entry
+            counts as zero, with the gradient of a threshold just above zero, so that it can rise again.
+        reach: Magnitude at which the shrinkage ends, in units of alpha; > 1. Infinite, as in the
+            paper, by default.
+        straight_through: Whether to pass the gradient on to pruned weights too.
 
     Returns:
         The sparse weight, in the weight's shape and dtype.
@@ -144,7 +145,8 @@ def soft_threshold(
     Raises:
         ValueError: If a numeric `alpha` is negative or not finite, a tensor is on another device
             than the weight or its shape does not broadcast to the weight's, or `reach` is not above 1.
-        TypeError: If `weight` is no dense tensor of these dtypes, or `alpha` or `reach` no real number.
+        TypeError: If `weight` is not a dense tensor of one of these dtypes, or `alpha` or `reach` is
+            not a real number.
 
     Example:
         >>> import torch
@@ -167,7 +169,7 @@ def soft_threshold(
 
 
 def _elsewhere(weight: Tensor) -> bool:
-    """Whether torch.compile, torch.func or autocast is at work, which read `requires_grad`.
+    """Whether torch.compile, torch.func or autocast is active; then `requires_grad` stays unset.
 
     Autocast would keep a copy of every tensor that requires grad.
     """
@@ -182,7 +184,7 @@ def _apply(
     weight: Tensor, alpha: Tensor, value: float | None, reach: float, straight_through: bool
 ) -> Tensor:
     if torch.compiler.is_compiling():
-        value = None  # a number would be a constant of the graph, and the budget moves it
+        value = None  # a number would be a constant of the graph, but the threshold changes
     sparse: Tensor = _SoftThreshold.apply(weight, alpha, value, reach, straight_through)
     return sparse
 
@@ -192,32 +194,32 @@ def _round_to(value: float, dtype: torch.dtype) -> float:
 
 
 class SoftThreshold(nn.Module):
-    """The parametrization that soft-thresholds a weight in the forward pass (AdapMTL, Section 3).
+    """Parametrization that applies the soft threshold to a weight (AdapMTL, Section 3).
 
     Register it with `torch.nn.utils.parametrize.register_parametrization`, or let
     [`soft_threshold_unstructured`][torch_adapmtl.soft_threshold_unstructured] or
     [`apply_adapmtl`][torch_adapmtl.apply_adapmtl] do it.
 
     Args:
-        threshold: The threshold alpha: a number, or an `nn.Parameter` holding one number, which is
-            then trained with the weights (and acts as zero where training makes it negative).
+        threshold: The threshold alpha: a number, or an `nn.Parameter` with one element, which is
+            then trained with the weights. If training makes it negative, it acts as zero.
         reach: See [`soft_threshold`][torch_adapmtl.soft_threshold].
-        straight_through: Likewise.
-        mask: Boolean tensor in the weight's shape; entries where it is False are zero whatever the
-            threshold, and receive no gradient.
-        persistent: Whether the threshold and the mask are part of the `state_dict`. Thresholds
-            that belong to a component are not; the component keeps them.
+        straight_through: See [`soft_threshold`][torch_adapmtl.soft_threshold].
+        mask: Boolean tensor in the weight's shape. Entries where it is False are zero,
+            independently of the threshold, and receive no gradient.
+        persistent: Whether the threshold and the mask are part of the `state_dict`. They are not
+            in a model that `apply_adapmtl` prepared, where the pruner saves them.
 
     Attributes:
-        alpha: The threshold, a tensor of one number. Change it by `set_threshold` or in place; a
-            write that autograd does not count, through `alpha.data`, goes unnoticed.
+        alpha: The threshold, a tensor with one element. Change it by `set_threshold` or in place,
+            but not through `alpha.data`: such a write is not noticed.
         mask: The mask, or None.
 
     Raises:
-        ValueError: If `threshold` is negative, not finite, or a tensor of more than one number, or
+        ValueError: If `threshold` is negative, not finite, or a tensor of several elements, or
             `reach` is not above 1. In the forward pass, if the threshold or the mask is on another
             device than the weight, or the mask is of another shape.
-        TypeError: If `threshold` or `reach` is no real number, or the mask is not boolean.
+        TypeError: If `threshold` or `reach` is not a real number, or the mask is not boolean.
 
     Example:
         >>> import torch
@@ -232,7 +234,7 @@ class SoftThreshold(nn.Module):
 
     alpha: Tensor
     mask: Tensor | None
-    # The mask that torch.nn.utils.prune had on the tensor before; it is put back at the end.
+    # A mask of torch.nn.utils.prune that the tensor had before; it is restored at the end.
     earlier_mask: Tensor | None = None
 
     def __init__(
@@ -273,13 +275,13 @@ class SoftThreshold(nn.Module):
         if persistent:
             self.register_buffer("mask", mask)
         else:
-            # Not a buffer: one added in mid-run would shift the model's other buffers, which an
-            # average of the model (torch.optim.swa_utils) pairs with its own by position.
+            # Not a buffer: an average of the model (torch.optim.swa_utils) pairs buffers by their
+            # position, which would change if a mask were added during a run.
             self.mask = mask
 
     @torch.no_grad()
     def set_threshold(self, value: float) -> None:
-        """Set alpha to `value`, without a synchronisation with the device.
+        """Set alpha to `value`, without waiting for the device.
 
         Raises:
             ValueError: If `value` is negative or not finite.
@@ -289,7 +291,7 @@ class SoftThreshold(nn.Module):
         self._remember(value)
 
     def threshold(self) -> Tensor:
-        """The threshold that `forward` applies: one number, differentiable where it is learned."""
+        """Return the threshold that `forward` applies, differentiable if it is trained."""
         return self.alpha
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -314,7 +316,7 @@ class SoftThreshold(nn.Module):
         if torch.compiler.is_compiling() or self._known is None or self.alpha.is_inference():
             return None
         alpha, version, value = self._known
-        # The number is stale if anything else wrote to alpha or replaced it.
+        # The number is invalid if alpha has been written to or replaced since.
         return value if alpha is self.alpha and alpha._version == version else None
 
     def _remember(self, value: float | None) -> None:
@@ -324,22 +326,22 @@ class SoftThreshold(nn.Module):
             self._known = (self.alpha, self.alpha._version, value)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SoftThreshold:
-        # Moving to another device or dtype replaces or rewrites alpha; set the number anew.
+        # Moving to another device or dtype replaces or rewrites alpha, so set the number again.
         value = SoftThreshold._value(self)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.mask is not None and "mask" not in self._buffers:
             self.mask = fn(self.mask)
         if value is not None and not self.alpha.is_meta:
-            self.set_threshold(value)  # not just remembered: `to_empty` leaves alpha unwritten
+            self.set_threshold(value)  # also written, because `to_empty` leaves alpha uninitialised
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "alpha" in state_dict:
-            self._known = None  # torch may have swapped in a tensor that has the same version
+            self._known = None  # torch may have replaced alpha by a tensor with the same version
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copied tensor starts at another version: pass the number on as it is now.
+        # A copied tensor has another version, so store the number alone.
         return {**self.__dict__, "_known": SoftThreshold._value(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -25,18 +25,19 @@ class SoftThresholdPruning(PruningContainer):
     or pass this class as `pruning_method` (with `threshold=`) to
     `torch.nn.utils.prune.global_unstructured`, which turns it into plain masks.
 
-    On a module it is the mark that `prune.is_pruned` and `prune.remove` look for; the sparse weight
-    itself is computed by a [`SoftThreshold`][torch_adapmtl.SoftThreshold] parametrization, so the
-    module can be copied and pickled at any time. `prune.remove` writes the sparse weight into the
-    parameter. A mask that `torch.nn.utils.prune` put on the tensor earlier is taken over. A later
-    prune call on the tensor raises an error.
+    On a module, an instance of this class is the hook by which `prune.is_pruned` and `prune.remove`
+    recognise pruning. The sparse weight is computed by a
+    [`SoftThreshold`][torch_adapmtl.SoftThreshold] parametrization, so the module can be copied and
+    pickled at any time. `prune.remove` writes the sparse weight into the parameter. An earlier mask
+    of `torch.nn.utils.prune` on the tensor moves into the parametrization. A later prune call on
+    the tensor raises an error.
 
     Args:
         threshold: Magnitude up to which a weight is pruned; a finite number >= 0.
 
     Raises:
         ValueError: If `threshold` is negative or not finite.
-        TypeError: If it is no number.
+        TypeError: If `threshold` is not a number.
 
     Example:
         >>> import torch
@@ -49,8 +50,8 @@ class SoftThresholdPruning(PruningContainer):
         tensor([[0., 1.]])
     """
 
-    # A container, because torch asks only containers (through `add_pruning_method`) before it
-    # stacks another method on top.
+    # A container, because only on containers torch calls `add_pruning_method` when another method
+    # is applied to the tensor.
     PRUNING_TYPE = "unstructured"
 
     def __init__(self, threshold: float = 0.0) -> None:
@@ -94,23 +95,23 @@ class SoftThresholdPruning(PruningContainer):
         if problem := obstacle(held) or trouble_of_inference(held):
             raise TypeError(f"name: {name!r} of {type(module).__name__} {problem}")
         parametrization = parametrization.to(device=held.device, dtype=held.dtype)
-        parametrization.set_threshold(threshold)  # not as it was rounded to float32
+        parametrization.set_threshold(threshold)  # again, because the first was rounded to float32
         return attach_threshold(module, name, parametrization)
 
     def remove(self, module: nn.Module) -> None:
         """Write the sparse value into the parameter and leave a plain `module.<name>`."""
         threshold = attached_threshold(module, self._tensor_name)
         if threshold is None:
-            return  # torch.nn.utils.parametrize.remove_parametrizations has done it already
+            return  # removed already by torch.nn.utils.parametrize.remove_parametrizations
         with torch.no_grad():
             parameter = held_parameter(module, self._tensor_name)
             parameter.copy_(threshold(parameter))
         detach(module, self._tensor_name)
 
     def add_pruning_method(self, method: BasePruningMethod) -> None:
-        """Refuse to stack another method on the soft threshold."""
+        """Raise an error: no other method can be applied on top of the soft threshold."""
         module = None if self._module is None else self._module()
-        if module is not None:  # torch has taken the mark off already: put it back
+        if module is not None:  # torch has removed this hook already, so restore it
             module.register_forward_pre_hook(self)
         raise RuntimeError(
             f"cannot apply {type(method).__name__} to {self._tensor_name!r}, which has a soft "
@@ -122,7 +123,7 @@ class SoftThresholdPruning(PruningContainer):
         """Do nothing before the forward pass; the parametrization computes the weight."""
 
     def __getstate__(self) -> dict[str, Any]:
-        # The module itself, so that the mark in a copied module knows the copy.
+        # The module instead of a weak reference, so that a copied hook refers to the copied module.
         return {**self.__dict__, "_module": None if self._module is None else self._module()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -133,7 +134,7 @@ class SoftThresholdPruning(PruningContainer):
 def attach_threshold(
     module: nn.Module, name: str, parametrization: SoftThreshold
 ) -> SoftThresholdPruning:
-    """Attach `parametrization` and the mark that `torch.nn.utils.prune` looks for.
+    """Attach `parametrization`, and the hook by which `torch.nn.utils.prune` recognises pruning.
 
     A mask of `torch.nn.utils.prune` on the tensor moves into the parametrization.
     """
@@ -145,7 +146,7 @@ def attach_threshold(
     held_parameter(module, name)
     earlier = _find_method(module, name)
     if isinstance(earlier, SoftThresholdPruning):
-        _unmark(module, name)  # parametrize.remove_parametrizations has left it behind
+        _remove_hook(module, name)  # left behind by parametrize.remove_parametrizations
     elif earlier is not None:
         parametrization.mask = parametrization.earlier_mask = _take_mask(module, name)
     method = SoftThresholdPruning()
@@ -157,7 +158,7 @@ def attach_threshold(
 
 
 def held_parameter(module: nn.Module, name: str) -> nn.Parameter:
-    """Return the parameter that `module.<name>` is, or is made from."""
+    """Return the parameter `module.<name>`, or the one from which it is computed."""
     if parametrize.is_parametrized(module, name):
         plist: Any = module.parametrizations[name]  # type: ignore[index]
         parameter = plist._parameters.get("original")
@@ -200,26 +201,26 @@ def _take_mask(module: nn.Module, name: str) -> Tensor:
 
 
 def detach_threshold(module: nn.Module, name: str) -> nn.Parameter:
-    """Undo `attach_threshold`: leave the parameter itself, with the values it holds."""
-    _unmark(module, name)
+    """Undo `attach_threshold`: restore the parameter, with its values unchanged."""
+    _remove_hook(module, name)
     return detach(module, name)
 
 
 def put_back(module: nn.Module, name: str, threshold: SoftThreshold) -> None:
-    """Mask a plain tensor again as `torch.nn.utils.prune` had done before `threshold` came."""
+    """Restore the mask of `torch.nn.utils.prune` that the tensor had before `threshold`."""
     if threshold.earlier_mask is not None:
         device = held_parameter(module, name).device
         custom_from_mask(module, name, threshold.earlier_mask.to(device))
 
 
-def _unmark(module: nn.Module, name: str) -> None:
+def _remove_hook(module: nn.Module, name: str) -> None:
     for key, hook in list(module._forward_pre_hooks.items()):
         if isinstance(hook, SoftThresholdPruning) and hook._tensor_name == name:
             del module._forward_pre_hooks[key]
 
 
 def soft_threshold_unstructured(module: nn.Module, name: str, threshold: float) -> nn.Module:
-    """Prune `module.<name>` by a soft threshold, in the style of `torch.nn.utils.prune`.
+    """Prune `module.<name>` by a soft threshold, like a function of `torch.nn.utils.prune`.
 
     Args:
         module: The module that holds the tensor.
@@ -233,8 +234,8 @@ def soft_threshold_unstructured(module: nn.Module, name: str, threshold: float) 
     Raises:
         ValueError: If the module has no such parameter or has not initialised it yet, or
             `threshold` is negative or not finite.
-        TypeError: If `module` is no module, the parameter no dense floating-point tensor, or
-            `threshold` no number.
+        TypeError: If `module` is not a module, the parameter is not a dense floating-point tensor,
+            or `threshold` is not a number.
         RuntimeError: If the tensor has a soft threshold already.
 
     Example:

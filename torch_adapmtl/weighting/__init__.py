@@ -1,8 +1,8 @@
-"""Weights of the task losses: the sliding-window stability of AdapMTL, and plain alternatives.
+"""Loss weightings: the sliding-window stability of AdapMTL, and simple alternatives.
 
 Every weighting maps `{task: scalar loss}` to one scalar that is differentiable in the losses. The
-weights themselves are detached, sum to the number of tasks T, and are computed where their buffers
-live, without the host waiting for the device.
+weights are detached and sum to the number of tasks T. They are computed on the device of the
+weighting's buffers, without waiting for it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The base of all loss weightings, and the checks of their arguments."""
+"""The base class of all loss weightings, and checks of their arguments."""
 
 from __future__ import annotations
 
@@ -18,33 +18,34 @@ __all__ = ["LossWeighting", "check_names", "check_tasks", "check_weight"]
 
 
 class LossWeighting(KeepsPrecision, ABC):
-    """Weighted sum of task losses; the base of all weightings.
+    """Weighted sum of task losses; the base class of all weightings.
 
-    A subclass defines `weights` and, if they depend on past losses, remembers those in `observe`.
-    What it remembers belongs into buffers, so that it follows the model through `to`, `state_dict`,
-    `deepcopy` and pickling. Floating-point buffers stay float32 when the model is cast with `half`,
-    `bfloat16` or `double`.
+    A subclass defines `weights`. If the weights depend on past losses, it stores these in
+    `observe`, in buffers, so that they follow the model through `to`, `state_dict`, `deepcopy` and
+    pickling. Floating-point buffers keep their dtype when the model is cast with `half`, `bfloat16`
+    or `double`.
 
-    Calling it returns `sum_t weight_t * loss_t` over the tasks present, on the device of its
-    buffers and in float32 or wider:
+    Calling a weighting returns `sum_t weight_t * loss_t` over the tasks that have a loss, on the
+    device of its buffers and in float32 or wider:
 
-    - A task that is absent, or whose loss is None, is skipped and nothing is remembered for it.
-    - Losses are remembered only in training mode with gradients enabled, so evaluating under
-      `no_grad` or in `eval` mode changes nothing.
-    - A NaN or infinite loss is never remembered. It still enters the returned sum, because hiding
-      it would also hide it from a gradient scaler or an anomaly check; it is counted, and
-      `check_finite` raises an error naming the task.
+    - A task that is absent, or whose loss is None, is skipped, and nothing is stored for it.
+    - Losses are stored only in training mode with gradients enabled. Calls under `no_grad` or in
+      `eval` mode change nothing.
+    - A NaN or infinite loss is never stored, but it is part of the returned sum, so that a gradient
+      scaler or an anomaly check can detect it. It is counted, and `check_finite` raises an error
+      that names the task.
 
     Args:
-        tasks: The task names, each once.
-        strict: Raise at once on a NaN or infinite loss. This waits for the device on every call.
+        tasks: The task names, without duplicates.
+        strict: Raise an error at once for a NaN or infinite loss. This waits for the device on
+            every call.
 
     Attributes:
         tasks: The task names, in order.
-        record: What is known of the losses of the run.
+        record: The record of the losses of the run.
         synchronize: Whether processes that train together (torch.distributed is initialised)
-            remember the mean of their losses, so that their weights are the same; True. Then all
-            of them have to make each call.
+            average their losses, so that their weights are the same. True by default. All processes
+            must then call the weighting equally often.
 
     Example:
         >>> import torch
@@ -72,39 +73,40 @@ class LossWeighting(KeepsPrecision, ABC):
 
     @abstractmethod
     def weights(self) -> Tensor:
-        """Weight of each task: a new detached tensor of shape (T,), in the order of `tasks`."""
+        """Return the weight of each task: a new detached tensor of shape (T,), as in `tasks`."""
 
     def observe(self, losses: Tensor, accepted: Tensor) -> None:
-        """Remember the losses of one training step; the base class remembers nothing.
+        """Store the losses of one training step; the base class stores nothing.
 
         Args:
-            losses: Detached float32 losses of shape (T,); meaningless where not accepted.
-            accepted: Bool of shape (T,): the task is present and its loss finite.
+            losses: Detached float32 losses of shape (T,); arbitrary where not accepted.
+            accepted: Bool of shape (T,): whether the task has a loss and it is finite.
         """
 
     def config(self) -> dict[str, Any]:
-        """Return the settings that decide the weights, as JSON can hold them.
+        """Return the settings that decide the weights, as values that JSON can hold.
 
-        Checkpoints store it: a state dict is loaded only into a run whose config is equal. The base
-        class returns the name of the class; a subclass adds its numbers.
+        A checkpoint stores the config, and a state dict is loaded only into a run with an equal
+        config. The base class returns the name of the class; a subclass adds its settings.
         """
         return {"name": type(self).__name__}
 
     def forward(self, losses: Mapping[str, Tensor | None]) -> Tensor:
-        """Return the weighted sum of the losses present.
+        """Return the weighted sum of the losses.
 
         Args:
-            losses: A 0-dim floating-point tensor for each task, or None for a missing one.
+            losses: A 0-d floating-point tensor for each task. A task that is absent or None is
+                skipped.
 
         Raises:
-            TypeError: If `losses` is no mapping, or a loss no floating-point tensor.
-            ValueError: If a task is unknown, a loss not a scalar, or no loss present.
+            TypeError: If `losses` is not a mapping, or a loss is not a floating-point tensor.
+            ValueError: If a task is unknown, a loss is not a scalar, or there is no loss.
             RuntimeError: If `strict` and a loss is NaN or infinite.
         """
         return self.weigh(self.record.check(losses))
 
     def weigh(self, present: Mapping[str, Tensor]) -> Tensor:
-        """Do the same with losses that `record.check` has returned."""
+        """Return the weighted sum of losses that `record.check` has returned."""
         learning = self.training and torch.is_grad_enabled()
         stacked = self.record.stack(present)
         if self.strict:
@@ -115,24 +117,24 @@ class LossWeighting(KeepsPrecision, ABC):
         return (self._weights_for(present) * stacked).sum()
 
     def check_finite(self) -> None:
-        """Raise if a loss was NaN or infinite since the last check, then start counting anew.
+        """Raise an error if a loss was NaN or infinite since the last check, and reset the counts.
 
-        Reads the counts from the device, so it waits for it: call it rarely.
+        This waits for the device, so call it rarely.
 
         Raises:
-            RuntimeError: Naming the tasks and how often it happened.
+            RuntimeError: If there was such a loss; it names the tasks and how often it happened.
         """
         self.record.raise_nonfinite(synchronize=self.synchronize)
 
     def unseen(self) -> dict[str, int]:
-        """Tasks that have had no loss for longer than the weighting remembers: for how many steps.
+        """Return the tasks without a loss for longer than the window, and for how many steps.
 
-        Reads the numbers from the device. The base class remembers nothing, and names no task.
+        Reads the numbers from the device. The base class has no window and returns an empty dict.
         """
         return {}
 
     def as_dict(self) -> dict[str, float]:
-        """Return the current weights by task as floats (this waits for the device).
+        """Return the current weights by task as floats; this waits for the device.
 
         Example:
             >>> from torch_adapmtl import EqualWeighting
@@ -150,7 +152,7 @@ class LossWeighting(KeepsPrecision, ABC):
 
 
 def check_tasks(tasks: object) -> tuple[str, ...]:
-    """Return the task names if they are names, at least one, and each once."""
+    """Return the task names if there is at least one, all are strings, and none occurs twice."""
     names = tuple(tasks) if isinstance(tasks, Iterable) else (tasks,)
     if isinstance(tasks, str) or not all(isinstance(task, str) for task in names):
         raise TypeError(f"tasks must be a sequence of task names (strings), got {tasks!r}")
@@ -160,7 +162,7 @@ def check_tasks(tasks: object) -> tuple[str, ...]:
 
 
 def check_names(name: str, weights: Mapping[str, object], tasks: tuple[str, ...]) -> None:
-    """Raise an error unless `weights` maps exactly the `tasks`."""
+    """Raise an error unless the keys of `weights` are exactly the `tasks`."""
     if not isinstance(weights, Mapping):
         raise TypeError(f"{name} must be a mapping from task to weight, got {weights!r}")
     if set(weights) != set(tasks):

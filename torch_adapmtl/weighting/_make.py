@@ -1,4 +1,4 @@
-"""Making a loss weighting from a short description."""
+"""`make_weighting`: from the argument `weighting` to a loss weighting."""
 
 from __future__ import annotations
 
@@ -22,23 +22,24 @@ def make_weighting(
     tasks: Sequence[str],
     total_steps: int,
 ) -> LossWeighting:
-    """Make a loss weighting from a short description.
+    """Make a loss weighting from the argument `weighting` of `apply_adapmtl`.
 
     Args:
-        spec: `"stability"`: `StabilityWeighting` as in the paper's text; `"deviation"`: the same
-            with the direction of the authors' code; both with a window of `total_steps // 40` (at
-            least 10, at most 500), starting after `total_steps // 4` steps, which is the paper's
-            500 and 5,000 of 20,000. `"equal"`: `EqualWeighting`. A mapping: `FixedWeighting`. A
-            callable: `CallableWeighting`. A `LossWeighting`: used as it is.
-        tasks: The task names, each once.
-        total_steps: Length of the training, in steps.
+        spec: `"stability"`: `StabilityWeighting` as in the paper's text. `"deviation"`: the same
+            with the direction of the authors' code. Both have a window of `total_steps // 40` (at
+            least 10, at most 500) and start after `total_steps // 4` steps, in proportion to the
+            paper's 500 and 5,000 of 20,000. `"equal"`: `EqualWeighting`. A mapping:
+            `FixedWeighting`. A callable: `CallableWeighting`. A `LossWeighting` is returned
+            unchanged.
+        tasks: The task names, without duplicates.
+        total_steps: Number of steps of the run.
 
     Returns:
-        The weighting, its buffers on the CPU unless given as a `LossWeighting`.
+        The weighting. Its buffers are on the CPU, unless `spec` is a `LossWeighting`.
 
     Raises:
-        ValueError: If the name is unknown, or the tasks of a given `LossWeighting` differ.
-        TypeError: If `spec` is of none of these kinds.
+        ValueError: If the name is unknown, or a `LossWeighting` has other tasks.
+        TypeError: If `spec` is of another type.
 
     Example:
         >>> make_weighting("stability", ["seg", "depth"], 20_000).window
@@ -65,7 +66,7 @@ def make_weighting(
     if isinstance(spec, Mapping):
         return FixedWeighting(tasks, spec)
     function: object = spec
-    if callable(function) and not isinstance(function, type):  # the class of a weighting, say
+    if callable(function) and not isinstance(function, type):  # a class is callable too
         return CallableWeighting(tasks, function)
     raise TypeError(
         "weighting must be 'stability', 'deviation', 'equal', a mapping from task to weight, a "

@@ -1,4 +1,4 @@
-"""The task losses of a run: checked, stacked, averaged over processes, and counted, once a step."""
+"""The record of the task losses of a run: checks, stacks, averages and counts them once a step."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ __all__ = ["LossRecord"]
 
 # Losses are clamped to this, so that the difference of two stays finite.
 _HUGE = torch.finfo(torch.float32).max / 4
-# Readings that make up the beginning of a run.
+# Number of readings averaged as the beginning of a run.
 _FIRST = 5
-# Share of the average kept from one reading to the next.
+# Share of the average that remains after each reading.
 _DECAY = 0.8
 
 
 class LossRecord(KeepsPrecision):
-    """What is known of the losses of each task.
+    """The losses of each task: the latest ones, averages at the beginning and now, and counts.
 
-    Nothing here waits for the device but `raise_nonfinite` and `starts_and_ends`.
+    Only `raise_nonfinite` and `starts_and_ends` wait for the device.
 
     Args:
         tasks: The task names, in order.
@@ -33,12 +33,12 @@ class LossRecord(KeepsPrecision):
     Attributes:
         nonfinite: Number of NaN or infinite losses per task since the last `raise_nonfinite`, int64
             of shape (T,); not part of the state dict.
-        latest: The losses of the last training step, float32 (T,), and which of them count, bool
-            (T,); None before the first step.
-        first: Sum of each task's first readings, and their number, float32 (2, T).
-        recent: Exponential average of each task's readings, and their number, float32 (2, T).
-        with_grad: The tasks that had a loss that requires grad.
-        without_grad: The tasks that had one that does not.
+        latest: The losses of the last training step, float32 (T,), and whether each is present and
+            finite, bool (T,); None before the first step.
+        first: Sum and number of each task's first readings, float32 (2, T).
+        recent: Exponential average and number of each task's readings, float32 (2, T).
+        with_grad: The tasks that have had a loss that requires grad.
+        without_grad: The tasks that have had a loss that does not require grad.
     """
 
     first: Tensor
@@ -47,7 +47,7 @@ class LossRecord(KeepsPrecision):
     def __init__(self, tasks: Sequence[str]) -> None:
         super().__init__()
         self.tasks = tuple(tasks)
-        # Not a buffer: DistributedDataParallel would give all processes that of the first.
+        # Not a buffer: DistributedDataParallel would copy it from the first process to all others.
         self.nonfinite = torch.zeros(len(self.tasks), dtype=torch.int64)
         self.latest: tuple[Tensor, Tensor] | None = None
         self.register_buffer("first", torch.zeros(2, len(self.tasks)))
@@ -61,11 +61,11 @@ class LossRecord(KeepsPrecision):
         return self
 
     def check(self, losses: object) -> dict[str, Tensor]:
-        """Return the losses that are present, by task in the order of `tasks`.
+        """Return the losses that are not None, by task in the order of `tasks`.
 
         Raises:
-            TypeError: If `losses` is no mapping, or a loss no floating-point tensor.
-            ValueError: If a task is unknown, a loss not a scalar, or no loss present.
+            TypeError: If `losses` is not a mapping, or a loss is not a floating-point tensor.
+            ValueError: If a task is unknown, a loss is not a scalar, or there is no loss.
         """
         if not isinstance(losses, Mapping):
             raise TypeError(
@@ -105,7 +105,7 @@ class LossRecord(KeepsPrecision):
         return present
 
     def stack(self, present: Mapping[str, Tensor]) -> Tensor:
-        """All losses as one differentiable (T,) tensor, float32 or wider, 0 for missing tasks."""
+        """Stack the losses into a differentiable (T,) tensor, float32 or wider; 0 if missing."""
         device, dtype = self.nonfinite.device, torch.float32
         for loss in present.values():
             dtype = torch.promote_types(dtype, loss.dtype)
@@ -120,14 +120,14 @@ class LossRecord(KeepsPrecision):
     def count(
         self, present: Mapping[str, Tensor], stacked: Tensor, *, synchronize: bool
     ) -> tuple[Tensor, Tensor]:
-        """Take in the losses of a training step; return `latest`."""
+        """Record the losses of a training step and return `latest`."""
         values = stacked.detach()
         accepted = values.abs() < inf  # the finite ones; NaN is not below anything
         self.nonfinite += ~accepted
         for index, task in enumerate(self.tasks):
             if task not in present:
                 accepted[index].fill_(False)  # a fill copies nothing from the host
-        # float64 losses beyond float32's range are finite, and must stay so
+        # float64 losses beyond float32's range are finite and must stay finite
         latest = values.clamp(-_HUGE, _HUGE).float(), accepted
         self.latest = mean_over_processes(*latest) if synchronize else latest
         return self.latest
@@ -135,11 +135,11 @@ class LossRecord(KeepsPrecision):
     def note_gradients(self, present: Mapping[str, Tensor], training: bool) -> bool:
         """Note which losses require grad; return whether any does.
 
-        One without beside others that have it may well be meant: a batch that has no labels for a
-        task, or a task that is frozen. So it is an error only if backward() would do nothing.
+        Some losses without grad can be intended: the batch has no labels for a task, or the task is
+        frozen. So it is an error only if no loss requires grad and backward() would do nothing.
 
         Raises:
-            ValueError: If none does, in training.
+            ValueError: If `training` is True and no loss requires grad.
         """
         learning = {task for task, loss in present.items() if loss.requires_grad}
         if training and not learning:
@@ -156,7 +156,7 @@ class LossRecord(KeepsPrecision):
 
     @torch.no_grad()
     def read(self) -> None:
-        """Take the latest losses into the averages of the beginning and of now."""
+        """Add the latest losses to the averages `first` and `recent`."""
         if self.latest is None:
             return
         losses, accepted = (tensor.to(self.first.device) for tensor in self.latest)
@@ -168,18 +168,18 @@ class LossRecord(KeepsPrecision):
         self.recent[1] += accepted
 
     def forget(self) -> None:
-        """Forget what no state holds: losses that were not finite, and the latest ones."""
+        """Reset what the state dict does not hold: `nonfinite` and `latest`."""
         self.nonfinite.zero_()
         self.latest = None
 
-    # --- what it says -----------------------------------------------------------------------------
+    # --- results ----------------------------------------------------------------------------------
 
     def raise_nonfinite(self, counts: Tensor | None = None, *, synchronize: bool) -> None:
-        """Raise a `RuntimeError` naming the tasks that had NaN or infinite losses, and how often.
+        """Raise a `RuntimeError` if there were NaN or infinite losses; it names the tasks.
 
         Args:
-            counts: How many, int64 (T,); those since the last call if None, which starts anew then.
-            synchronize: Whether to add up over processes, so that all of them raise, or none.
+            counts: The number for each task, int64 (T,). If None, `nonfinite` is used and reset.
+            synchronize: Whether to sum over processes, so that either all of them raise or none.
         """
         counted = self.nonfinite.clone() if counts is None else counts
         numbers = (sum_over_processes(counted) if synchronize else counted).tolist()
@@ -196,29 +196,29 @@ class LossRecord(KeepsPrecision):
         )
 
     def starts_and_ends(self) -> dict[str, tuple[float, float]]:
-        """By task what the loss was at the beginning of the run, and what it is now."""
+        """Return the loss at the beginning of the run and the loss now, by task."""
         total, count = self.first
         starts, ends = (total / count).tolist(), self.recent[0].tolist()
         return dict(zip(self.tasks, zip(starts, ends, strict=True), strict=True))
 
     def untrained(self) -> list[str]:
-        """The tasks that had losses, but never one that requires grad."""
+        """The tasks that have had losses, but never a loss that requires grad."""
         return [task for task in self.tasks if task in self.without_grad - self.with_grad]
 
     def absent(self) -> list[str]:
-        """The tasks that never had a loss, though others had."""
-        had = self.with_grad | self.without_grad
-        return [task for task in self.tasks if had and task not in had]
+        """The tasks that have never had a loss, if other tasks have."""
+        present = self.with_grad | self.without_grad
+        return [task for task in self.tasks if present and task not in present]
 
     def had_losses(self) -> list[int]:
-        """Which tasks had losses with and without a gradient, in the bits of two numbers."""
+        """Return `with_grad` and `without_grad` as two numbers, one bit for each task."""
         return [
             sum(1 << bit for bit, task in enumerate(self.tasks) if task in tasks)
             for tasks in (self.with_grad, self.without_grad)
         ]
 
     def set_had_losses(self, had: Sequence[int]) -> None:
-        """Take over what `had_losses` returned."""
+        """Set `with_grad` and `without_grad` from the result of `had_losses`."""
         for tasks, bits in zip((self.with_grad, self.without_grad), had, strict=False):
             tasks.clear()
             tasks.update(task for bit, task in enumerate(self.tasks) if bits >> bit & 1)

@@ -1,4 +1,4 @@
-"""Plain loss weightings: fixed, equal, and by a function."""
+"""Simple loss weightings: fixed, equal, and computed by a function."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class FixedWeighting(LossWeighting):
     """Gives every task a constant weight, scaled so that the weights sum to T.
 
     Args:
-        tasks: The task names, each once.
+        tasks: The task names, without duplicates.
         weights: A finite weight >= 0 for every task, not all zero; only their ratios matter.
         strict: See `LossWeighting`.
 
     Raises:
-        ValueError: If a task is missing or unknown, or a weight out of range.
+        ValueError: If a task is missing or unknown, or a weight is out of range.
 
     Example:
         >>> FixedWeighting(["seg", "depth"], {"seg": 1, "depth": 3}).as_dict()
@@ -74,7 +74,7 @@ class EqualWeighting(FixedWeighting):
     """Gives every task the weight 1: the plain sum of the losses.
 
     Args:
-        tasks: The task names, each once.
+        tasks: The task names, without duplicates.
         strict: See `LossWeighting`.
 
     Example:
@@ -89,18 +89,18 @@ class EqualWeighting(FixedWeighting):
 
 
 class CallableWeighting(LossWeighting):
-    """Takes the weights from a function of the losses.
+    """Computes the weights by a function of the losses.
 
-    The function is called with the losses of the tasks present, graph included (so it may take
-    gradients), in every mode; what it returns is detached. By default the weights are scaled to
-    sum to the number of tasks present, like those of every other weighting (left alone where
-    their sum is not positive); ``normalize=False`` uses them exactly as returned. Weights given
-    as floats are checked; weights given as tensors are not, as that would wait for the device.
+    The function is called in every mode, with the losses of all tasks that have one. The losses
+    have their graph, so the function can compute gradients. The weights that it returns are
+    detached. By default they are scaled to sum to the number of tasks that have a loss, unless
+    their sum is not positive; with ``normalize=False`` they are used as returned. Weights that are
+    floats are checked. Weights that are tensors are not, because that would wait for the device.
 
     Args:
-        tasks: The task names, each once.
+        tasks: The task names, without duplicates.
         fn: From ``{task: loss}`` to ``{task: weight}`` for the same tasks; a weight is a float
-            or a 0-dim tensor. To pickle the model, it must be picklable (no lambda).
+            or a 0-d tensor. To pickle the model, `fn` must be picklable, which a lambda is not.
         normalize: Whether to scale the weights.
         strict: See `LossWeighting`.
 
@@ -108,8 +108,9 @@ class CallableWeighting(LossWeighting):
         last: The weights of the last call, float32 of shape (T,); not part of the state dict.
 
     Raises:
-        TypeError: If `fn` cannot be called; in a call, if a weight is neither float nor tensor.
-        ValueError: In a call, if the weights are not for the tasks of the losses or out of range.
+        TypeError: If `fn` is not callable. In a call, if a weight is neither a number nor a tensor.
+        ValueError: In a call, if the tasks of the weights and the losses differ, or a weight is out
+            of range.
 
     Example:
         >>> def inverse(losses):
@@ -139,12 +140,13 @@ class CallableWeighting(LossWeighting):
         self.register_buffer("last", torch.ones(len(self.tasks)), persistent=False)
 
     def weights(self) -> Tensor:
-        """The weights of the last call (1 before it), float32 of shape (T,)."""
+        """The weights of the last call, float32 of shape (T,); 1 before the first call."""
         return self.last.clone()
 
     def config(self) -> dict[str, Any]:
-        """Return whether the weights are scaled; a function cannot be compared."""
-        return {**super().config(), "normalize": self.normalize}
+        """Return the settings; functions are compared by their name."""
+        name = getattr(self.fn, "__qualname__", type(self.fn).__qualname__)
+        return {**super().config(), "function": name, "normalize": self.normalize}
 
     def _weights_for(self, present: Mapping[str, Tensor]) -> Tensor:
         returned = self.fn(dict(present))

@@ -15,47 +15,51 @@ __all__ = ["StabilityWeighting"]
 
 # A deviation below this is float32 rounding, not information; it also keeps 1/deviation finite.
 _FLOOR = 1e-6
-# A single relative change above this says nothing more; it keeps sums over the window finite.
+# Larger relative changes are clamped to this, so that sums over the window stay finite.
 _CAP = 1e6
-# Stands in for 0 as a divisor.
+# Replaces 0 as a divisor.
 _TINY = 1e-30
 
 
 class StabilityWeighting(LossWeighting):
-    r"""Weights tasks by how much their loss fluctuates in a sliding window (AdapMTL, sec. 3).
+    r"""Weights tasks by how much their losses fluctuate in a sliding window (AdapMTL, Section 3).
 
-    For each task, with the last `window` losses \(L_1, …, L_n\), the deviation is
+    The deviation of a task over its last `window` losses \(L_1, …, L_n\) is
 
     - ``"relative_change"``: the mean of \(|L_i - L_{i-1}| / |L_i|\), as in the authors' code;
     - ``"coefficient_of_variation"``: their (population) standard deviation over their |mean|.
 
     Both are scale-free: multiplying a task's loss by a constant changes nothing. The paper's text
-    and the authors' code disagree on what follows from it, so both are here:
+    and the authors' code disagree on the direction, so both are available:
 
     - ``"stable"`` (the text): the weight is proportional to 1 / deviation;
     - ``"deviating"`` (the code): the weight is proportional to the deviation.
 
     The weights are scaled to sum to T and then pulled toward equal weights,
     ``1 + c * (weight - 1)`` with the largest c in [0, 1] that brings all of them within `bounds`;
-    the sum stays T. Without bounds a task that cannot be learned, whose loss is flat, would take
+    the sum stays T. Without bounds, a task that cannot be learned has a flat loss and would get
     nearly all the weight.
 
-    Corner cases: a task with fewer than two losses in its window keeps weight 1 and the others
-    share the rest. Deviations below 1e-6 count as 1e-6, so constant losses are fine (all constant:
-    equal weights). A change to a loss of exactly 0 has no finite relative size and counts as 1,
-    like the way back (from 0 to 0 counts as 0); no single change counts more than 1e6.
-    Losses beyond ±8.5e37 (a quarter of float32's range) enter the windows as that.
+    Corner cases:
 
-    A step is one call in training mode with gradients enabled; under gradient accumulation every
-    micro-batch is one. The loss passed in is part of the window its weight is computed from.
-    Where several processes train together, the losses of a step are their means over the processes
-    that have the task, so that all processes weigh alike.
+    - A task with fewer than two losses in its window has weight 1, and the other tasks share the
+      rest.
+    - Deviations below 1e-6 count as 1e-6. If all losses are constant, the weights are equal.
+    - The relative change from a nonzero loss to exactly 0 is infinite and counts as 1, as the
+      change from 0 to a nonzero loss does. From 0 to 0 counts as 0.
+    - A single relative change counts as at most 1e6.
+    - Losses beyond ±8.5e37 (a quarter of float32's range) are clamped to that.
+
+    A step is one call in training mode with gradients enabled; under gradient accumulation, every
+    micro-batch is a step. The window includes the loss of the present step. If several processes
+    train together, the losses of a step are averaged over the processes that have the task, so that
+    all processes have the same weights.
 
     Args:
-        tasks: The task names, each once.
+        tasks: The task names, without duplicates.
         window: Length of the sliding window, in steps; at least 2. The paper uses 500.
-        start: Number of first steps in which all weights are 1, while the windows already fill.
-            The paper uses 5,000 of 20,000.
+        start: Number of steps at the beginning in which all weights are 1. The windows fill
+            meanwhile. The paper uses 5,000 of 20,000.
         direction: ``"stable"`` or ``"deviating"``, see above.
         deviation: ``"relative_change"`` or ``"coefficient_of_variation"``, see above.
         bounds: Smallest and largest weight, ``lower <= 1 <= upper``; None for no bounds.
@@ -63,13 +67,13 @@ class StabilityWeighting(LossWeighting):
 
     Attributes:
         history: The windows, float32 of shape (T, window), newest last.
-        counts: Losses remembered so far per task, int64 of shape (T,).
-        steps: Steps so far, int64 of shape ().
+        counts: Number of losses stored so far for each task, int64 of shape (T,).
+        steps: Number of steps so far, int64 of shape ().
         seen: The step at which each task last had a loss, int64 of shape (T,); 0 for never.
 
     Raises:
         ValueError: If an argument is out of range.
-        TypeError: If `bounds` is no pair of numbers.
+        TypeError: If `bounds` is not a pair of numbers.
 
     Example:
         >>> weighting = StabilityWeighting(["calm", "wild"], window=10, start=0, bounds=None)
@@ -127,7 +131,7 @@ class StabilityWeighting(LossWeighting):
         self.register_buffer("seen", torch.zeros(count, dtype=torch.int64))
 
     def observe(self, losses: Tensor, accepted: Tensor) -> None:
-        """Shift the accepted losses into the windows and counts the step."""
+        """Shift the accepted losses into the windows, and count the step."""
         shifted = torch.cat([self.history[:, 1:], losses[:, None]], dim=1)
         self.history.copy_(torch.where(accepted[:, None], shifted, self.history))
         self.counts += accepted
@@ -135,12 +139,12 @@ class StabilityWeighting(LossWeighting):
         self.seen.copy_(torch.where(accepted, self.steps, self.seen))
 
     def unseen(self) -> dict[str, int]:
-        """Tasks that have had no loss for longer than the window: for how many steps."""
+        """Return the tasks without a loss for longer than the window, and for how many steps."""
         ages = dict(zip(self.tasks, (self.steps - self.seen).tolist(), strict=True))
         return {task: age for task, age in ages.items() if age > self.window}
 
     def deviations(self) -> Tensor:
-        """Deviation of each task's window, float32 of shape (T,); 0 with fewer than two losses."""
+        """Deviation of each task's window, float32 of shape (T,); 0 for fewer than two losses."""
         # `masked_fill`, not `torch.where` with a number: older releases of torch copy the number
         # to the device and wait for it.
         age = torch.arange(self.window, 0, -1, device=self.device)  # of each slot; the newest is 1
@@ -166,7 +170,7 @@ class StabilityWeighting(LossWeighting):
             raw = raw.reciprocal()
         ready = self.counts >= 2
         raw = raw * ready
-        weights = raw * (ready.sum() / raw.sum())  # 0 / 0 where no task is ready: filled below
+        weights = raw * (ready.sum() / raw.sum())  # 0 / 0 if no task is ready; replaced below
         weights = weights.masked_fill(~ready | (self.steps <= self.start), 1)
         return weights if self.bounds is None else _shrink(weights, *self.bounds)
 
@@ -196,4 +200,4 @@ def _shrink(weights: Tensor, lower: float, upper: float) -> Tensor:
     down = (upper - 1) / most.clamp(min=_TINY)
     up = (lower - 1) / least.clamp(max=-_TINY)
     factor = torch.minimum(down, up).clamp(max=1)
-    return (1 + factor * offset).clamp(lower, upper)  # clamps only what rounding left outside
+    return (1 + factor * offset).clamp(lower, upper)  # the clamp only removes rounding errors
