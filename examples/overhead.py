@@ -1,9 +1,9 @@
 """What a training step costs with AdapMTL: time and peak memory, as ratios to the dense model.
 
 Copies of the paper's net (encoder and three ASPP heads) are trained on random images: dense, with
-AdapMTL in each of the three parts of its runs (pruned weights learn; they learn no more; the zeros
-are settled), and with the paper's plain formula, its zeros counted on the host after every step as
-the authors' code does. Their steps are interleaved, so that all meet the same machine.
+AdapMTL in each of the three parts of a run (pruned weights are trained; they are not; the zeros are
+fixed), and with the plain formula of the paper, whose zeros are counted on the host after every
+step as in the authors' code. The steps of all are interleaved, so that conditions are the same.
 
     python examples/overhead.py --encoder resnet34 --batch 2 --size 65
 """
@@ -35,10 +35,10 @@ from torch_adapmtl.models import (
 )
 
 TASKS = {"segmentation": 40, "normal": 3, "depth": 1}
-PARTS = {  # of a run, each from its first step to its last
+PARTS = {  # schedules with which a whole run consists of one part
     "regrow": SparsitySchedule(start=0.0, end=0.0, regrow_until=0.9),
     "no regrowth": SparsitySchedule(start=0.0, end=0.0, regrow_until=0.0),
-    "settled": SparsitySchedule(start=0.0, end=0.0, fix_at=0.0),
+    "fixed": SparsitySchedule(start=0.0, end=0.0, fix_at=0.0),
 }
 VARIANTS = ("dense", *PARTS, "plain")
 
@@ -63,7 +63,7 @@ def losses(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class PlainThreshold(nn.Module):
-    """The paper's formula, as it stands there."""
+    """The formula of the paper, without optimisations."""
 
     def __init__(self, score: nn.Parameter) -> None:
         super().__init__()
@@ -88,9 +88,9 @@ def make_step(variant: str, args: argparse.Namespace) -> Callable[[], None]:
             method=Adaptive(reach=args.reach, schedule=PARTS[variant]),
         )
         combine, finish = pruner.loss, pruner.step
-        finish()  # a run that is to have settled does so here
+        finish()  # fixes the zeros if the schedule says so
         if not pruner.controller.fixed:
-            pruner.controller.update(1)  # else the first ten steps would be those of the dense net
+            pruner.controller.update(1)  # otherwise the first ten steps would have no zeros
     elif variant == "plain":
         finish = attach_plain(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
@@ -141,19 +141,19 @@ def measure_time(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     dense = times["dense"]
     return {
         variant: {
-            "ms": 1000 * statistics.median(own),
-            # The median leaves out the rare updates, the ratio of the sums has them.
-            "ratio_median": statistics.median(a / b for a, b in zip(own, dense, strict=True)),
-            "ratio_total": sum(own) / sum(dense),
+            "ms": 1000 * statistics.median(seconds),
+            # The median does not show the rare updates; the ratio of the sums includes them.
+            "ratio_median": statistics.median(a / b for a, b in zip(seconds, dense, strict=True)),
+            "ratio_total": sum(seconds) / sum(dense),
         }
-        for variant, own in times.items()
+        for variant, seconds in times.items()
     }
 
 
 def measure_memory(args: argparse.Namespace) -> dict[str, float]:
-    """Peak memory of each variant in MiB, each in a process of its own."""
-    # Freed tensors go back to the system, so that the process's peak is that of its tensors; else
-    # the C library keeps what it may use again, which depends on the order of allocations.
+    """Peak memory of each variant in MiB, each measured in a new process."""
+    # The C library returns freed tensors to the system, so that the peak of the process is that of
+    # its tensors. Otherwise it would depend on the order of the allocations.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**18)
     context = multiprocessing.get_context("spawn")
     peaks = {}

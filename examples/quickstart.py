@@ -1,8 +1,8 @@
 """Prune a network for three tasks to 90 % while it trains, and compare it with the dense one.
 
-Two scanned digits lie in one image (the Multi-MNIST protocol, on scikit-learn's scans). One network
-reads the left and the right digit and tells how far apart they are. It is trained twice, from the
-same weights and on the same batches: dense, and with AdapMTL.
+Each image contains two scanned digits of scikit-learn (the Multi-MNIST protocol). One network reads
+the left and the right digit and estimates their distance. It is trained twice, from the same
+weights and on the same batches: dense, and with AdapMTL.
 
     python examples/quickstart.py            # a few minutes on two cores
     python examples/quickstart.py --quick    # some seconds, to see that it runs
@@ -72,7 +72,7 @@ def task_losses(outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) ->
 def train(
     model: nn.Module, data: MultiDigits, steps: int, seed: int, pruner: Pruner | None = None
 ) -> list[Report]:
-    """Train the model: dense, or with AdapMTL where there is a pruner; returns its reports."""
+    """Train the model: with AdapMTL if there is a pruner, else dense; return its reports."""
     images, targets = data.tensors()
     order = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
@@ -104,20 +104,20 @@ def predict(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 def evaluate(outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Metrics:
     """The metric of each task, in percent: of the digits, and of the range of distances."""
-    right = {
+    accuracy = {
         task: (outputs[task].argmax(1) == targets[task]).float().mean().item()
         for task in ("left", "right")
     }
     error = (outputs["distance"] - targets["distance"]).abs().mean().item()
     return {
-        "left": {"accuracy (%)": 100 * right["left"]},
-        "right": {"accuracy (%)": 100 * right["right"]},
+        "left": {"accuracy (%)": 100 * accuracy["left"]},
+        "right": {"accuracy (%)": 100 * accuracy["right"]},
         "distance": {"mean error (%)": 100 * error},
     }
 
 
 def print_comparison(dense: Metrics, sparse: Metrics, relative: RelativePerformance) -> None:
-    """Both models' metrics side by side; a positive change is for the better."""
+    """Print the metrics of both models; a positive change is an improvement."""
     print(f"{'task':<10}{'metric':<16}{'dense':>8}{'sparse':>8}{'change':>11}")
     for task, metrics in dense.items():
         for name, value in metrics.items():
@@ -132,7 +132,7 @@ def draw(
     reports: Sequence[Report],
     metrics: Mapping[str, Metrics],
 ) -> Figure:
-    """Draw test images with what both models read, the path of the sparsity, and the metrics."""
+    """Draw test images with the outputs of both models, the sparsity over time, and the metrics."""
     figure = Figure(figsize=(12, 4.9), layout="constrained", facecolor="white")
     left, middle, right = figure.subfigures(1, 3, width_ratios=(1.3, 1.2, 0.8), wspace=0.03)
 
@@ -143,11 +143,11 @@ def draw(
     for index in range(6):
         row, column = 2 * (index // 3), index % 3
         grid[row, column].imshow(images[index, 0], cmap="gray")
-        for line, (name, found) in enumerate(readings.items()):
-            digits = [int(found[task][index]) for task in ("left", "right")]
+        for line, (name, outputs) in enumerate(readings.items()):
+            digits = [int(outputs[task][index]) for task in ("left", "right")]
             grid[row + 1, column].text(
                 0.5, 1.0 - 0.36 * line,
-                f"{name:<6} {digits[0]} {digits[1]} {float(found['distance'][index]):5.2f}",
+                f"{name:<6} {digits[0]} {digits[1]} {float(outputs['distance'][index]):5.2f}",
                 color=COLORS[name], family="monospace", fontsize=9, ha="center", va="top",
             )  # fmt: skip
 
@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.9, help="share of zero weights")
     parser.add_argument("--steps", type=int, default=500, help="steps of training")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", default="quickstart.png", help="where the picture goes")
+    parser.add_argument("--output", default="quickstart.png", help="path of the picture")
     parser.add_argument("--quick", action="store_true", help="a few steps, on little data")
     args = parser.parse_args()
     steps, examples = (10, (1_000, 200)) if args.quick else (args.steps, (10_000, 2_000))

@@ -1,9 +1,10 @@
-"""Train to 90 % zeros in a process that may die at any moment, and go on from where it was.
+"""Train to 90 % zeros in a process that may be killed at any time, and resume the run.
 
-Start it, kill it as you like (`kill -9`), start it again with the same folder: it ends with the
-very bits of a run that nobody killed. A checkpoint holds the model's state, in which AdapMTL keeps
-its own, the optimiser's and the learning rate's, and the state of the random numbers. It is written
-beside the old one and put in its place in one move, so that there is a whole one at any time.
+Start the script, kill it (`kill -9`), and start it again with the same folder: the result is
+bit-identical to that of a run that was not killed. A checkpoint holds the state of the model, which
+contains that of the pruner, the states of the optimiser and the learning-rate schedule, and the
+random state. It is written to a new file that then replaces the old one atomically, so that there
+is a complete checkpoint at any time.
 
     python examples/resume.py --folder run            # two minutes on two cores; kill it and see
     python examples/resume.py --folder run --quick    # some seconds
@@ -47,13 +48,13 @@ class Reader(nn.Module):
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint so that a whole one is there at any time, whoever pulls the plug."""
-    beside = path.with_suffix(".new")
-    with open(beside, "wb") as file:
+    """Write a checkpoint so that a complete one exists at any time."""
+    new = path.with_suffix(".new")
+    with open(new, "wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(beside, path)
+    os.replace(new, path)
 
 
 def train(
@@ -63,14 +64,14 @@ def train(
     watch: Callable[[int, str], None] = lambda step, moment: None,
     **options: Any,
 ) -> nn.Module:
-    """Train to the end, from the checkpoint in the folder if there is one.
+    """Train to the end of the run, from the checkpoint in the folder if there is one.
 
     Args:
-        folder: Where the checkpoint is, or will be.
+        folder: The folder of the checkpoint.
         steps: Optimiser steps of the whole run.
         every: Steps from one checkpoint to the next.
-        watch: Called at moments of a step; for tests, which kill the process there.
-        **options: What `apply_adapmtl` takes besides.
+        watch: Called at several points of a step; tests kill the process there.
+        **options: Further arguments of `apply_adapmtl`.
     """
     torch.manual_seed(0)
     images, targets = MultiDigits("train", size=1000, image_size=24).tensors()
@@ -117,11 +118,11 @@ def train(
 
 
 def main() -> None:
-    """Train, or go on."""
+    """Train, or resume."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--folder", type=Path, default=Path("run"), help="of the checkpoint")
+    parser.add_argument("--folder", type=Path, default=Path("run"), help="folder of the checkpoint")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--every", type=int, default=50, help="steps between checkpoints")
     parser.add_argument("--quick", action="store_true", help="a short run, to see that it works")

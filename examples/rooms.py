@@ -1,8 +1,8 @@
 """Dense prediction: prune a network for segmentation, depth and normals to 90 % while it trains.
 
-The images are rendered rooms with exact ground truth, made on the fly. The network is a timm
-ResNet with the paper's kind of head for each task. It is trained twice, from the same weights, on
-the same batches: dense, and with AdapMTL.
+The images are rendered rooms with exact ground truth, which the script generates. The network is a
+timm ResNet with an ASPP head for each task, as in the paper. It is trained twice, from the same
+weights and on the same batches: dense, and with AdapMTL.
 
     python examples/rooms.py                  # some minutes on two cores
     python examples/rooms.py --device cuda    # the same on a GPU
@@ -30,7 +30,7 @@ from torch_adapmtl.tasks import Depth, Normals, Segmentation
 
 Metrics = dict[str, dict[str, float]]
 BATCH = 16
-# Losses and metrics are over the pixels that are known: depths in metres, angles in degrees.
+# Losses and metrics use the pixels with a label; depths are in metres, angles in degrees.
 TASKS = {
     "segmentation": Segmentation(5),
     "depth": Depth(metrics=["abs_error", "rel_error"]),
@@ -66,7 +66,7 @@ def task_losses(outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) ->
 def train(
     model: nn.Module, data: Rooms, steps: int, seed: int, pruner: Pruner | None = None
 ) -> None:
-    """Train the model: dense, or with AdapMTL where there is a pruner."""
+    """Train the model: with AdapMTL if there is a pruner, else dense."""
     images, targets = data.tensors()
     order = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3, weight_decay=1e-4)
@@ -94,16 +94,16 @@ def predict(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 def evaluate(outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Metrics:
     """All metrics of all tasks."""
-    found = {}
+    metrics = {}
     for name, task in TASKS.items():
         task.reset()
         task.update(outputs[name], targets[name])
-        found[name] = task.compute()
-    return found
+        metrics[name] = task.compute()
+    return metrics
 
 
 def print_comparison(dense: Metrics, sparse: Metrics) -> None:
-    """Both models' metrics side by side; a positive change is for the better."""
+    """Print the metrics of both models; a positive change is an improvement."""
     lower = [metric for task in TASKS.values() for metric in task.lower_is_better]
     relative = relative_performance(sparse, dense, lower_is_better=lower)
     print(f"{'task':<14}{'metric':<18}{'dense':>9}{'sparse':>9}{'change':>10}")
@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000, help="steps of training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", default="rooms.png", help="where the picture goes")
+    parser.add_argument("--output", default="rooms.png", help="path of the picture")
     parser.add_argument("--quick", action="store_true", help="a few steps, on little data")
     args = parser.parse_args()
     steps, scenes, pixels = (6, (64, 16), 32) if args.quick else (args.steps, (1600, 400), 64)
@@ -186,13 +186,13 @@ def main() -> None:
     pruner.finalize()  # plain modules again, with exact zeros
 
     outputs = {"dense": predict(dense, images), "sparse": predict(sparse, images)}
-    metrics = {name: evaluate(found, targets) for name, found in outputs.items()}
+    metrics = {name: evaluate(out, targets) for name, out in outputs.items()}
     print_comparison(metrics["dense"], metrics["sparse"])
     print(f"\n{size(sparse)}")
 
     maps = {
-        name: {task: values[:5].cpu() for task, values in found.items()}
-        for name, found in {"truth": targets, **outputs}.items()
+        name: {task: values[:5].cpu() for task, values in by_task.items()}
+        for name, by_task in {"truth": targets, **outputs}.items()
     }
     draw(images[:5].cpu(), maps, metrics).savefig(args.output, dpi=150)
     print(f"The picture is {args.output}")

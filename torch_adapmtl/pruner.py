@@ -147,7 +147,7 @@ class Pruner(nn.Module):
     def step(self) -> None:
         """Move the sparsity along its schedule; call it once after each step of the optimiser.
 
-        Most calls only count the step. Every few steps the thresholds are solved anew from a sample
+        Most calls only count the step. Every few steps the thresholds are solved from a sample
         of the weights, which waits for the device. When the schedule fixes the zeros (after 90 % of
         the steps by default), the sparse weights are written into the parameters: exactly
         `round(target_sparsity * N)` of them are zero. From then on masks keep these zeros, and the

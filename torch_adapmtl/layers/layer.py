@@ -42,7 +42,7 @@ class Layer:
 
     @property
     def weight(self) -> nn.Parameter:
-        """The parameter, looked up anew because loading a state dict may replace it."""
+        """The parameter, looked up at each access because loading a state dict may replace it."""
         return held_parameter(*self.owners[0])
 
     @property

@@ -125,16 +125,16 @@ def signs(
     alike = len(sparsities) > 1 and max(sparsities) - min(sparsities) <= _EQUAL * room
     if allocated and alike and room > 0:
         warnings.append(
-            f"all components are equally sparse ({report.sparsity:.2%}): nothing told them apart. "
-            f"Their weights may not have been trained (look at their gradients), or the run was "
-            f"too short; if they really are alike, this is as it should be"
+            f"all components are equally sparse ({report.sparsity:.2%}), although the "
+            f"method could prune them differently. Their weights may not have been trained (check "
+            f"their gradients), or the run was too short. If they really are alike, ignore this"
         )
     emptied = [row.name for row in report.layers if row.weights == row.zeros > 0]
     if emptied:
         warnings.append(
             f"no weight is left in {len(emptied)} of {len(report.layers)} layers, such as "
-            f"{emptied[0]!r}: what they give is constant, and a task may be lost for it. Prune to "
-            f"less, or by a method that leaves every layer some weights, as the default does"
+            f"{emptied[0]!r}: their outputs are constant, and a task may be lost. Prune to a lower "
+            f"sparsity, or by a method that keeps weights in every layer, as the default does"
         )
     total = sum(task_weights.values())
     for task, weight in task_weights.items():
