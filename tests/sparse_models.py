@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 from toys import TwoTasks, prepare, train
@@ -12,10 +14,18 @@ NAMES = ("body.weight", "heads.a.weight", "heads.b.weight")
 def sparse_model(sparsity: float = 0.6) -> TwoTasks:
     """A model of which that share of the weights is zero."""
     model = TwoTasks()
-    pruner = prepare(model, target_sparsity=sparsity)
-    train(model, pruner, torch.optim.SGD(model.parameters(), lr=0.1), range(20))
-    pruner.finalize()
+    model.load_state_dict(_pruned(sparsity))
     return model
+
+
+@functools.cache
+def _pruned(sparsity: float) -> dict[str, Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = TwoTasks()
+        pruner = prepare(model, target_sparsity=sparsity)
+        train(model, pruner, torch.optim.SGD(model.parameters(), lr=0.1), range(20))
+        return pruner.finalize().state_dict()
 
 
 def gone(model: nn.Module) -> dict[str, Tensor]:
