@@ -51,13 +51,13 @@ def _literal(pruner: Pruner) -> int:
 @pytest.mark.filterwarnings(
     "ignore:the loss of task", "ignore:all components are equally", "ignore:no weight is left"
 )
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(
-    shapes=st.lists(SHAPES, min_size=1, max_size=5),
-    kinds=st.lists(st.integers(0, 2), min_size=1, max_size=5),
+    shapes=st.lists(SHAPES, min_size=1, max_size=4),
+    kinds=st.lists(st.integers(0, 2), min_size=1, max_size=4),
     dtype=DTYPES,
     target=TARGETS,
-    total=st.integers(1, 6),
+    total=st.integers(1, 5),
     make=OPTIMIZERS,
     how=INITIAL,
     options=st.fixed_dictionaries(

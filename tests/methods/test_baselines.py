@@ -267,7 +267,7 @@ def test_equals_the_plain_version_where_a_whole_layer_ties_at_zero(
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("target", [0.0, 0.37, 0.95])
-@pytest.mark.parametrize("total", [1, 7, 40])
+@pytest.mark.parametrize("total", [1, 7, 20])
 def test_every_baseline_is_exact(name: str, target: float, total: int) -> None:
     model = TwoTasks()
     keys = list(model.state_dict())
@@ -400,7 +400,6 @@ def test_refused(
     raises(lambda: make(**options), error, named, found, remedy)
 
 
-@pytest.mark.xfail(reason="an AttributeError of apply_adapmtl's, which names nothing")
 @pytest.mark.parametrize("make", [Magnitude, Taylor])
 def test_a_schedule_by_name_is_refused(make: Any) -> None:
     raises(lambda: make(schedule="linear"), TypeError, "schedule", "'linear'", "SparsitySchedule(")

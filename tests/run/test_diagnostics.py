@@ -25,7 +25,7 @@ from torch_adapmtl.run.diagnostics import signs
 from torch_adapmtl.run.report import ComponentRow
 from torch_adapmtl.weighting._record import LossRecord
 
-STEPS = 60
+STEPS = 40
 
 
 def finished(pruner: Pruner) -> list[str]:
