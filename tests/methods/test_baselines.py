@@ -400,7 +400,6 @@ def test_refused(
     raises(lambda: make(**options), error, named, found, remedy)
 
 
-@pytest.mark.xfail(reason="an AttributeError of apply_adapmtl's, which names nothing")
 @pytest.mark.parametrize("make", [Magnitude, Taylor])
 def test_a_schedule_by_name_is_refused(make: Any) -> None:
     raises(lambda: make(schedule="linear"), TypeError, "schedule", "'linear'", "SparsitySchedule(")
