@@ -173,7 +173,6 @@ def test_a_failure_while_attaching_is_undone() -> None:
         assert torch.equal(value, before[key])
 
 
-@pytest.mark.xfail(reason="torch takes the weight away before it makes the subclass")
 def test_a_layer_that_refuses_a_threshold_keeps_its_weight() -> None:
     model, before, _ = _half_attached()
     assert list(model.state_dict()) == list(before)

@@ -156,6 +156,5 @@ def test_schedule_never_falls_and_ends_at_the_target(
     assert all(0 <= value <= target + 1e-12 for value in values)
 
 
-@pytest.mark.xfail(reason="`fix_at` and `regrow_until` are computed before the numbers are floats")
 def test_times_that_follow_from_numbers_of_numpy_are_the_same() -> None:
     assert SparsitySchedule(end=np.float32(0.5)) == SparsitySchedule(end=0.5)

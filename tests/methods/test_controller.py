@@ -171,12 +171,6 @@ def test_methods_that_cannot_be_are_refused(method: Any, said: str) -> None:
     assert list(model.state_dict()) == before
 
 
-@pytest.mark.parametrize("method", [Magnitude, Taylor])
-def test_schedules_are_objects(method: Any) -> None:
-    with pytest.raises(TypeError, match=r"schedule must be a SparsitySchedule.*got 'linear'"):
-        method(schedule="linear")
-
-
 @pytest.mark.parametrize("method", ["adaptive", Paper(start=-1.0), Magnitude()], ids=str)
 @pytest.mark.filterwarnings("ignore:the run ended at a sparsity", "ignore:no weight is left")
 @pytest.mark.filterwarnings("ignore:all components are equally sparse")

@@ -63,11 +63,12 @@ class SparsitySchedule:
     regrow_until: float | None = None
 
     def __post_init__(self) -> None:
-        check_numbers("schedule: ", start=self.start, end=self.end, initial=self.initial)
-        for name in ("fix_at", "regrow_until"):
+        # All numbers become floats, so that schedules with the same effect are equal.
+        for name in ("start", "end", "initial", "fix_at", "regrow_until"):
             value = getattr(self, name)
-            if value is not None:
+            if value is not None or name in ("start", "end", "initial"):
                 check_numbers("schedule: ", **{name: value})
+                object.__setattr__(self, name, float(value))
         if not 0.0 <= self.start <= self.end <= 1.0:
             raise ValueError(
                 f"schedule: start and end must satisfy 0 <= start <= end <= 1, as fractions of "
@@ -89,10 +90,8 @@ class SparsitySchedule:
         if not 0.0 <= self.initial < 1.0:
             raise ValueError(f"schedule: initial must lie in [0, 1), got {self.initial}")
         check_choice("schedule: shape", self.shape, ("cubic", "linear", "cosine"))
-        # All numbers become floats, so that schedules with the same effect are equal.
-        numbers = {"start": self.start, "end": self.end, "initial": self.initial}
-        for name, value in {**numbers, "fix_at": fix_at, "regrow_until": regrow_until}.items():
-            object.__setattr__(self, name, float(value))
+        object.__setattr__(self, "fix_at", fix_at)
+        object.__setattr__(self, "regrow_until", regrow_until)
 
     def fix_step(self, total_steps: int) -> int:
         """Return the step at which the zeros are fixed."""

@@ -28,12 +28,20 @@ def attach(module: nn.Module, name: str, parametrization: nn.Module) -> None:
         chain.insert(0, parametrization)
     else:
         # `unsafe` skips a check of shape and dtype, which a soft threshold never changes.
-        parameter = module._parameters.get(name)
+        parameters, modules = dict(module._parameters), dict(module._modules)
+        parameter = parameters.get(name)
         if parameter is not None:
             # Registering calls `set_` on the tensor. A DistributedDataParallel that already wraps
             # the model would lose the parameter, so register another one and replace it below.
             module._parameters[name] = nn.Parameter(parameter.detach(), parameter.requires_grad)
-        parametrize.register_parametrization(module, name, parametrization, unsafe=True)
+        try:
+            parametrize.register_parametrization(module, name, parametrization, unsafe=True)
+        except Exception:  # torch has taken the parameter away before it derives the class
+            module._parameters.clear()
+            module._parameters.update(parameters)
+            module._modules.clear()
+            module._modules.update(modules)
+            raise
         if parameter is not None:
             plain: Any = module.parametrizations[name]  # type: ignore[index]
             plain._parameters["original"] = parameter
