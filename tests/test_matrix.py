@@ -59,9 +59,7 @@ def test_the_committed_lines_are_those_of_the_matrix(request: pytest.FixtureRequ
     if request.config.getoption("--record"):
         pytest.skip("they are being made")
     lines = read(Path(__file__).parents[1] / "docs" / "compatibility" / "matrix.jsonl")
-    wanted = {
-        (name, stage): place(name, stage) for name in (*ROWS, *PROCESSES) for stage in STAGES
-    }
+    wanted = {(name, stage): place(name, stage) for name in (*ROWS, *PROCESSES) for stage in STAGES}
     assert {(line["row"], line["stage"]): line["place"] for line in lines} == wanted
     assert len(lines) == len(wanted)
     for line in lines:  # in the order in which they were made, which is any
