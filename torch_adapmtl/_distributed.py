@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-__all__ = ["agree", "is_sharded", "mean_over_processes", "sum_over_processes", "whole"]
+__all__ = [
+    "agree",
+    "is_sharded",
+    "local",
+    "local_mask",
+    "mean_over_processes",
+    "sum_over_processes",
+    "whole",
+]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -24,6 +32,26 @@ def whole(tensor: Any) -> Tensor:
     """Return the whole tensor, gathered from all processes if it is sharded."""
     gathered: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
     return gathered
+
+
+def local(tensor: Any) -> Tensor:
+    """Return the part of a sharded tensor that this process holds; other tensors as they are.
+
+    Call it under `no_grad`.
+    """
+    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
+    return part
+
+
+def local_mask(mask: Tensor, weight: Any) -> Tensor:
+    """Return the part of a whole mask that belongs to this process's part of a weight."""
+    if not is_sharded(weight):
+        return mask
+    from torch.distributed.tensor import distribute_tensor
+
+    # All processes have the same mask, so nothing is sent.
+    mesh, placements = weight.device_mesh, weight.placements
+    return local(distribute_tensor(mask, mesh, placements, src_data_rank=None))
 
 
 def _together() -> bool:

@@ -18,6 +18,7 @@ from torch_adapmtl.components._unwrap import unwrap
 from torch_adapmtl.components.find import FROZEN, UNUSED, Components, find_components
 from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.layers.layer import Layer, zeros_to_keep
+from torch_adapmtl.layers.sparse_weights import pruned_parameter
 from torch_adapmtl.methods._base import Controller, Method, as_json
 from torch_adapmtl.methods.adaptive import Adaptive
 from torch_adapmtl.methods.paper import Paper
@@ -176,7 +177,8 @@ def apply_adapmtl(
     layers.attach()
     # Not `add_module`, which the model's class may override and a registration hook may refuse.
     inner._modules["adapmtl"] = pruner
-    guard(inner)
+    guard(inner, layers)
+    pruner.sparse_weights.attach()
     return pruner
 
 
@@ -201,6 +203,10 @@ def _check_plain(model: nn.Module) -> None:
         )
     if hasattr(model, "adapmtl"):
         raise ValueError("the model has an attribute 'adapmtl', the name of the pruner: rename it")
+    if (name := pruned_parameter(model)) is not None:
+        raise ValueError(
+            f"{name!r} belongs to a model that is being pruned: call finalize() on its pruner first"
+        )
     if (name := find_threshold(model)) is not None:
         raise ValueError(
             f"{name!r} has a soft threshold already, or a mask of keep_zeros: call finalize() on "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal, overload
 
 import torch
@@ -13,11 +14,13 @@ from torch_adapmtl._checks import check_choice, check_fraction, check_rate, chec
 from torch_adapmtl.components.find import FROZEN, UNUSED, Components
 from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.layers.layer import count_zeros
+from torch_adapmtl.layers.sparse_weights import SparseWeights
 from torch_adapmtl.methods._base import Controller
 from torch_adapmtl.run._step_hook import StepHook
 from torch_adapmtl.run.checkpoint import load, save, unguard
 from torch_adapmtl.run.diagnostics import Watch, signs
 from torch_adapmtl.run.report import ComponentRow, LayerRow, Report
+from torch_adapmtl.tensor.torch_prune import SoftThresholdPruning
 from torch_adapmtl.weighting._base import LossWeighting
 from torch_adapmtl.weighting.stability import StabilityWeighting
 
@@ -91,6 +94,7 @@ class Pruner(nn.Module):
         self.layers = layers
         self.controller = controller
         self.weighting = weighting
+        self.sparse_weights = SparseWeights(layers)
         self.tasks = weighting.tasks
         self._unprunable = dict(unprunable)
         self._config = dict(config)
@@ -100,6 +104,8 @@ class Pruner(nn.Module):
         self._finalized = False
         self._step_hook: StepHook | None = None
         self._watch = Watch()
+        # torch.nn.utils.prune.is_pruned(model) looks for a hook of this class.
+        self.register_forward_pre_hook(SoftThresholdPruning())
         self.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]
 
     @property
@@ -177,19 +183,28 @@ class Pruner(nn.Module):
                 f"at its target and its zeros are fixed: train on without calling step(), or call "
                 f"finalize(). To prune more slowly, pass a larger total_steps to apply_adapmtl."
             )
-        self._watch.begin(self._step, self.layers)
+        if not self._watch.begun:
+            with self.sparse_weights.dense():
+                self._watch.begin(self._step, self.layers)
         due = self._prepare()
         if due:
             self._check_layers()
+        last = self._step + 1 == self.total_steps
         # The paper's method counts zeros after every step, but must not wait for the device.
-        if (due and self.controller.exact) or self._step + 1 == self.total_steps:
+        waits = (due and self.controller.exact) or last
+        if waits:
             if self._subtract_skipped(uncounted=1):
                 return  # the step count went back, so the due step comes later
             self.weighting.check_finite()
-            for text in self._watch.look(self._step, self.layers, self.weighting.unseen()):
-                warnings.warn(text, stacklevel=3)
-        self._step += 1
-        self.controller.step(self._step, due)
+        self.sparse_weights.catch_up()
+        # In other steps the controller needs no dense weights.
+        with self.sparse_weights.dense() if due or last else nullcontext():
+            if waits:
+                for text in self._watch.look(self._step, self.layers, self.weighting.unseen()):
+                    warnings.warn(text, stacklevel=3)
+            self._step += 1
+            self.controller.step(self._step, due)
+            self.sparse_weights.fix(self.controller.fixed)
         if self._step % self.controller.interval == 0:
             self.weighting.record.read()
         self._prepare()
@@ -199,6 +214,7 @@ class Pruner(nn.Module):
         if self._prepared is None or self._prepared[0] != self._step:
             due = self.controller.due(self._step + 1)
             self.controller.prepare(self._step, due)
+            self.sparse_weights.listen(renew=due or self._prepared is None)
             self._prepared = self._step, due
         return self._prepared[1]
 
@@ -341,7 +357,10 @@ class Pruner(nn.Module):
         target_sparsity = check_fraction("target_sparsity", target_sparsity)
         total_steps = check_steps(total_steps)
         self._check_layers()
-        self.controller.retarget(target_sparsity, total_steps, sum(self.layers.count_zeros()))
+        zeros = sum(self.layers.count_zeros())
+        with self.sparse_weights.dense():
+            self.controller.retarget(target_sparsity, total_steps, zeros)
+            self.sparse_weights.fix(self.controller.fixed)
         self._reset_skipped()
         self._step, self._prepared = 0, None
         self._prepare()
@@ -387,6 +406,7 @@ class Pruner(nn.Module):
             RuntimeError: After `finalize`.
         """
         self._check_active("report")
+        self._check_layers()
         alphas = self.controller.thresholds().tolist()
         rows = tuple(
             LayerRow(layer.name, layer.component, tuple(layer.weight.shape), zeros, alpha)
@@ -444,8 +464,10 @@ class Pruner(nn.Module):
         self._check_active("fix_zeros")
         self._check_layers()
         if not self.controller.fixed:
-            with torch.inference_mode(False):  # the masks stay for training
+            # The masks stay for training.
+            with torch.inference_mode(False), self.sparse_weights.dense():
                 self.controller.fix()
+                self.sparse_weights.fix()
         self._step, self._prepared = self.total_steps, None
         self._reset_skipped()
 
@@ -488,14 +510,17 @@ class Pruner(nn.Module):
                 f"prune it to its target now (and train on to recover), or call step() after every "
                 f"optimizer step until the end."
             )
+        self._check_layers()
         self._warn()
         if self.controller.fixed:
-            self.controller.write()
+            with self.sparse_weights.dense():
+                self.controller.write()
             self._check_exact()
         for layer in self.layers:
             layer.remove()
+        self.sparse_weights.remove()
         self.detach()
-        unguard(self._model)
+        unguard(self._model, self.layers)
         del self._model._modules["adapmtl"]
         self._finalized = True
         return self._model
@@ -535,13 +560,11 @@ class Pruner(nn.Module):
             )
 
     def _check_layers(self) -> None:
+        """Raise an error unless the model computes with exactly the layers that are pruned."""
+        parameters = {id(parameter) for parameter in self._model.parameters()}
         for layer in self.layers:
-            if not layer.attached:
-                raise RuntimeError(
-                    f"the soft threshold on {layer.name!r} was removed (by "
-                    f"torch.nn.utils.prune.remove, for instance) while the model is being pruned: "
-                    f"call finalize() instead of removing thresholds one by one"
-                )
+            if problem := layer.problem(parameters):
+                raise RuntimeError(f"{layer.name!r} {problem}")
             if not self.controller.shardable and layer.sharded:
                 raise RuntimeError(
                     f"{layer.name!r} is sharded (fully_shard), so that neither gradients nor "
@@ -594,5 +617,6 @@ def _refresh(module: nn.Module, incompatible_keys: Any) -> None:
     assert isinstance(module, Pruner)
     module.weighting.record.forget()
     module.controller.refresh()
+    module.sparse_weights.loaded(module.controller.fixed)
     module._prepared = None
     module._prepare()

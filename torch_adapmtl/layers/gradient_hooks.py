@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from torch_adapmtl.layers.collection import Layers
+from torch_adapmtl.layers.layer import Layer
 
 __all__ = ["GradientHooks"]
 
@@ -20,22 +20,29 @@ class GradientHooks:
         function: Called with the index of the layer and its weight, whose `grad` is not None.
     """
 
-    def __init__(self, layers: Layers, function: Callable[[int, nn.Parameter], None]) -> None:
+    def __init__(
+        self, layers: Sequence[Layer], function: Callable[[int, nn.Parameter], None]
+    ) -> None:
         self._layers, self._function = layers, function
         self._listening = False
         self._hooked: list[tuple[nn.Parameter, Any]] = []
 
-    def listen(self, listening: bool) -> None:
-        """Call the function from now on, or stop calling it; registers the hooks if needed."""
-        self._listening = listening
-        if listening:
+    def listen(self, listening: bool, *, renew: bool = True) -> None:
+        """Call the function from now on, or stop calling it.
+
+        Args:
+            listening: Whether to call the function.
+            renew: Whether to look for parameters that were replaced (by loading a state dict, for
+                instance), frozen or unfrozen since the last call, which takes time.
+        """
+        renew |= not self._hooked
+        if listening and renew:
             weights = [layer.weight for layer in self._layers]
-            # Loading a state dict may have replaced parameters, or a layer may be unfrozen since.
             wanted = [(id(w), w.requires_grad) for w in weights]
             if wanted != [(id(w), handle is not None) for w, handle in self._hooked]:
                 self.remove()
-                self._listening = True
                 self._hooked = [(w, self._hook(i, w)) for i, w in enumerate(weights)]
+        self._listening = listening
 
     def remove(self) -> None:
         """Remove the hooks from the parameters."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,9 @@ from torch_adapmtl.tensor.torch_prune import (
     attached_threshold,
     detach_threshold,
     held_parameter,
+    is_masked,
     put_back,
+    take_earlier_mask,
 )
 
 __all__ = ["Layer", "count_zeros", "shaped_like", "zeros_to_keep"]
@@ -31,7 +34,10 @@ class Layer:
         owners: Every `(module, tensor name)` that holds it; several if the weight is tied.
         initial_mask: False for the zeros that were fixed when the run began, bool in the weight's
             shape; None if there were none.
-        threshold: The parametrization, the same for all owners; a controller sets it.
+        threshold: The threshold, the same for all owners; a controller sets it.
+        dense: Whether the parameter holds the dense weight. While a controller is called it does.
+            Between the steps of an optimiser it holds the sparse weight, unless the threshold is
+            trained.
     """
 
     name: str
@@ -39,6 +45,7 @@ class Layer:
     owners: tuple[tuple[nn.Module, str], ...]
     initial_mask: Tensor | None = None
     threshold: SoftThreshold = field(default_factory=SoftThreshold)
+    dense: bool = True
 
     @property
     def weight(self) -> nn.Parameter:
@@ -51,12 +58,48 @@ class Layer:
         return self.threshold.mask
 
     @property
-    def attached(self) -> bool:
-        """Whether the threshold is attached; `prune.remove` may have removed it."""
-        return all(self._is_on(module, name) for module, name in self.owners)
+    def key(self) -> str:
+        """The name of the parameter in the model's state dict."""
+        module, name = self.owners[0]
+        if name in module._parameters:
+            return self.name
+        path = self.name[: -len(name)]
+        return f"{path}parametrizations.{name}.original"
 
-    def _is_on(self, module: nn.Module, name: str) -> bool:
-        return attached_threshold(module, name) is self.threshold
+    def problem(self, parameters: Collection[int]) -> str:
+        """Explain why the model does not compute with this weight; an empty string if it does.
+
+        Args:
+            parameters: The `id` of each parameter of the model.
+        """
+        remedy = (
+            "change the model before apply_adapmtl, or leave this layer out (exclude=). To go on "
+            "without pruning, call undo()"
+        )
+        try:
+            weight = self.weight
+        except ValueError as error:
+            return f"is no longer a parameter of its module ({error}): {remedy}"
+        if id(weight) not in parameters:
+            return (
+                f"is no longer in the model: its module was replaced or removed after "
+                f"apply_adapmtl, or the model computes with a copy of it: {remedy}"
+            )
+        for module, name in self.owners:
+            if self.threshold.trained:
+                if attached_threshold(module, name) is not self.threshold:
+                    return (
+                        "has lost its soft threshold (by torch.nn.utils.prune.remove, for "
+                        "instance) while the model is being pruned: call finalize() instead of "
+                        "removing thresholds one by one"
+                    )
+            elif is_masked(module, name):
+                return (
+                    "was masked by torch.nn.utils.prune after apply_adapmtl, so that more of it is "
+                    "zero than is counted: remove that mask (torch.nn.utils.prune.remove), or "
+                    "prune before apply_adapmtl, which keeps the zeros"
+                )
+        return ""
 
     @property
     def sharded(self) -> bool:
@@ -81,14 +124,17 @@ class Layer:
 
     @torch.no_grad()
     def sparse(self) -> Tensor:
-        """Return the sparse weight that the model computes with."""
-        weight: Tensor = self.threshold(self.values())
+        """Return the sparse weight, which the model computes with; whole if it is sharded."""
+        weight = self.values()
+        if self.dense:
+            weight = self.threshold(weight)
         return weight
 
     def attach(self) -> None:
         """Attach the threshold with the initial mask, in every module that holds the tensor."""
+        attach = attach_threshold if self.threshold.trained else take_earlier_mask
         for module, name in self.owners:
-            attach_threshold(module, name, self.threshold)
+            attach(module, name, self.threshold)
         self.threshold.mask = self.initial_mask
 
     def remove(self, *, bake: bool = True) -> None:
@@ -97,14 +143,14 @@ class Layer:
         Args:
             bake: Whether to write the sparse weight into the parameter.
         """
-        sparse = self.sparse() if bake else None
+        if bake:
+            with torch.no_grad():
+                if self.threshold.trained:
+                    self.weight.copy_(self.sparse())
+                self.weight.add_(0.0)  # makes every zero +0.0
         for module, name in self.owners:
-            if not self._is_on(module, name):  # removed by `prune.remove`, or never attached
-                continue
-            parameter = detach_threshold(module, name)
-            if sparse is not None:
-                with torch.no_grad():
-                    parameter.copy_(sparse).add_(0.0)  # makes every zero +0.0
+            if attached_threshold(module, name) is self.threshold:
+                detach_threshold(module, name)
             put_back(module, name, self.threshold)
 
 

@@ -17,7 +17,6 @@ from torch_adapmtl.layers.layer import shaped_like
 from torch_adapmtl.methods._base import Method
 from torch_adapmtl.methods._lowest import lowest
 from torch_adapmtl.methods.masks import OneShotController, task_gradients
-from torch_adapmtl.tensor.soft_threshold import SoftThreshold
 
 __all__ = ["DiSparse", "DiSparseController"]
 
@@ -87,16 +86,6 @@ class DiSparse(Method):
         return DiSparseController(self, layers, target_sparsity, total_steps)
 
 
-class _Window(SoftThreshold):
-    """A mask that passes on the gradients of pruned weights while `open` is True."""
-
-    open = False
-
-    def forward(self, weight: Tensor) -> Tensor:
-        masked = super().forward(weight)
-        return weight + (masked - weight).detach() if self.open else masked
-
-
 class DiSparseController(OneShotController):
     """Prunes the weights with low ranks for all tasks, and moves the masks if `dynamic`."""
 
@@ -112,9 +101,7 @@ class DiSparseController(OneShotController):
         self._sensitivity_ranks: list[Tensor] = []
         self._gradient_ranks: list[Tensor] = []
         self._effects: list[Tensor] = []
-        for layer in layers:
-            weight = layer.weight
-            layer.threshold = _Window(0.0, persistent=False).to(weight.device, weight.dtype)
+        self._ranking = False  # whether the gradients of the coming step are ranked
 
     def due(self, step: int) -> bool:
         """Whether masks move after `step` steps."""
@@ -125,18 +112,8 @@ class DiSparseController(OneShotController):
         return due and step < self._END * self.total_steps
 
     def prepare(self, step: int, due: bool) -> None:
-        """Let the masks pass all gradients in a step after which the masks move."""
-        opened = not self.fixed and self.scored and self._moves(step + 1)
-        for layer in self.layers:
-            assert isinstance(layer.threshold, _Window)
-            layer.threshold.open = opened
-        self._hooks.listen(opened)
-
-    def on_gradient(self, index: int, weight: nn.Parameter) -> None:
-        """Remove the gradients of pruned weights before the optimiser uses them."""
-        mask = self.layers[index].mask
-        if mask is not None and weight.grad is not None:
-            weight.grad.mul_(mask)
+        """Rank the gradients of a step after which the masks move."""
+        self._ranking = not self.fixed and self.scored and self._moves(step + 1)
 
     @torch.no_grad()
     def score(self, losses: Mapping[str, Tensor]) -> None:
@@ -160,9 +137,7 @@ class DiSparseController(OneShotController):
     def observe_later(self, losses: Mapping[str, Tensor]) -> None:
         """Rank the gradients if the masks move after this step."""
         self._sensitivity_ranks, self._effects = [], []  # not needed once the masks are set
-        threshold = self.layers[0].threshold
-        assert isinstance(threshold, _Window)
-        if threshold.open:
+        if self._ranking:
             self._gradient_ranks = self._highest(task_gradients(losses, self.layers).values())
 
     def effects(self) -> list[Tensor]:

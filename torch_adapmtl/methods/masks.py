@@ -118,7 +118,7 @@ class MaskController(Controller):
         A subclass that overrides this too has to call `super().prepare(step, due)`.
         """
         if type(self).on_gradient is not MaskController.on_gradient:
-            self._hooks.listen(not self.fixed)
+            self._hooks.listen(not self.fixed, renew=due)
             if self.fixed:
                 self._hooks.remove()
 

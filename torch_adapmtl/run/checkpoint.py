@@ -13,11 +13,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from torch_adapmtl.layers.collection import Layers
+from torch_adapmtl.layers.sparse_weights import forget_residual
 from torch_adapmtl.run._packing import damaged, pack, unpack, unpack_mask
+from torch_adapmtl.tensor.torch_prune import attached_threshold
 
 __all__ = ["guard", "load", "save", "unguard"]
 
-_VERSION = 2
+_VERSION = 3
 _PREFIX = "adapmtl."
 
 
@@ -117,20 +119,46 @@ def _differences(path: str, saved: Any, expected: Any) -> Iterator[tuple[str, An
         yield path, saved, expected
 
 
-def guard(model: nn.Module) -> None:
-    """Check each state dict that is loaded into `model`, which has a pruner, from now on."""
+def guard(model: nn.Module, layers: Layers) -> None:
+    """Check each state dict that is loaded into a model with a pruner, or a part, from now on."""
     model.register_load_state_dict_pre_hook(_check)
+    for module in {owner: None for layer in layers for owner, _ in layer.owners}:
+        module.register_load_state_dict_pre_hook(_check_part)
 
 
-def unguard(model: nn.Module) -> None:
+def unguard(model: nn.Module, layers: Layers) -> None:
     """Undo `guard`."""
-    hooks = model._load_state_dict_pre_hooks
-    for key in [key for key, hook in hooks.items() if getattr(hook, "hook", None) is _check]:
-        del hooks[key]
+    for module in {model, *(owner for layer in layers for owner, _ in layer.owners)}:
+        hooks = module._load_state_dict_pre_hooks
+        for key, hook in list(hooks.items()):
+            if getattr(hook, "hook", None) in (_check, _check_part):
+                del hooks[key]
 
 
-def _check(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
-    """Raise a `ValueError` unless the state dict is of a model that was prepared alike."""
+def _check_part(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
+    """Prepare the pruned tensors of a module, which may be loaded on its own, for loading."""
+    for name in (*module._parameters, *getattr(module, "parametrizations", ())):
+        if prefix + name not in state_dict:
+            continue
+        if attached_threshold(module, name) is not None:
+            raise _refused(f"{prefix}{name}")
+        # The residual of the old weight does not belong to the new one. If the state dict has the
+        # new one's, it is loaded later, because the pruner is the last submodule.
+        forget_residual(module, name)
+
+
+def _check(
+    model: nn.Module,
+    state_dict: Mapping[str, Any],
+    prefix: str,
+    local_metadata: object,
+    strict: bool,
+    *_: object,
+) -> None:
+    """Raise a `ValueError` unless the state dict is of a model that was prepared alike.
+
+    Plain weights are accepted if loading is not strict.
+    """
     pruner: Any = model._modules.get("adapmtl")
     if pruner is None:  # the user has removed the pruner from a copy
         return
@@ -140,12 +168,15 @@ def _check(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: obj
         if name.startswith(prefix)
     }
     if _PREFIX + "_extra_state" not in part:
-        _check_prepared(pruner.layers, part)
+        for layer in pruner.layers:
+            if strict and layer.name in part:
+                raise _refused(layer.name)
         return
     _read(part[_PREFIX + "_extra_state"], pruner._expected_state(), pruner.layers)
     for layer in pruner.layers:
-        name = _original(layer.name)
-        _check_shape(name, layer.weight, part, "of another model: make the model alike")
+        if layer.key not in part:
+            raise _refused(layer.name)
+        _check_shape(layer.key, layer.weight, part, "of another model: make the model alike")
     wanted = {_PREFIX + name for name in pruner.state_dict(keep_vars=True)}
     saved = {name for name in part if name.startswith(_PREFIX)}
     if wanted != saved:
@@ -157,19 +188,12 @@ def _check(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: obj
         _check_shape(_PREFIX + name, tensor, part, "with other options: prepare the model alike")
 
 
-def _check_prepared(layers: Layers, part: Mapping[str, Any]) -> None:
-    for layer in layers:
-        if layer.name in part and _original(layer.name) not in part:
-            raise ValueError(
-                f"the state dict is of the model without apply_adapmtl: it has {layer.name!r}, "
-                f"not {_original(layer.name)!r}. Load it before apply_adapmtl, or after finalize()"
-            )
-
-
-def _original(name: str) -> str:
-    """The name of a layer's parameter while a threshold is attached."""
-    path, _, tensor = name.rpartition(".")
-    return ".".join(filter(None, (path, "parametrizations", tensor, "original")))
+def _refused(name: str) -> ValueError:
+    return ValueError(
+        f"the state dict has {name!r} of the model without apply_adapmtl, and no state of the "
+        f"pruner. Load it before apply_adapmtl or after finalize(), or pass strict=False to "
+        f"continue this run from its weights (which a method that trains its thresholds cannot)"
+    )
 
 
 def _check_shape(name: str, tensor: Tensor, part: Mapping[str, Any], remedy: str) -> None:

@@ -30,27 +30,23 @@ _COMPARED = 64
 class _Idleness:
     """Detects that no optimiser trains the weights although steps are counted.
 
-    A write to a parameter increases its version, which can be read without waiting for the device.
-    Some optimisers write without increasing it; therefore a few values are compared too.
+    A few values of each dense weight are compared.
 
     Args:
         layers: The layers before the first step.
     """
 
     def __init__(self, layers: Layers) -> None:
-        self._versions = [layer.weight._version for layer in layers]
         self._values = [_some(layer.weight) for layer in layers]
 
     def decided(self, step: int, layers: Layers) -> bool | str:
         """Return True if weights are trained, False if that is unknown, a text if not."""
         weights = [layer.weight for layer in layers]
-        if [weight._version for weight in weights] != self._versions:
-            return True
-        if step < _PATIENCE or not any(weight.requires_grad for weight in weights):
-            return False
         pairs = zip(map(_some, weights), self._values, strict=True)
         if not all(torch.equal(now, before.to(now.device)) for now, before in pairs):
             return True
+        if step < _PATIENCE or not any(weight.requires_grad for weight in weights):
+            return False
         return (
             f"step() was called {step} times, and no weight has changed since the first: call "
             f"backward() and the optimizer's step() before each step(), with an optimizer of this "
@@ -73,17 +69,21 @@ class Watch:
         self._idleness: _Idleness | None = None
         self._unseen: set[str] = set()
 
+    @property
+    def begun(self) -> bool:
+        """Whether `begin` was called."""
+        return self._begun is not None
+
     def begin(self, step: int, layers: Layers) -> None:
-        """Store the weights before the first step that this process takes."""
-        if self._begun is None:
-            self._begun, self._idleness = step, _Idleness(layers)
+        """Store a few dense weights after the first step that this process takes."""
+        self._begun, self._idleness = step, _Idleness(layers)
 
     def look(self, step: int, layers: Layers, unseen: Mapping[str, int]) -> list[str]:
         """Return the warnings after `step` steps; this may wait for the device.
 
         Args:
             step: How many steps have been taken.
-            layers: The layers.
+            layers: The layers, with dense weights.
             unseen: The tasks without a loss for longer than their window, and for how many steps.
         """
         warnings = []

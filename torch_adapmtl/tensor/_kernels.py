@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["firm", "masked", "masked_gradient", "to_firm"]
+__all__ = ["firm", "mask_", "masked", "masked_gradient", "shrink_", "to_firm"]
 
 _PIECE = 2**17
 # The integers of the size of a floating-point number, in bytes.
@@ -80,3 +80,69 @@ def masked(weight: Tensor, mask: Tensor) -> Tensor:
     for part, keep, place in zip(*(tensor.split(_PIECE) for tensor in flat), strict=True):
         torch.mul(part, keep, out=place)
     return out
+
+
+def mask_(tensor: Tensor, mask: Tensor) -> None:
+    """Set the entries where a boolean mask is False to +0.0, in place."""
+    if tensor.device.type != "cpu" or (flat := _flat(tensor, mask)) is None:
+        tensor.masked_fill_(mask.logical_not(), 0.0)
+        return
+    # As in `masked`: whole numbers, so that zeros are +0.0 whatever is masked.
+    bits = _BITS[tensor.element_size()]
+    parts = flat[0].view(bits).split(_PIECE)
+    for part, kept in zip(parts, flat[1].view(torch.uint8).split(_PIECE), strict=True):
+        part.mul_(kept)
+
+
+def shrink_(
+    weight: Tensor, residual: Tensor, alpha: float, reach: float, mask: Tensor | None
+) -> None:
+    """Replace a dense weight by its sparse weight, and write the difference into `residual`.
+
+    The sum of the two is the dense weight again, without any rounding error: the sparse weight is
+    the weight minus the residual, and the residual is so large or so small that this difference or
+    the one before it is exact (Sterbenz).
+
+    Args:
+        weight: The dense weight; changed in place.
+        residual: A tensor of the same shape; overwritten.
+        alpha: The threshold.
+        reach: See `soft_threshold`.
+        mask: False where the sparse weight is zero; None for no mask.
+    """
+    alpha = min(alpha, torch.finfo(weight.dtype).max)
+    tensors = (weight, residual) if mask is None else (weight, residual, mask)
+    if weight.device.type != "cpu" or (flat := _flat(*tensors)) is None:
+        _shrink(weight, residual, alpha, reach, mask)
+        return
+    for part, rest, *kept in zip(*(tensor.split(_PIECE) for tensor in flat), strict=True):
+        _shrink(part, rest, alpha, reach, kept[0] if kept else None)
+
+
+def _shrink(
+    weight: Tensor, residual: Tensor, alpha: float, reach: float, mask: Tensor | None
+) -> None:
+    if alpha == 0.0:
+        residual.zero_()
+    else:
+        sparse = F.softshrink(weight, alpha)
+        if reach != math.inf:
+            limit = alpha * (reach - 1)
+            sparse.add_(torch.clamp(sparse, -limit, limit, out=residual), alpha=1 / (reach - 1))
+        torch.sub(weight, sparse, out=residual)
+    if mask is not None:
+        torch.where(mask, residual, weight, out=residual)
+    weight.sub_(residual)
+    if mask is not None:
+        mask_(weight, mask)  # infinity minus infinity is NaN
+
+
+def _flat(*tensors: Tensor) -> list[Tensor] | None:
+    """Flat views of tensors in their common storage order; None if there is none."""
+    if all(tensor.is_contiguous() for tensor in tensors):
+        return [tensor.view(-1) for tensor in tensors]
+    if tensors[0].ndim in (4, 5):
+        moved = [tensor.movedim(1, -1) for tensor in tensors]  # channels last
+        if all(tensor.is_contiguous() for tensor in moved):
+            return [tensor.view(-1) for tensor in moved]
+    return None

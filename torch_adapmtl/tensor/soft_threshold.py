@@ -294,6 +294,23 @@ class SoftThreshold(nn.Module):
         """Return the threshold that `forward` applies, differentiable if it is trained."""
         return self.alpha
 
+    @property
+    def trained(self) -> bool:
+        """Whether the threshold is trained, or computed from something else that is."""
+        kind = type(self)
+        changed = any(
+            getattr(kind, name) is not getattr(SoftThreshold, name)
+            for name in ("threshold", "forward")
+        )
+        return changed or isinstance(self.alpha, nn.Parameter)
+
+    def known(self) -> float:
+        """Return alpha as a number; waits for the device only if alpha was written to elsewhere."""
+        if (value := SoftThreshold._value(self)) is None:
+            value = float(self.alpha)
+            self._remember(value)
+        return value
+
     def forward(self, weight: Tensor) -> Tensor:
         """Return the sparse weight, in the shape and dtype of `weight`."""
         value = self._value()

@@ -143,12 +143,7 @@ def attach_threshold(
             f"{name!r} of {type(module).__name__} already has a soft threshold; remove it first "
             f"with torch.nn.utils.prune.remove(module, {name!r}) or the pruner's finalize()"
         )
-    held_parameter(module, name)
-    earlier = _find_method(module, name)
-    if isinstance(earlier, SoftThresholdPruning):
-        _remove_hook(module, name)  # left behind by parametrize.remove_parametrizations
-    elif earlier is not None:
-        parametrization.mask = parametrization.earlier_mask = _take_mask(module, name)
+    take_earlier_mask(module, name, parametrization)
     method = SoftThresholdPruning()
     method._tensor_name = name
     method._module = weakref.ref(module)
@@ -157,8 +152,20 @@ def attach_threshold(
     return method
 
 
+def take_earlier_mask(module: nn.Module, name: str, threshold: SoftThreshold) -> None:
+    """Move a mask of `torch.nn.utils.prune` on the tensor into the threshold."""
+    held_parameter(module, name)
+    earlier = _find_method(module, name)
+    if isinstance(earlier, SoftThresholdPruning):
+        _remove_hook(module, name)  # left behind by parametrize.remove_parametrizations
+    elif earlier is not None:
+        threshold.mask = threshold.earlier_mask = _take_mask(module, name)
+
+
 def held_parameter(module: nn.Module, name: str) -> nn.Parameter:
     """Return the parameter `module.<name>`, or the one from which it is computed."""
+    if (plain := module._parameters.get(name)) is not None:
+        return plain
     if parametrize.is_parametrized(module, name):
         plist: Any = module.parametrizations[name]  # type: ignore[index]
         parameter = plist._parameters.get("original")
@@ -185,6 +192,11 @@ def _find_method(module: nn.Module, name: str) -> BasePruningMethod | None:
         if isinstance(hook, BasePruningMethod) and hook._tensor_name == name:
             return hook
     return None
+
+
+def is_masked(module: nn.Module, name: str) -> bool:
+    """Whether `torch.nn.utils.prune` masks `module.<name>`."""
+    return name + "_mask" in module._buffers and _find_method(module, name) is not None
 
 
 def _take_mask(module: nn.Module, name: str) -> Tensor:

@@ -1,0 +1,301 @@
+"""Parameters that hold the sparse weights, except during an optimiser's step."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from torch_adapmtl._distributed import is_sharded, local, local_mask
+from torch_adapmtl.layers.collection import Layers
+from torch_adapmtl.layers.gradient_hooks import GradientHooks
+from torch_adapmtl.tensor._kernels import mask_, shrink_
+
+__all__ = ["SparseWeights", "forget_residual", "pruned_parameter"]
+
+
+class SparseWeights(nn.Module):
+    """Keeps the sparse weights of the layers in their parameters, so that modules stay plain.
+
+    A layer's parameter holds the sparse weight. The residual, which is the dense weight minus the
+    sparse weight, is stored here. Just before an optimiser's step the residual is added to the
+    parameter, so that the optimiser updates the dense weight. Just after the step the threshold and
+    the mask are applied to the new dense weight. All other code that reads or writes the parameter,
+    forward and backward passes included, sees the sparse weight. No rounding error arises.
+
+    The gradient of the sparse weight is used for the dense weight (it is straight-through). Hooks
+    on the parameters set the gradients of pruned weights to zero if these must not be trained.
+
+    Torch calls hooks before and after the step of any `torch.optim.Optimizer`. If a loop updates
+    the parameters in another way, `catch_up` applies the thresholds later. Such an update is one of
+    the sparse weights; the result differs only if it depends on the weights themselves, as weight
+    decay does.
+
+    Layers whose threshold is trained are left out. They have a parametrization, through which the
+    gradient reaches the threshold.
+
+    Args:
+        layers: The layers.
+
+    Attributes:
+        fixed: Whether the zeros are fixed. Masks hold them then, and all residuals are zero.
+    """
+
+    def __init__(self, layers: Layers) -> None:
+        super().__init__()
+        self.fixed = False
+        self._layers = [layer for layer in layers if not layer.threshold.trained]
+        # As submodules, the thresholds move to other devices with the model.
+        self.thresholds = nn.ModuleList(layer.threshold for layer in self._layers)
+        with torch.inference_mode(False):
+            for i, layer in enumerate(self._layers):
+                self.register_buffer(f"residual_{i}", torch.zeros_like(layer.weight.detach()))
+        # Layers whose residual may not be zero.
+        self._shrunk: set[int] = set()
+        self._start()
+
+    def attach(self) -> None:
+        """Apply the thresholds from now on."""
+        _register(self)
+        self.to_sparse()
+
+    def _start(self) -> None:
+        """Set what a copy does not share with its original."""
+        # The layers that an optimiser's step in progress has made dense.
+        self._stepping: weakref.WeakKeyDictionary[Optimizer, set[int]] = weakref.WeakKeyDictionary()
+        # Layers that no optimiser has updated since the last call of `catch_up`.
+        self._behind = self._all()
+        self._hooks = GradientHooks(self._layers, self._mask_gradient)
+
+    # --- dense and sparse weights -----------------------------------------------------------------
+
+    @torch.no_grad()
+    def to_dense(self, indices: Iterable[int] | None = None) -> set[int]:
+        """Write the dense weights into the parameters of these layers, or of all.
+
+        Returns:
+            The indices of the layers that were sparse before.
+        """
+        wanted = self._all() if indices is None else indices
+        changed = {i for i in wanted if not self._layers[i].dense}
+        for i in changed:
+            self._layers[i].dense = True
+        shrunk = sorted(changed & self._shrunk)
+        if shrunk:
+            weights = [local(self._layers[i].weight) for i in shrunk]
+            torch._foreach_add_(weights, [local(self._residual(i)) for i in shrunk])
+        return changed
+
+    @torch.no_grad()
+    def to_sparse(self, indices: Iterable[int] | None = None) -> None:
+        """Apply the thresholds and masks to the dense weights of these layers, or of all."""
+        wanted = self._all() if indices is None else set(indices)
+        self.to_dense(wanted)
+        for i in sorted(wanted):
+            self._apply_threshold(i)
+            self._layers[i].dense = False
+
+    def _all(self) -> set[int]:
+        return set(range(len(self._layers)))
+
+    def _apply_threshold(self, index: int) -> None:
+        layer = self._layers[index]
+        threshold, weight = layer.threshold, layer.weight
+        alpha, mask = threshold.known(), threshold.mask
+        if mask is not None:
+            mask = local_mask(mask, weight)
+        if self.fixed:
+            if mask is not None:
+                mask_(local(weight), mask)
+        elif alpha > 0.0 or mask is not None:
+            shrink_(local(weight), local(self._residual(index)), alpha, threshold.reach, mask)
+            self._shrunk.add(index)
+        elif index in self._shrunk:
+            local(self._residual(index)).zero_()
+            self._shrunk.remove(index)
+
+    def _residual(self, index: int) -> Tensor:
+        name, weight = f"residual_{index}", self._layers[index].weight
+        residual = self._buffers[name]
+        assert residual is not None
+        if is_sharded(weight) != is_sharded(residual):  # `fully_shard` was called in between
+            with torch.inference_mode(False):
+                residual = self._buffers[name] = torch.zeros_like(weight.detach())
+        return residual
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """Let all parameters hold the dense weights, and the sparse weights again afterwards."""
+        self.to_dense()
+        try:
+            yield
+        finally:
+            self.to_sparse()
+
+    def catch_up(self) -> None:
+        """Apply the thresholds of the layers that no optimiser has updated since the last call."""
+        if self._behind:
+            self.to_sparse(set(self._behind))
+        self._behind = self._all()
+
+    @torch.no_grad()
+    def fix(self, fixed: bool = True) -> None:
+        """Let masks hold the zeros from now on, without residuals; or undo this."""
+        self.fixed = fixed
+        if fixed:
+            for i in sorted(self._shrunk):
+                local(self._residual(i)).zero_()
+            self._shrunk = set()
+
+    def loaded(self, fixed: bool) -> None:
+        """Use the parameters and residuals of a state dict that was loaded."""
+        for layer in self._layers:
+            layer.dense = False
+        self._shrunk = self._all()
+        self.fix(fixed)
+        self.to_sparse()  # changes nothing if the weights were loaded with the residuals
+
+    # --- optimisers -------------------------------------------------------------------------------
+
+    def begin_step(self, optimizer: Optimizer, parameters: set[int]) -> bool:
+        """Make the layers dense whose parameters, given by `id`, the optimiser is about to update.
+
+        Returns:
+            Whether there are any.
+        """
+        indices = [i for i, layer in enumerate(self._layers) if id(layer.weight) in parameters]
+        if indices:
+            # Layers stay in the set if the optimiser's last step has raised an error.
+            self._stepping.setdefault(optimizer, set()).update(self.to_dense(indices))
+        return bool(indices)
+
+    def end_step(self, optimizer: Optimizer) -> None:
+        """Apply the thresholds of the layers that `begin_step` has made dense."""
+        indices = self._stepping.pop(optimizer, None)
+        if indices:
+            self._behind -= indices
+            # Unless a hook of the optimiser has called the pruner's step.
+            self.to_sparse(i for i in indices if self._layers[i].dense)
+
+    @contextmanager
+    def paused_step(self) -> Iterator[None]:
+        """Make the layers sparse during a step, while the optimiser calls its closure."""
+        indices = {i for i, layer in enumerate(self._layers) if layer.dense}
+        self.to_sparse(indices)
+        try:
+            yield
+        finally:
+            self.to_dense(indices)
+
+    # --- gradients of pruned weights --------------------------------------------------------------
+
+    def listen(self, renew: bool) -> None:
+        """Switch the masking of gradients on if a layer needs it, and off if none does.
+
+        Args:
+            renew: Whether parameters may have been replaced or unfrozen since the last call.
+        """
+        needed = any(t.mask is not None or not t.straight_through for t in self._thresholds())
+        self._hooks.listen(needed, renew=renew)
+
+    def _thresholds(self) -> Iterator[Any]:
+        return (layer.threshold for layer in self._layers)
+
+    def _mask_gradient(self, index: int, weight: nn.Parameter) -> None:
+        threshold, gradient = self._layers[index].threshold, weight.grad
+        if gradient is None or gradient.layout != torch.strided:
+            return
+        # A mask that was set in this step acts from the next on.
+        if index not in self._shrunk and not self.fixed:
+            return
+        if threshold.mask is not None and (threshold.straight_through or not threshold.known()):
+            kept = local_mask(threshold.mask, weight)
+        elif threshold.known() and not threshold.straight_through:
+            kept = local(weight.detach()) != 0
+        else:
+            return
+        if gradient.requires_grad:  # backward(create_graph=True)
+            weight.grad = torch.where(kept, gradient, 0.0)
+        else:
+            with torch.no_grad():
+                mask_(local(gradient), kept)
+
+    def _forget(self, module: nn.Module, name: str) -> None:
+        for i, layer in enumerate(self._layers):
+            if any(owner is module and tensor == name for owner, tensor in layer.owners):
+                with torch.no_grad():
+                    local(self._residual(i)).zero_()
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        self._hooks.remove()
+        _ALL.discard(self)
+
+    # --- copies -----------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_stepping": None, "_hooks": None}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._start()
+        _register(self)
+
+
+def pruned_parameter(model: nn.Module) -> str | None:
+    """Return the name of the first parameter of a model that is kept sparse, or None."""
+    kept = {id(layer.weight) for weights in list(_ALL) for layer in weights._layers}
+    return next((name for name, p in model.named_parameters() if id(p) in kept), None)
+
+
+def forget_residual(module: nn.Module, name: str) -> None:
+    """Set the residual of `module.<name>` to zero, because the tensor gets a new dense weight."""
+    for weights in list(_ALL):
+        weights._forget(module, name)
+
+
+_ALL: weakref.WeakSet[SparseWeights] = weakref.WeakSet()
+_registered: list[Any] = []
+
+
+def _register(weights: SparseWeights) -> None:
+    _ALL.add(weights)
+    if not _registered:
+        _registered.append(register_optimizer_step_pre_hook(_before_step))
+        _registered.append(register_optimizer_step_post_hook(_after_step))
+
+
+def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[Any, Any]) -> Any:
+    """Make the weights dense that the optimiser updates, and sparse in the optimiser's closure."""
+    if torch.compiler.is_compiling():
+        return None  # a compiled step cannot call this; `catch_up` does it later
+    parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    stepping = [weights for weights in list(_ALL) if weights.begin_step(optimizer, parameters)]
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if not stepping or not callable(closure):
+        return None
+
+    def paused(*arguments: Any, **options: Any) -> Any:
+        with ExitStack() as stack:
+            for weights in stepping:
+                stack.enter_context(weights.paused_step())
+            return closure(*arguments, **options)
+
+    if "closure" in kwargs:
+        return args, {**kwargs, "closure": paused}
+    return (args[0], paused, *args[2:]), kwargs
+
+
+def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[Any, Any]) -> None:
+    if not torch.compiler.is_compiling():
+        for weights in list(_ALL):
+            weights.end_step(optimizer)
