@@ -213,8 +213,9 @@ class Pruner(nn.Module):
         """Prepare the controller for the next step, once; return whether an update is due after."""
         if self._prepared is None or self._prepared[0] != self._step:
             due = self.controller.due(self._step + 1)
+            if due or self._prepared is None:
+                self.sparse_weights.renew_hooks()
             self.controller.prepare(self._step, due)
-            self.sparse_weights.listen(renew=due or self._prepared is None)
             self._prepared = self._step, due
         return self._prepared[1]
 

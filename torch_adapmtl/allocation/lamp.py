@@ -125,7 +125,7 @@ def lamp_thresholds(magnitudes: Scores, zeros: float) -> Tensor:
     ranks = base[layer] | to_bits(score)
 
     def count(level: Tensor) -> Tensor:
-        return (_rank(ranks, base, start, level) * weights).sum()
+        return (_rank(ranks, base, start, level.unsqueeze(-1)) * weights).sum(-1)
 
     wanted = torch.full((), zeros, dtype=torch.float64, device=score.device)
     level = bisect(count, wanted)
@@ -134,5 +134,5 @@ def lamp_thresholds(magnitudes: Scores, zeros: float) -> Tensor:
 
 
 def _rank(keys: Tensor, base: Tensor, start: Tensor, level: Tensor) -> Tensor:
-    """Count the keys of each layer up to `level`, (L,)."""
+    """Count the keys of each layer up to `level` (..., 1): (..., L)."""
     return torch.searchsorted(keys, base + level, right=True) - start

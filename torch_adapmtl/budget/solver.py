@@ -3,7 +3,7 @@
 The *score* of a weight is `|w| / exp(offset)`, with the offset of its layer. Weights with scores up
 to a common level are pruned, and the solver finds the level that meets the budget. It works on the
 bits of the scores as integers, because the bits of non-negative float32 numbers have the same order
-as the numbers. So bisection is exact after 32 halvings, and never waits for the device.
+as the numbers. So the search is exact after a few rounds, and never waits for the device.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ __all__ = ["MAX_BITS", "Bounds", "Scores", "bisect", "from_bits", "select", "sol
 # A level is the bits of a float32 plus one. Level 0 stands for negative scores, which mark fixed
 # zeros. The last level stands for the largest finite number and for everything that is not finite.
 MAX_BITS = 0x7F7FFFFF + 1
+# 16 ** 8 exceeds the number of levels; a round more for the remainders.
+_WAYS, _ROUNDS = 16, 9
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,13 @@ class Bounds:
     max_zeros: Tensor
 
     def total(self, counts: Tensor) -> Tensor:
-        """Clamp `counts` (L,) to the bounds of the layers, and sum them by component (C,)."""
+        """Clamp `counts` (..., L) to the bounds of the layers; sum them by component (..., C)."""
         capped = torch.minimum(counts, self.layer_max)
-        zeros = torch.zeros_like(self.min_zeros)
-        return zeros.index_add_(0, self.component, capped)
+        zeros = self.min_zeros.new_zeros(*counts.shape[:-1], len(self.min_zeros))
+        return zeros.index_add_(-1, self.component, capped)
 
     def clamp(self, zeros: Tensor) -> Tensor:
-        """Clamp the numbers of zeros of the components (C,) to their bounds."""
+        """Clamp the numbers of zeros of the components (..., C) to their bounds."""
         return zeros.clamp(self.min_zeros, self.max_zeros)
 
 
@@ -105,12 +107,12 @@ class Scores:
         return scores
 
     def count(self, level: Tensor) -> Tensor:
-        """Count the weights of each layer with scores up to `level` (bits, (L,) or 0-d): (L,)."""
+        """Count the weights of each layer with scores up to `level` (bits, (..., L)): (..., L)."""
         rank = self._rank(level, right=True)
         return torch.where(level < 0, 0, rank + self.below) * self.weights
 
     def _rank(self, level: Tensor, right: bool = False) -> Tensor:
-        """Count the scores of each layer below `level`, or up to it if `right`: (L,)."""
+        """Count the scores of each layer below `level`, or up to it if `right`: (..., L)."""
         keys = self.base + level.clamp(min=0)
         return torch.searchsorted(self.keys, keys, right=right) - self.starts[:-1]
 
@@ -129,31 +131,44 @@ class Scores:
 
 
 def bisect(count: Callable[[Tensor], Tensor], wanted: Tensor) -> Tensor:
-    """Find the smallest level, in bits, whose count is at least `wanted`; -1 prunes nothing."""
+    """Find the smallest level, in bits, whose count is at least `wanted`; -1 prunes nothing.
+
+    Args:
+        count: A function of levels of shape (W, *wanted.shape), which returns counts in that shape.
+            They do not fall if the level rises.
+        wanted: The counts to reach.
+    """
     low = torch.full_like(wanted, -2, dtype=torch.long)
     high = torch.full_like(wanted, MAX_BITS, dtype=torch.long)
-    for _ in range(32):
-        middle = torch.div(low + high, 2, rounding_mode="floor")
-        enough = count(middle) >= wanted
-        high = torch.where(enough, middle, high)
-        low = torch.where(enough, low, middle)
+    # Each round looks at the levels between _WAYS equal intervals: few rounds, of few operations.
+    way = torch.arange(1, _WAYS, device=wanted.device).view(-1, *[1] * wanted.ndim)
+    for _ in range(_ROUNDS):
+        width = high - low
+        levels = low + torch.div(width * way, _WAYS, rounding_mode="floor")
+        lower = (count(levels) < wanted).sum(0)  # how many of these levels are too low
+        high = torch.minimum(
+            high, low + torch.div(width * (lower + 1), _WAYS, rounding_mode="floor")
+        )
+        low = low + torch.div(width * lower, _WAYS, rounding_mode="floor")
     return high.clamp(min=-1)
 
 
 def _common(scores: Scores, bounds: Bounds, zeros: Tensor) -> tuple[Tensor, Callable[..., Tensor]]:
     """Find the common level (0-d) at which the components, within their bounds, have `zeros` zeros.
 
-    Also returns the function that counts the zeros of the components (C,) at a level for the model
-    (0-d) or for each component (C,). Its counts respect the bounds of the layers, but not those of
-    the components.
+    Also returns the function that counts the zeros of the components (..., C) at levels of the
+    components (..., C). Its counts respect the bounds of the layers, but not those of the
+    components.
     """
-    member = bounds.component
 
     def at(level: Tensor) -> Tensor:
-        spread = level[member] if level.ndim else level.expand(len(member))
-        return bounds.total(scores.count(spread))
+        return bounds.total(scores.count(level[..., bounds.component]))
 
-    return bisect(lambda lv: bounds.clamp(at(lv)).sum(), zeros), at
+    def overall(level: Tensor) -> Tensor:
+        counts = scores.count(level.unsqueeze(-1).expand(*level.shape, len(bounds.component)))
+        return bounds.clamp(bounds.total(counts)).sum(-1)
+
+    return bisect(overall, zeros), at
 
 
 def solve(scores: Scores, bounds: Bounds, zeros: Tensor) -> Tensor:
@@ -172,7 +187,7 @@ def solve(scores: Scores, bounds: Bounds, zeros: Tensor) -> Tensor:
         The levels, int64 of shape (L,); `from_bits` turns them into thresholds on the scores.
     """
     common, at = _common(scores, bounds, zeros)
-    unbounded = at(common)
+    unbounded = at(common.expand_as(bounds.min_zeros))
     bounded = bounds.clamp(unbounded)
     level = torch.where(unbounded != bounded, bisect(at, bounded), common)[bounds.component]
     cap = bisect(scores.count, bounds.layer_max)
@@ -199,6 +214,7 @@ def select(scores: Scores, bounds: Bounds, zeros: int) -> tuple[list[int], list[
     """
     budget = torch.tensor(zeros, dtype=torch.float64, device=scores.keys.device)
     common, at = _common(scores, bounds, budget)
+    common = common.expand_as(bounds.min_zeros)
     below, upto = at(common - 1), at(common)
     by_component = bounds.clamp(below).tolist()
     _fill(by_component, bounds.clamp(upto).tolist(), range(len(by_component)), zeros)

@@ -18,7 +18,7 @@ from torch.optim.optimizer import (
 from torch_adapmtl._distributed import is_sharded, local, local_mask
 from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.layers.gradient_hooks import GradientHooks
-from torch_adapmtl.tensor._kernels import mask_, shrink_
+from torch_adapmtl.tensor._kernels import drop_zeros_, mask_, shrink_
 
 __all__ = ["SparseWeights", "forget_residual", "pruned_parameter"]
 
@@ -67,6 +67,7 @@ class SparseWeights(nn.Module):
         """Apply the thresholds from now on."""
         _register(self)
         self.to_sparse()
+        self.renew_hooks()  # before other hooks, which see the gradients that the optimiser uses
 
     def _start(self) -> None:
         """Set what a copy does not share with its original."""
@@ -198,36 +199,29 @@ class SparseWeights(nn.Module):
 
     # --- gradients of pruned weights --------------------------------------------------------------
 
-    def listen(self, renew: bool) -> None:
-        """Switch the masking of gradients on if a layer needs it, and off if none does.
-
-        Args:
-            renew: Whether parameters may have been replaced or unfrozen since the last call.
-        """
-        needed = any(t.mask is not None or not t.straight_through for t in self._thresholds())
-        self._hooks.listen(needed, renew=renew)
-
-    def _thresholds(self) -> Iterator[Any]:
-        return (layer.threshold for layer in self._layers)
+    def renew_hooks(self) -> None:
+        """Register the hooks on the gradients again if parameters were replaced or unfrozen."""
+        self._hooks.listen(True)
 
     def _mask_gradient(self, index: int, weight: nn.Parameter) -> None:
         threshold, gradient = self._layers[index].threshold, weight.grad
-        if gradient is None or gradient.layout != torch.strided:
-            return
+        mask = threshold.mask
+        regrows = threshold.straight_through or threshold.known() == 0.0
         # A mask that was set in this step acts from the next on.
-        if index not in self._shrunk and not self.fixed:
+        acts = self.fixed or index in self._shrunk
+        if not acts or (regrows and mask is None) or gradient is None:
             return
-        if threshold.mask is not None and (threshold.straight_through or not threshold.known()):
-            kept = local_mask(threshold.mask, weight)
-        elif threshold.known() and not threshold.straight_through:
-            kept = local(weight.detach()) != 0
-        else:
+        if gradient.layout != torch.strided:
             return
         if gradient.requires_grad:  # backward(create_graph=True)
+            kept = local_mask(mask, weight) if regrows else weight.detach() != 0
             weight.grad = torch.where(kept, gradient, 0.0)
-        else:
-            with torch.no_grad():
-                mask_(local(gradient), kept)
+            return
+        with torch.no_grad():
+            if not regrows:
+                drop_zeros_(local(gradient), local(weight))
+            elif mask is not None:
+                mask_(local(gradient), local_mask(mask, weight))
 
     def _forget(self, module: nn.Module, name: str) -> None:
         for i, layer in enumerate(self._layers):

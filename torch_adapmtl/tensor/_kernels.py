@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["firm", "mask_", "masked", "masked_gradient", "shrink_", "to_firm"]
+__all__ = ["drop_zeros_", "firm", "mask_", "masked", "masked_gradient", "shrink_", "to_firm"]
 
 _PIECE = 2**17
 # The integers of the size of a floating-point number, in bytes.
@@ -84,14 +84,22 @@ def masked(weight: Tensor, mask: Tensor) -> Tensor:
 
 def mask_(tensor: Tensor, mask: Tensor) -> None:
     """Set the entries where a boolean mask is False to +0.0, in place."""
-    if tensor.device.type != "cpu" or (flat := _flat(tensor, mask)) is None:
-        tensor.masked_fill_(mask.logical_not(), 0.0)
-        return
     # As in `masked`: whole numbers, so that zeros are +0.0 whatever is masked.
     bits = _BITS[tensor.element_size()]
+    if tensor.device.type != "cpu":
+        tensor.masked_fill_(mask.logical_not(), 0.0)
+        return
+    if tensor.numel() <= _PIECE or (flat := _flat(tensor, mask)) is None:
+        tensor.view(bits).mul_(mask.view(torch.uint8))
+        return
     parts = flat[0].view(bits).split(_PIECE)
     for part, kept in zip(parts, flat[1].view(torch.uint8).split(_PIECE), strict=True):
         part.mul_(kept)
+
+
+def drop_zeros_(gradient: Tensor, weight: Tensor) -> None:
+    """Set the entries of a gradient where the weight is zero to zero, in place."""
+    torch.ops.aten.softshrink_backward.grad_input(gradient, weight, 0.0, grad_input=gradient)
 
 
 def shrink_(
@@ -112,7 +120,7 @@ def shrink_(
     """
     alpha = min(alpha, torch.finfo(weight.dtype).max)
     tensors = (weight, residual) if mask is None else (weight, residual, mask)
-    if weight.device.type != "cpu" or (flat := _flat(*tensors)) is None:
+    if weight.device.type != "cpu" or weight.numel() <= _PIECE or (flat := _flat(*tensors)) is None:
         _shrink(weight, residual, alpha, reach, mask)
         return
     for part, rest, *kept in zip(*(tensor.split(_PIECE) for tensor in flat), strict=True):
