@@ -43,10 +43,11 @@ def local(tensor: Any) -> Tensor:
     return part
 
 
-def local_mask(mask: Tensor, weight: Any) -> Tensor:
+def local_mask(mask: Any, weight: Any) -> Tensor:
     """Return the part of a whole mask that belongs to this process's part of a weight."""
     if not is_sharded(weight):
-        return mask
+        whole_mask: Tensor = mask
+        return whole_mask
     from torch.distributed.tensor import distribute_tensor
 
     # All processes have the same mask, so nothing is sent.

@@ -57,8 +57,7 @@ class GradientHooks:
 
         def call(parameter: Tensor) -> None:
             if self._listening and parameter.grad is not None:
-                assert isinstance(parameter, nn.Parameter)
-                self._function(index, parameter)
+                self._function(index, parameter)  # type: ignore[arg-type]  # it is a parameter
 
         return weight.register_post_accumulate_grad_hook(call)
 

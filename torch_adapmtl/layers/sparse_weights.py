@@ -204,24 +204,25 @@ class SparseWeights(nn.Module):
         self._hooks.listen(True)
 
     def _mask_gradient(self, index: int, weight: nn.Parameter) -> None:
-        threshold, gradient = self._layers[index].threshold, weight.grad
+        # This runs between the kernels of the backward pass, where each operation counts.
+        layer, gradient = self._layers[index], weight.grad
+        threshold = layer.threshold
         mask = threshold.mask
-        regrows = threshold.straight_through or threshold.known() == 0.0
+        regrows = self.fixed or threshold.straight_through or threshold.known() == 0.0
         # A mask that was set in this step acts from the next on.
         acts = self.fixed or index in self._shrunk
-        if not acts or (regrows and mask is None) or gradient is None:
+        if gradient is None or not acts or (regrows and mask is None):
             return
         if gradient.layout != torch.strided:
             return
+        kept = local_mask(mask, weight) if regrows else None
         if gradient.requires_grad:  # backward(create_graph=True)
-            kept = local_mask(mask, weight) if regrows else weight.detach() != 0
-            weight.grad = torch.where(kept, gradient, 0.0)
-            return
-        with torch.no_grad():
-            if not regrows:
-                drop_zeros_(local(gradient), local(weight))
-            elif mask is not None:
-                mask_(local(gradient), local_mask(mask, weight))
+            keep = weight.detach() != 0 if kept is None else kept
+            weight.grad = torch.where(keep, gradient, 0.0)
+        elif kept is None:
+            drop_zeros_(local(gradient), local(weight))
+        else:
+            mask_(local(gradient), kept)
 
     def _forget(self, module: nn.Module, name: str) -> None:
         for i, layer in enumerate(self._layers):
