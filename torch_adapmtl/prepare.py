@@ -103,7 +103,8 @@ def apply_adapmtl(
             of these errors the model is unchanged.
 
     Warns:
-        UserWarning: If most weights are not prunable and stay dense, unless `exclude` is given.
+        UserWarning: If most weights are not prunable and stay dense, unless `exclude` is given; if
+            most prunable weights are frozen (`requires_grad=False`) and stay dense.
 
     Example:
         >>> import torch
@@ -174,6 +175,7 @@ def apply_adapmtl(
             module.synchronize &= synchronize  # a weighting may have been passed with False
     if not exclude:  # before the model changes, because filters may turn the warning into an error
         _warn_of_unprunable(unprunable, layers.total)
+    _warn_of_frozen(components, layers.total)
     layers.attach()
     # Not `add_module`, which the model's class may override and a registration hook may refuse.
     inner._modules["adapmtl"] = pruner
@@ -198,8 +200,8 @@ def _check_plain(model: nn.Module) -> None:
     """Raise an error if the model is being pruned already."""
     if isinstance(model._modules.get("adapmtl"), Pruner):
         raise RuntimeError(
-            "apply_adapmtl was called on this model before: use its pruner (model.adapmtl), or "
-            "call finalize() on it first"
+            "apply_adapmtl was called on this model before: use its pruner, model.adapmtl; or first "
+            "call finalize() on it at the end of its run, or undo() to remove it without pruning"
         )
     if hasattr(model, "adapmtl"):
         raise ValueError("the model has an attribute 'adapmtl', the name of the pruner: rename it")
@@ -227,6 +229,20 @@ def _make_layers(components: Components, keep_zeros: bool) -> Layers:
     )
     layers.check_ties()
     return layers
+
+
+def _warn_of_frozen(components: Components, prunable: int) -> None:
+    frozen = [t for t in components[FROZEN] if not t.parameter.requires_grad]
+    weights = sum(tensor.parameter.numel() for tensor in frozen)
+    if weights > prunable:
+        warnings.warn(
+            f"most of the prunable weights are frozen and stay dense: {weights} of "
+            f"{weights + prunable}, in {len(frozen)} tensors such as {frozen[0].name!r}. The "
+            f"target is met among the {prunable} others. If they are to be trained later, "
+            f"name them in groups=, as in groups={{'shared': ['encoder']}}, which prunes them "
+            f"too; to leave them dense without this warning, pass them as exclude=",
+            stacklevel=4,  # the caller of apply_adapmtl; its decorator is one of the levels
+        )
 
 
 def _warn_of_unprunable(sizes: Mapping[str, int], prunable: int) -> None:

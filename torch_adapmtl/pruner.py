@@ -14,8 +14,9 @@ from torch_adapmtl._checks import check_choice, check_fraction, check_rate, chec
 from torch_adapmtl.components.find import FROZEN, UNUSED, Components
 from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.layers.layer import count_zeros
-from torch_adapmtl.layers.sparse_weights import SparseWeights
+from torch_adapmtl.layers.sparse_weights import SparseWeights, watch_zeros
 from torch_adapmtl.methods._base import Controller
+from torch_adapmtl.run._model_watch import ModelWatch
 from torch_adapmtl.run._step_hook import StepHook
 from torch_adapmtl.run.checkpoint import load, save, unguard
 from torch_adapmtl.run.diagnostics import Watch, signs
@@ -104,6 +105,10 @@ class Pruner(nn.Module):
         self._finalized = False
         self._step_hook: StepHook | None = None
         self._watch = Watch()
+        self._model_watch = ModelWatch(model, components)
+        # Calls of `loss` since the last step, and which warnings about steps have been given.
+        self._losses_since_step = 0
+        self._warned: set[str] = set()
         # torch.nn.utils.prune.is_pruned(model) looks for a hook of this class.
         self.register_forward_pre_hook(SoftThresholdPruning())
         self.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]
@@ -112,6 +117,16 @@ class Pruner(nn.Module):
     def target_sparsity(self) -> float:
         """Zeros among all prunable weights at the end, as a fraction."""
         return self.controller.target_sparsity
+
+    @property
+    def step_count(self) -> int:
+        """Number of steps taken; at `total_steps` the run is at its end."""
+        return self._step
+
+    @property
+    def zeros_fixed(self) -> bool:
+        """Whether the zeros are fixed, so that the sparsity does not change any more."""
+        return self.controller.fixed
 
     @property
     def total_steps(self) -> int:
@@ -139,6 +154,9 @@ class Pruner(nn.Module):
                 requires grad although the model is in training mode with gradients enabled.
             TypeError: If `losses` is not a mapping, or a loss is not a floating-point tensor.
             RuntimeError: After `finalize`.
+
+        Warns:
+            UserWarning: Once, if `step` is not called at all between many calls of `loss`.
         """
         self._check_active("loss")
         record = self.weighting.record
@@ -148,7 +166,24 @@ class Pruner(nn.Module):
         if learning and self.training:
             self._prepare()
             self.controller.observe(present)
+            self._losses_since_step += 1
+            if self._losses_since_step == max(100, min(1000, self.total_steps)):
+                self._warn_of_missing_steps()
         return total
+
+    def _warn_of_missing_steps(self) -> None:
+        if self._step < self.total_steps:
+            self._warn_once(
+                "missing",
+                f"loss() was called {self._losses_since_step} times without a call of step(), so "
+                f"that the sparsity does not change: call step() after each optimizer.step(), or "
+                f"attach(optimizer) once",
+            )
+
+    def _warn_once(self, kind: str, text: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(text, stacklevel=4)
 
     def step(self) -> None:
         """Move the sparsity along its schedule; call it once after each step of the optimiser.
@@ -160,14 +195,16 @@ class Pruner(nn.Module):
         other weights train without a threshold.
 
         Raises:
-            RuntimeError: If called more than `total_steps` times, after `finalize`, or while
-                attached to an optimiser. Also, at an update and at the last step, if a loss has
-                been NaN or infinite since the last check. The call does not count then.
+            RuntimeError: After `finalize`, or while attached to an optimiser. Also, at an update
+                and at the last step, if a loss has been NaN or infinite since the last check, or if
+                the model is not the one that was prepared: a pruned layer was replaced, removed or
+                masked by `torch.nn.utils.prune`. The call does not count then.
 
         Warns:
-            UserWarning: Once, if no weight has changed in the first 50 steps or more, so that
-                nothing trains them. Once for a task that has had no loss for longer than the window
-                of its weight.
+            UserWarning: Once each: if no weight has changed in the first 50 steps or more, so that
+                nothing trains them; if `step` was called more than `total_steps` times; for a task
+                that has had no loss for longer than the window of its weight; if weights were
+                frozen, unfrozen or added after `apply_adapmtl`.
         """
         if self._step_hook is not None:
             raise RuntimeError(
@@ -177,12 +214,15 @@ class Pruner(nn.Module):
 
     def _advance(self) -> None:
         self._check_active("step")
+        self._losses_since_step = 0
         if self._step >= self.total_steps:
-            raise RuntimeError(
-                f"step() was called more than total_steps={self.total_steps} times. The model is "
-                f"at its target and its zeros are fixed: train on without calling step(), or call "
-                f"finalize(). To prune more slowly, pass a larger total_steps to apply_adapmtl."
+            self._warn_once(
+                "end",
+                f"step() was called more than total_steps={self.total_steps} times. The run is at "
+                f"its end, so that further calls do nothing; they are not needed while you train "
+                f"on. To prune more slowly, pass a larger total_steps to apply_adapmtl",
             )
+            return
         if not self._watch.begun:
             with self.sparse_weights.dense():
                 self._watch.begin(self._step, self.layers)
@@ -200,7 +240,8 @@ class Pruner(nn.Module):
         # In other steps the controller needs no dense weights.
         with self.sparse_weights.dense() if due or last else nullcontext():
             if waits:
-                for text in self._watch.look(self._step, self.layers, self.weighting.unseen()):
+                texts = self._watch.look(self._step, self.layers, self.weighting.unseen())
+                for text in texts + self._model_watch.look(self._model, self.layers):
                     warnings.warn(text, stacklevel=3)
             self._step += 1
             self.controller.step(self._step, due)
@@ -222,7 +263,7 @@ class Pruner(nn.Module):
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Let the optimiser call `step` after each of its steps, until `finalize`.
 
-        Steps beyond `total_steps` and steps that a gradient scaler skips are not counted.
+        Steps that a gradient scaler skips are not counted.
 
         Args:
             optimizer: The optimiser that trains the model; with several, the one that steps last.
@@ -251,11 +292,7 @@ class Pruner(nn.Module):
                 "attach() was called already: one optimizer moves the schedule; leave out this call"
             )
 
-        def after_step() -> None:
-            if self._step < self.total_steps:
-                self._advance()
-
-        self._step_hook = StepHook(optimizer, after_step)
+        self._step_hook = StepHook(optimizer, self._advance)
 
     def detach(self) -> None:
         """Undo `attach`; nothing happens if the pruner is not attached."""
@@ -470,6 +507,7 @@ class Pruner(nn.Module):
                 self.controller.fix()
                 self.sparse_weights.fix()
         self._step, self._prepared = self.total_steps, None
+        self._warned.add("end")  # this end was called for
         self._reset_skipped()
 
     def finalize(self) -> nn.Module:
@@ -506,10 +544,11 @@ class Pruner(nn.Module):
         if self.controller.exact and not self.controller.fixed:
             raise RuntimeError(
                 f"finalize() was called after {self._step} of total_steps={self.total_steps} "
-                f"steps: the model is {self.sparsity():.2%} sparse, and becomes exactly "
-                f"{self.target_sparsity:.2%} sparse when its zeros are fixed. Call fix_zeros() to "
-                f"prune it to its target now (and train on to recover), or call step() after every "
-                f"optimizer step until the end."
+                f"steps, and the zeros are not fixed yet: {self.sparsity():.2%} of the weights are "
+                f"zero now, and {self.target_sparsity:.2%} are to be at the end. Call fix_zeros() "
+                f"to prune the model to its target now (and train on to recover), call step() "
+                f"after every optimizer step until the end, or call undo() to remove the pruner "
+                f"without pruning."
             )
         self._check_layers()
         self._warn()
@@ -517,8 +556,39 @@ class Pruner(nn.Module):
             with self.sparse_weights.dense():
                 self.controller.write()
             self._check_exact()
+        watch_zeros(self.layers)
+        return self._leave(bake=True)
+
+    def undo(self) -> nn.Module:
+        """Remove the pruner without pruning: the opposite of `apply_adapmtl`.
+
+        The parameters hold the dense weights that have been trained so far. Zeros that have been
+        fixed stay in them, because their weights are not trained any more. After this,
+        `apply_adapmtl` can be called again.
+
+        Returns:
+            The model, changed in place.
+
+        Raises:
+            RuntimeError: After `finalize` or `undo`.
+
+        Example:
+            >>> import torch
+            >>> from torch_adapmtl import apply_adapmtl
+            >>> model = torch.nn.Linear(4, 4)
+            >>> pruner = apply_adapmtl(
+            ...     model, target_sparsity=0.5, total_steps=9, groups={"main": ["*"]}
+            ... )
+            >>> pruner.undo() is model, hasattr(model, "adapmtl")
+            (True, False)
+        """
+        self._check_active("undo")
+        self.sparse_weights.to_dense()
+        return self._leave(bake=False)
+
+    def _leave(self, *, bake: bool) -> nn.Module:
         for layer in self.layers:
-            layer.remove()
+            layer.remove(bake=bake)
         self.sparse_weights.remove()
         self.detach()
         unguard(self._model, self.layers)
@@ -538,6 +608,8 @@ class Pruner(nn.Module):
     def _warn(self) -> None:
         """Warn of everything that went wrong in the run."""
         report = self.report()
+        for text in self._model_watch.look(self._model, self.layers):
+            warnings.warn(text, stacklevel=3)
         adaptive = isinstance(self.weighting, StabilityWeighting)  # others are the user's choice
         texts = signs(
             report,

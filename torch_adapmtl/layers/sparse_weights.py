@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,13 +15,14 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
+from torch.utils.weak import WeakIdKeyDictionary
 
 from torch_adapmtl._distributed import is_sharded, local, local_mask
 from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.layers.gradient_hooks import GradientHooks
 from torch_adapmtl.tensor._kernels import drop_zeros_, mask_, shrink_
 
-__all__ = ["SparseWeights", "forget_residual", "pruned_parameter"]
+__all__ = ["SparseWeights", "forget_residual", "pruned_parameter", "watch_zeros"]
 
 
 class SparseWeights(nn.Module):
@@ -167,7 +169,7 @@ class SparseWeights(nn.Module):
 
     # --- optimisers -------------------------------------------------------------------------------
 
-    def begin_step(self, optimizer: Optimizer, parameters: set[int]) -> bool:
+    def begin_step(self, optimizer: Optimizer, parameters: Collection[int]) -> bool:
         """Make the layers dense whose parameters, given by `id`, the optimiser is about to update.
 
         Returns:
@@ -258,6 +260,34 @@ def forget_residual(module: nn.Module, name: str) -> None:
         weights._forget(module, name)
 
 
+def watch_zeros(layers: Layers) -> None:
+    """Warn, once, if an optimiser trains these weights, so that their zeros get lost."""
+    for layer in layers:
+        _finalized[layer.weight] = layer.name
+
+
+def _warn_of_lost_zeros(parameters: Mapping[int, Tensor]) -> None:
+    kept = {id(layer.weight) for weights in list(_ALL) for layer in weights._layers}
+    trained = [
+        (weight, name)
+        for weight, name in list(_finalized.items())
+        if id(weight) in parameters and weight.grad is not None
+    ]
+    for weight, _ in trained:
+        del _finalized[weight]
+    lost = [name for weight, name in trained if id(weight) not in kept]
+    if lost:
+        warnings.warn(
+            f"an optimizer trains {lost[0]!r} after finalize(): its zeros, and those of "
+            f"{len(lost) - 1} other tensors, do not stay zero. To finetune with zeros, train "
+            f"before finalize(), or call keep_zeros(model) first",
+            stacklevel=4,  # the caller of optimizer.step()
+        )
+
+
+# The names of weights that `finalize` has made sparse, and that no optimiser has trained since.
+_finalized = WeakIdKeyDictionary()
+
 _ALL: weakref.WeakSet[SparseWeights] = weakref.WeakSet()
 _registered: list[Any] = []
 
@@ -273,7 +303,9 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[Any, 
     """Make the weights dense that the optimiser updates, and sparse in the optimiser's closure."""
     if torch.compiler.is_compiling():
         return None  # a compiled step cannot call this; `catch_up` does it later
-    parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    parameters = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+    if _finalized:
+        _warn_of_lost_zeros(parameters)
     stepping = [weights for weights in list(_ALL) if weights.begin_step(optimizer, parameters)]
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if not stepping or not callable(closure):
