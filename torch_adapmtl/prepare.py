@@ -200,8 +200,9 @@ def _check_plain(model: nn.Module) -> None:
     """Raise an error if the model is being pruned already."""
     if isinstance(model._modules.get("adapmtl"), Pruner):
         raise RuntimeError(
-            "apply_adapmtl was called on this model before: use its pruner, model.adapmtl; or first "
-            "call finalize() on it at the end of its run, or undo() to remove it without pruning"
+            "apply_adapmtl was called on this model before: use its pruner, model.adapmtl; or "
+            "first call finalize() on it at the end of its run, or undo() to remove it without "
+            "pruning"
         )
     if hasattr(model, "adapmtl"):
         raise ValueError("the model has an attribute 'adapmtl', the name of the pruner: rename it")

@@ -77,6 +77,7 @@ class Pruner(nn.Module):
     """
 
     _model: nn.Module
+    thresholds: Tensor
 
     def __init__(
         self,
@@ -109,6 +110,9 @@ class Pruner(nn.Module):
         # Calls of `loss` since the last step, and which warnings about steps have been given.
         self._losses_since_step = 0
         self._warned: set[str] = set()
+        if any(layer.threshold.trained for layer in layers):
+            # Saved for `plain_state_dict`.
+            self.register_buffer("thresholds", controller.thresholds())
         # torch.nn.utils.prune.is_pruned(model) looks for a hook of this class.
         self.register_forward_pre_hook(SoftThresholdPruning())
         self.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]
@@ -646,6 +650,11 @@ class Pruner(nn.Module):
                 )
 
     # --- state and copies -------------------------------------------------------------------------
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if "thresholds" in self._buffers:
+            self.thresholds = self.controller.thresholds()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def get_extra_state(self) -> Tensor:
         """Return the config, the progress and the masks of the run, as a CPU tensor of bytes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch_adapmtl.run.performance import RelativePerformance, relative_performance
+from torch_adapmtl.run.plain import plain_state_dict
 from torch_adapmtl.run.report import ComponentRow, LayerRow, Report
 from torch_adapmtl.run.size import ModelSize, size, sparsity
 
@@ -12,6 +13,7 @@ __all__ = [
     "ModelSize",
     "RelativePerformance",
     "Report",
+    "plain_state_dict",
     "relative_performance",
     "size",
     "sparsity",

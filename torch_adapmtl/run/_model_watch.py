@@ -46,7 +46,8 @@ class ModelWatch:
             yield (
                 "unfrozen",
                 f"{_some(trained)} had requires_grad=False when apply_adapmtl was called, and "
-                f"{_is(trained)} trained now, but dense and not counted. To prune weights that are frozen at first, name them in groups=, as in "
+                f"{_is(trained)} trained now, but dense and not counted. To prune weights that "
+                f"are frozen at first, name them in groups=, as in "
                 f"groups={{'shared': ['encoder']}}, or call apply_adapmtl when all are trained",
             )
         frozen = [layer.name for layer in layers if not layer.weight.requires_grad]
