@@ -7,33 +7,30 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import prune
 
-from torch_adapmtl._distributed import is_sharded
 from torch_adapmtl.components._inventory import Inventory
 from torch_adapmtl.components._prunable import DEFAULT_PRUNABLE
 from torch_adapmtl.components._unwrap import unwrap
 from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.layers.layer import Layer, zeros_to_keep
+from torch_adapmtl.layers.sparse_weights import SparseWeights, pruned_parameter
 from torch_adapmtl.pruner import Pruner
 from torch_adapmtl.tensor.soft_threshold import SoftThreshold
-from torch_adapmtl.tensor.torch_prune import attached_threshold, find_threshold, put_back
 
 __all__ = ["keep_zeros", "release_zeros"]
 
-
-class _KeptZeros(SoftThreshold):
-    """The mask that `keep_zeros` attaches; the class tells `release_zeros` which to remove."""
+_NAME = "kept_zeros"
 
 
 @torch.inference_mode(False)  # so that the masks can be used in training
 def keep_zeros(model: nn.Module) -> nn.Module:
     """Fix the zeros of a sparse model by masks, to finetune it after `finalize`.
 
-    Every tensor of two or more dimensions that has zeros gets a mask, attached in the same way as
-    [`apply_adapmtl`][torch_adapmtl.apply_adapmtl] attaches thresholds. The model computes with
-    zeros even if momentum or weight decay changes the parameter under the mask, and pruned weights
-    receive no gradient. Parameters keep their identity, so an optimiser made before still works.
+    Every tensor of two or more dimensions that has zeros gets a mask. Gradients of the zeros are
+    set to zero, and after each step of an optimiser the zeros are written again, so that neither
+    momentum nor weight decay changes them. Modules, parameters and keys of the state dict stay as
+    they are, and an optimiser made before still works. If a state dict is loaded into the whole
+    model, the zeros of the weights in it are kept from then on.
 
     Two kinds of tensors get no mask: tensors of zeros only, which have not been trained yet, and
     embeddings in which only the padding row is zero, because nothing trains that row.
@@ -41,16 +38,15 @@ def keep_zeros(model: nn.Module) -> nn.Module:
     To prune further, call `apply_adapmtl` instead, which keeps zeros too.
 
     Args:
-        model: Any module; changed in place. A state dict saved between `keep_zeros` and
-            `release_zeros` must be loaded into a model on which `keep_zeros` was called.
+        model: Any module. It gets a submodule without parameters, `kept_zeros`.
 
     Returns:
         The model itself. [`release_zeros`][torch_adapmtl.release_zeros] removes the masks.
 
     Raises:
         RuntimeError: If the model is being pruned, or its zeros are kept already.
-        ValueError: If no tensor has zeros to keep, or a tensor with zeros is computed from several
-            parameters (by `weight_norm`, for instance) or has sparse gradients.
+        ValueError: If no tensor has zeros to keep, a tensor with zeros is computed from several
+            parameters (by `weight_norm`, for instance), or the model has an attribute `kept_zeros`.
 
     Example:
         >>> import torch
@@ -66,10 +62,11 @@ def keep_zeros(model: nn.Module) -> nn.Module:
         48
     """
     _check_unprepared(model)
-    if (name := find_threshold(model)) is not None:
-        raise RuntimeError(
-            f"model: {name!r} has a soft threshold, or a mask of keep_zeros, already; remove it "
-            f"first, with torch.nn.utils.prune.remove or release_zeros"
+    if (name := pruned_parameter(model)) is not None:
+        raise RuntimeError(f"model: the zeros of {name!r} are kept already: leave out this call")
+    if hasattr(model, _NAME):
+        raise ValueError(
+            f"model: it has an attribute {_NAME!r}, where the masks are put: rename it"
         )
     _check_single(model)
     layers = []
@@ -80,22 +77,23 @@ def keep_zeros(model: nn.Module) -> nn.Module:
             continue
         mask = zeros_to_keep(*owners[0], keep_zeros=True)
         if mask is not None and not bool(mask.all()):
-            # A persistent threshold: the model has no pruner that would save the mask.
-            threshold = _KeptZeros().to(weight.device, weight.dtype)
-            layer = Layer(tensor.names[0], "kept", owners, mask, threshold)
-            _check_dense_gradient(layer)
-            layers.append(layer)
+            threshold = SoftThreshold(persistent=False).to(weight.device, weight.dtype)
+            layers.append(Layer(tensor.names[0], "kept", owners, mask, threshold))
     if not layers:
         raise ValueError(
             f"model: {type(model).__name__} has no tensor with zeros to keep; call keep_zeros on a "
             f"sparse model, after finalize() for instance"
         )
-    Layers(layers).attach()
+    collection = Layers(layers)
+    collection.attach()
+    model._modules[_NAME] = weights = SparseWeights(collection, fixed=True)
+    weights.register_load_state_dict_post_hook(_renew_masks)  # type: ignore[no-untyped-call]
+    weights.attach()
     return model
 
 
 def release_zeros(model: nn.Module) -> nn.Module:
-    """Undo [`keep_zeros`][torch_adapmtl.keep_zeros]: write the zeros, remove the masks.
+    """Undo [`keep_zeros`][torch_adapmtl.keep_zeros]: remove the masks.
 
     Args:
         model: A model on which `keep_zeros` was called, or a copy of one; changed in place.
@@ -104,7 +102,7 @@ def release_zeros(model: nn.Module) -> nn.Module:
         The model itself.
 
     Raises:
-        RuntimeError: If the model is being pruned (call `finalize` on its pruner), or is sharded.
+        RuntimeError: If the model is being pruned (call `finalize` on its pruner).
 
     Example:
         >>> import torch
@@ -115,21 +113,19 @@ def release_zeros(model: nn.Module) -> nn.Module:
         ['weight']
     """
     _check_unprepared(model)
-    for name, parameter in model.named_parameters():
-        if is_sharded(parameter):
-            raise RuntimeError(
-                f"model: {name!r} is sharded (fully_shard), so that masks cannot be taken off in "
-                f"place: gather its state with torch.distributed.checkpoint.state_dict."
-                f"get_model_state_dict (full_state_dict=True), load it into a whole model on which "
-                f"keep_zeros was called, and release that"
-            )
     for module in list(model.modules()):
-        for name in list(getattr(module, "parametrizations", ())):
-            threshold = attached_threshold(module, name)
-            if isinstance(threshold, _KeptZeros):
-                prune.remove(module, name)
-                put_back(module, name, threshold)
+        weights = module._modules.get(_NAME)
+        if isinstance(weights, SparseWeights):
+            weights.release()
+            del module._modules[_NAME]
     return model
+
+
+@torch.inference_mode(False)
+def _renew_masks(weights: nn.Module, incompatible_keys: object) -> None:
+    assert isinstance(weights, SparseWeights)
+    for layer in weights.layers:
+        layer.threshold.mask = zeros_to_keep(*layer.owners[0], keep_zeros=True)
 
 
 def _only_padding(weight: nn.Parameter, owners: Sequence[tuple[nn.Module, str]]) -> bool:
@@ -141,15 +137,6 @@ def _only_padding(weight: nn.Parameter, owners: Sequence[tuple[nn.Module, str]])
             zero[padding] = False
             return not bool(zero.any())
     return False
-
-
-def _check_dense_gradient(layer: Layer) -> None:
-    for owner, _ in layer.owners:
-        if getattr(owner, "sparse", False) is True:
-            raise ValueError(
-                f"model: {layer.name!r} has zeros and sparse gradients ({type(owner).__name__} "
-                f"with sparse=True), which cannot be masked: set module.sparse = False first"
-            )
 
 
 def _check_single(model: nn.Module) -> None:

@@ -208,12 +208,13 @@ def _check_plain(model: nn.Module) -> None:
         raise ValueError("the model has an attribute 'adapmtl', the name of the pruner: rename it")
     if (name := pruned_parameter(model)) is not None:
         raise ValueError(
-            f"{name!r} belongs to a model that is being pruned: call finalize() on its pruner first"
+            f"{name!r} belongs to a model that is being pruned, or whose zeros are kept: first "
+            f"call finalize() or undo() on its pruner, or release_zeros(model)"
         )
     if (name := find_threshold(model)) is not None:
         raise ValueError(
-            f"{name!r} has a soft threshold already, or a mask of keep_zeros: call finalize() on "
-            f"the pruner that put it there, release_zeros(model), or torch.nn.utils.prune.remove"
+            f"{name!r} has a soft threshold already: remove it by torch.nn.utils.prune.remove, or "
+            f"call finalize() on the pruner that put it there"
         )
 
 

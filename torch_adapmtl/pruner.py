@@ -21,7 +21,6 @@ from torch_adapmtl.run._step_hook import StepHook
 from torch_adapmtl.run.checkpoint import load, save, unguard
 from torch_adapmtl.run.diagnostics import Watch, signs
 from torch_adapmtl.run.report import ComponentRow, LayerRow, Report
-from torch_adapmtl.tensor.torch_prune import SoftThresholdPruning
 from torch_adapmtl.weighting._base import LossWeighting
 from torch_adapmtl.weighting.stability import StabilityWeighting
 
@@ -113,8 +112,6 @@ class Pruner(nn.Module):
         if any(layer.threshold.trained for layer in layers):
             # Saved for `plain_state_dict`.
             self.register_buffer("thresholds", controller.thresholds())
-        # torch.nn.utils.prune.is_pruned(model) looks for a hook of this class.
-        self.register_forward_pre_hook(SoftThresholdPruning())
         self.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]
 
     @property
@@ -593,7 +590,7 @@ class Pruner(nn.Module):
     def _leave(self, *, bake: bool) -> nn.Module:
         for layer in self.layers:
             layer.remove(bake=bake)
-        self.sparse_weights.remove()
+        self.sparse_weights.detach()
         self.detach()
         unguard(self._model, self.layers)
         del self._model._modules["adapmtl"]

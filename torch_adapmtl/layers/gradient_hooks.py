@@ -44,6 +44,11 @@ class GradientHooks:
                 self._hooked = [(w, self._hook(i, w)) for i, w in enumerate(weights)]
         self._listening = listening
 
+    @property
+    def registered(self) -> bool:
+        """Whether hooks are registered; never in a copy that has just been made."""
+        return bool(self._hooked)
+
     def remove(self) -> None:
         """Remove the hooks from the parameters."""
         for _, handle in self._hooked:

@@ -21,6 +21,7 @@ from torch_adapmtl._distributed import is_sharded, local, local_mask
 from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.layers.gradient_hooks import GradientHooks
 from torch_adapmtl.tensor._kernels import drop_zeros_, mask_, shrink_
+from torch_adapmtl.tensor.torch_prune import SoftThresholdPruning
 
 __all__ = ["SparseWeights", "forget_residual", "pruned_parameter", "watch_zeros"]
 
@@ -47,23 +48,31 @@ class SparseWeights(nn.Module):
 
     Args:
         layers: The layers.
+        fixed: Whether the zeros are fixed from the start, so that no residuals are needed.
 
     Attributes:
+        layers: The layers, without those whose threshold is trained.
         fixed: Whether the zeros are fixed. Masks hold them then, and all residuals are zero.
     """
 
-    def __init__(self, layers: Layers) -> None:
+    def __init__(self, layers: Layers, *, fixed: bool = False) -> None:
         super().__init__()
-        self.fixed = False
-        self._layers = [layer for layer in layers if not layer.threshold.trained]
+        self.fixed = fixed
+        self.layers = [layer for layer in layers if not layer.threshold.trained]
         # As submodules, the thresholds move to other devices with the model.
-        self.thresholds = nn.ModuleList(layer.threshold for layer in self._layers)
+        self.thresholds = nn.ModuleList(layer.threshold for layer in self.layers)
         with torch.inference_mode(False):
-            for i, layer in enumerate(self._layers):
+            for i, layer in enumerate(() if fixed else self.layers):
                 self.register_buffer(f"residual_{i}", torch.zeros_like(layer.weight.detach()))
+        # torch.nn.utils.prune.is_pruned(model) looks for a hook of this class.
+        self.register_forward_pre_hook(SoftThresholdPruning())
         # Layers whose residual may not be zero.
         self._shrunk: set[int] = set()
         self._start()
+
+    def forward(self, *args: Any) -> Any:
+        """Return the input unchanged, because a model may call all its child modules in turn."""
+        return args[0] if len(args) == 1 else args
 
     def attach(self) -> None:
         """Apply the thresholds from now on."""
@@ -71,13 +80,20 @@ class SparseWeights(nn.Module):
         self.to_sparse()
         self.renew_hooks()  # before other hooks, which see the gradients that the optimiser uses
 
+    def release(self) -> None:
+        """Write the zeros a last time, and undo `attach` and the attachment of the layers."""
+        self.to_sparse()
+        for layer in self.layers:
+            layer.remove()
+        self.detach()
+
     def _start(self) -> None:
         """Set what a copy does not share with its original."""
         # The layers that an optimiser's step in progress has made dense.
         self._stepping: weakref.WeakKeyDictionary[Optimizer, set[int]] = weakref.WeakKeyDictionary()
         # Layers that no optimiser has updated since the last call of `catch_up`.
         self._behind = self._all()
-        self._hooks = GradientHooks(self._layers, self._mask_gradient)
+        self._hooks = GradientHooks(self.layers, self._mask_gradient)
 
     # --- dense and sparse weights -----------------------------------------------------------------
 
@@ -89,12 +105,12 @@ class SparseWeights(nn.Module):
             The indices of the layers that were sparse before.
         """
         wanted = self._all() if indices is None else indices
-        changed = {i for i in wanted if not self._layers[i].dense}
+        changed = {i for i in wanted if not self.layers[i].dense}
         for i in changed:
-            self._layers[i].dense = True
+            self.layers[i].dense = True
         shrunk = sorted(changed & self._shrunk)
         if shrunk:
-            weights = [local(self._layers[i].weight) for i in shrunk]
+            weights = [local(self.layers[i].weight) for i in shrunk]
             torch._foreach_add_(weights, [local(self._residual(i)) for i in shrunk])
         return changed
 
@@ -105,13 +121,13 @@ class SparseWeights(nn.Module):
         self.to_dense(wanted)
         for i in sorted(wanted):
             self._apply_threshold(i)
-            self._layers[i].dense = False
+            self.layers[i].dense = False
 
     def _all(self) -> set[int]:
-        return set(range(len(self._layers)))
+        return set(range(len(self.layers)))
 
     def _apply_threshold(self, index: int) -> None:
-        layer = self._layers[index]
+        layer = self.layers[index]
         threshold, weight = layer.threshold, layer.weight
         alpha, mask = threshold.known(), threshold.mask
         if mask is not None:
@@ -127,7 +143,7 @@ class SparseWeights(nn.Module):
             self._shrunk.remove(index)
 
     def _residual(self, index: int) -> Tensor:
-        name, weight = f"residual_{index}", self._layers[index].weight
+        name, weight = f"residual_{index}", self.layers[index].weight
         residual = self._buffers[name]
         assert residual is not None
         if is_sharded(weight) != is_sharded(residual):  # `fully_shard` was called in between
@@ -161,7 +177,7 @@ class SparseWeights(nn.Module):
 
     def loaded(self, fixed: bool) -> None:
         """Use the parameters and residuals of a state dict that was loaded."""
-        for layer in self._layers:
+        for layer in self.layers:
             layer.dense = False
         self._shrunk = self._all()
         self.fix(fixed)
@@ -175,8 +191,10 @@ class SparseWeights(nn.Module):
         Returns:
             Whether there are any.
         """
-        indices = [i for i, layer in enumerate(self._layers) if id(layer.weight) in parameters]
+        indices = [i for i, layer in enumerate(self.layers) if id(layer.weight) in parameters]
         if indices:
+            if not self._hooks.registered:  # in a copy
+                self.renew_hooks()
             # Layers stay in the set if the optimiser's last step has raised an error.
             self._stepping.setdefault(optimizer, set()).update(self.to_dense(indices))
         return bool(indices)
@@ -187,12 +205,12 @@ class SparseWeights(nn.Module):
         if indices:
             self._behind -= indices
             # Unless a hook of the optimiser has called the pruner's step.
-            self.to_sparse(i for i in indices if self._layers[i].dense)
+            self.to_sparse(i for i in indices if self.layers[i].dense)
 
     @contextmanager
     def paused_step(self) -> Iterator[None]:
         """Make the layers sparse during a step, while the optimiser calls its closure."""
-        indices = {i for i, layer in enumerate(self._layers) if layer.dense}
+        indices = {i for i, layer in enumerate(self.layers) if layer.dense}
         self.to_sparse(indices)
         try:
             yield
@@ -207,7 +225,7 @@ class SparseWeights(nn.Module):
 
     def _mask_gradient(self, index: int, weight: nn.Parameter) -> None:
         # This runs between the kernels of the backward pass, where each operation counts.
-        layer, gradient = self._layers[index], weight.grad
+        layer, gradient = self.layers[index], weight.grad
         threshold = layer.threshold
         mask = threshold.mask
         regrows = self.fixed or threshold.straight_through or threshold.known() == 0.0
@@ -227,13 +245,14 @@ class SparseWeights(nn.Module):
             mask_(local(gradient), kept)
 
     def _forget(self, module: nn.Module, name: str) -> None:
-        for i, layer in enumerate(self._layers):
-            if any(owner is module and tensor == name for owner, tensor in layer.owners):
+        for i, layer in enumerate(self.layers):
+            held = any(owner is module and tensor == name for owner, tensor in layer.owners)
+            if held and not self.fixed:
                 with torch.no_grad():
                     local(self._residual(i)).zero_()
 
-    def remove(self) -> None:
-        """Remove the hooks."""
+    def detach(self) -> None:
+        """Undo `attach`."""
         self._hooks.remove()
         _ALL.discard(self)
 
@@ -250,7 +269,7 @@ class SparseWeights(nn.Module):
 
 def pruned_parameter(model: nn.Module) -> str | None:
     """Return the name of the first parameter of a model that is kept sparse, or None."""
-    kept = {id(layer.weight) for weights in list(_ALL) for layer in weights._layers}
+    kept = {id(layer.weight) for weights in list(_ALL) for layer in weights.layers}
     return next((name for name, p in model.named_parameters() if id(p) in kept), None)
 
 
@@ -267,7 +286,7 @@ def watch_zeros(layers: Layers) -> None:
 
 
 def _warn_of_lost_zeros(parameters: Mapping[int, Tensor]) -> None:
-    kept = {id(layer.weight) for weights in list(_ALL) for layer in weights._layers}
+    kept = {id(layer.weight) for weights in list(_ALL) for layer in weights.layers}
     trained = [
         (weight, name)
         for weight, name in list(_finalized.items())
