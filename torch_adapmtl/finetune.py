@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,34 @@ from torch_adapmtl.layers.layer import Layer, zeros_to_keep
 from torch_adapmtl.layers.sparse_weights import SparseWeights, pruned_parameter
 from torch_adapmtl.pruner import Pruner
 from torch_adapmtl.tensor.soft_threshold import SoftThreshold
+from torch_adapmtl.tensor.torch_prune import SoftThresholdPruning
 
 __all__ = ["keep_zeros", "release_zeros"]
 
 _NAME = "kept_zeros"
+
+
+class _KeptZeros(nn.Module):
+    """The submodule of a model whose zeros are kept; it has no parameters, buffers or state."""
+
+    def __init__(self, layers: Layers) -> None:
+        super().__init__()
+        self.weights = SparseWeights(layers, fixed=True)
+        # torch.nn.utils.prune.is_pruned(model) looks for a hook of this class.
+        self.register_forward_pre_hook(SoftThresholdPruning())
+        self.register_load_state_dict_post_hook(_renew_masks)  # type: ignore[no-untyped-call]
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """Yield this module alone, for the reasons given in `Pruner.named_modules`."""
+        for name, module in super().named_modules(memo, prefix, remove_duplicate):
+            if module is self:
+                yield name, module
+
+    def forward(self, *args: Any) -> Any:
+        """Return the input unchanged, because a model may call all its child modules in turn."""
+        return args[0] if len(args) == 1 else args
 
 
 @torch.inference_mode(False)  # so that the masks can be used in training
@@ -86,9 +110,8 @@ def keep_zeros(model: nn.Module) -> nn.Module:
         )
     collection = Layers(layers)
     collection.attach()
-    model._modules[_NAME] = weights = SparseWeights(collection, fixed=True)
-    weights.register_load_state_dict_post_hook(_renew_masks)  # type: ignore[no-untyped-call]
-    weights.attach()
+    model._modules[_NAME] = kept = _KeptZeros(collection)
+    kept.weights.attach()
     return model
 
 
@@ -114,17 +137,17 @@ def release_zeros(model: nn.Module) -> nn.Module:
     """
     _check_unprepared(model)
     for module in list(model.modules()):
-        weights = module._modules.get(_NAME)
-        if isinstance(weights, SparseWeights):
-            weights.release()
+        kept = module._modules.get(_NAME)
+        if isinstance(kept, _KeptZeros):
+            kept.weights.release()
             del module._modules[_NAME]
     return model
 
 
 @torch.inference_mode(False)
-def _renew_masks(weights: nn.Module, incompatible_keys: object) -> None:
-    assert isinstance(weights, SparseWeights)
-    for layer in weights.layers:
+def _renew_masks(kept: nn.Module, incompatible_keys: object) -> None:
+    assert isinstance(kept, _KeptZeros)
+    for layer in kept.weights.layers:
         layer.threshold.mask = zeros_to_keep(*layer.owners[0], keep_zeros=True)
 
 

@@ -23,6 +23,7 @@ from torch_adapmtl.methods._base import Controller, Method, as_json
 from torch_adapmtl.methods.adaptive import Adaptive
 from torch_adapmtl.methods.paper import Paper
 from torch_adapmtl.pruner import Pruner
+from torch_adapmtl.run._graph_module import is_graph, keep_pruner
 from torch_adapmtl.run.checkpoint import guard
 from torch_adapmtl.tensor.torch_prune import find_threshold
 from torch_adapmtl.weighting._base import LossWeighting
@@ -170,7 +171,7 @@ def apply_adapmtl(
         unprunable=unprunable,
         config=config,
     )
-    for module in pruner.modules():
+    for module in (*losses.modules(), *controller.modules()):
         if isinstance(module, LossWeighting | Controller | Allocator):
             module.synchronize &= synchronize  # a weighting may have been passed with False
     if not exclude:  # before the model changes, because filters may turn the warning into an error
@@ -180,6 +181,8 @@ def apply_adapmtl(
     # Not `add_module`, which the model's class may override and a registration hook may refuse.
     inner._modules["adapmtl"] = pruner
     guard(inner, layers)
+    if is_graph(inner):
+        keep_pruner(inner)
     pruner.sparse_weights.attach()
     return pruner
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, overload
 
@@ -16,11 +16,13 @@ from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.layers.layer import count_zeros
 from torch_adapmtl.layers.sparse_weights import SparseWeights, watch_zeros
 from torch_adapmtl.methods._base import Controller
+from torch_adapmtl.run._graph_module import is_graph, let_pruner_go
 from torch_adapmtl.run._model_watch import ModelWatch
 from torch_adapmtl.run._step_hook import StepHook
 from torch_adapmtl.run.checkpoint import load, save, unguard
 from torch_adapmtl.run.diagnostics import Watch, signs
 from torch_adapmtl.run.report import ComponentRow, LayerRow, Report
+from torch_adapmtl.tensor.torch_prune import SoftThresholdPruning
 from torch_adapmtl.weighting._base import LossWeighting
 from torch_adapmtl.weighting.stability import StabilityWeighting
 
@@ -109,6 +111,8 @@ class Pruner(nn.Module):
         # Calls of `loss` since the last step, and which warnings about steps have been given.
         self._losses_since_step = 0
         self._warned: set[str] = set()
+        # torch.nn.utils.prune.is_pruned(model) looks for a hook of this class.
+        self.register_forward_pre_hook(SoftThresholdPruning())
         if any(layer.threshold.trained for layer in layers):
             # Saved for `plain_state_dict`.
             self.register_buffer("thresholds", controller.thresholds())
@@ -133,6 +137,19 @@ class Pruner(nn.Module):
     def total_steps(self) -> int:
         """Number of calls of `step` in the whole run."""
         return self.controller.total_steps
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the pruner, and its submodules with parameters (thresholds that are trained).
+
+        The other submodules hold buffers. If `model.buffers()` contained these, averages of the
+        model that were made before the pruner, which pair buffers by position, would raise errors,
+        and `DistributedDataParallel` would send them in every step.
+        """
+        for name, module in super().named_modules(memo, prefix, remove_duplicate):
+            if module is self or module._parameters:
+                yield name, module
 
     def forward(self, *args: Any) -> Any:
         """Return the input unchanged, because a model may call all its child modules in turn."""
@@ -593,7 +610,9 @@ class Pruner(nn.Module):
         self.sparse_weights.detach()
         self.detach()
         unguard(self._model, self.layers)
-        del self._model._modules["adapmtl"]
+        self._model._modules.pop("adapmtl", None)
+        if is_graph(self._model):
+            let_pruner_go(self._model)
         self._finalized = True
         return self._model
 
@@ -689,7 +708,10 @@ class Pruner(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # The step hook belongs to an optimiser of the original model. Hooks of the controller on
         # parameters are not copied either, so the copy must be prepared again.
-        return {**self.__dict__, "_step_hook": None, "_prepared": None}
+        state = {**self.__dict__, "_step_hook": None, "_prepared": None}
+        if is_graph(self._model):  # which sets it again, because it cannot contain itself
+            state["_model"] = None
+        return state
 
 
 def _refresh(module: nn.Module, incompatible_keys: Any) -> None:

@@ -21,7 +21,6 @@ from torch_adapmtl._distributed import is_sharded, local, local_mask
 from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.layers.gradient_hooks import GradientHooks
 from torch_adapmtl.tensor._kernels import drop_zeros_, mask_, shrink_
-from torch_adapmtl.tensor.torch_prune import SoftThresholdPruning
 
 __all__ = ["SparseWeights", "forget_residual", "pruned_parameter", "watch_zeros"]
 
@@ -64,15 +63,9 @@ class SparseWeights(nn.Module):
         with torch.inference_mode(False):
             for i, layer in enumerate(() if fixed else self.layers):
                 self.register_buffer(f"residual_{i}", torch.zeros_like(layer.weight.detach()))
-        # torch.nn.utils.prune.is_pruned(model) looks for a hook of this class.
-        self.register_forward_pre_hook(SoftThresholdPruning())
         # Layers whose residual may not be zero.
         self._shrunk: set[int] = set()
         self._start()
-
-    def forward(self, *args: Any) -> Any:
-        """Return the input unchanged, because a model may call all its child modules in turn."""
-        return args[0] if len(args) == 1 else args
 
     def attach(self) -> None:
         """Apply the thresholds from now on."""

@@ -184,7 +184,7 @@ def _check(
             f"the state dict comes from a run with other options: it has "
             f"{sorted(saved - wanted)}, and not {sorted(wanted - saved)}; prepare the model alike"
         )
-    for name, tensor in (*pruner.named_parameters(), *pruner.named_buffers()):
+    for name, tensor in pruner.state_dict(keep_vars=True).items():
         _check_shape(_PREFIX + name, tensor, part, "with other options: prepare the model alike")
 
 
