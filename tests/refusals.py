@@ -8,6 +8,7 @@ rest of one) is what it would have been.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -154,5 +155,7 @@ def _the_rest(scene: Scene, after: int | None) -> dict[str, Tensor]:
         if pruner.controller.exact:
             assert zeros(pruner) == round(pruner.target_sparsity * weights(pruner))
     sum(loss for loss in losses(model, STEPS).values()).backward()
-    optimizer.step()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "an optimizer trains .* after finalize")
+        optimizer.step()
     return tensors(model)

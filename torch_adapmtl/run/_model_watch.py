@@ -58,13 +58,11 @@ class ModelWatch:
                 f"apply_adapmtl, so that the weights that remain cannot adapt. Freeze before "
                 f"apply_adapmtl, which leaves frozen weights dense, or pass them as exclude=",
             )
+        pruned = {id(layer.weight) for layer in layers}  # attaching may have changed their names
         added = [
             name
             for name, parameter in model.named_parameters()
-            if parameter.ndim > 1
-            and name not in self._names
-            and not name.startswith("adapmtl.")
-            and "parametrizations." not in name
+            if parameter.ndim > 1 and name not in self._names and id(parameter) not in pruned
         ]
         if added:
             yield (
