@@ -10,7 +10,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from torch_adapmtl._checks import check_choice, check_fraction, check_rate, check_steps
+from torch_adapmtl._checks import check_choice, check_fraction, check_steps
 from torch_adapmtl.components.find import FROZEN, UNUSED, Components
 from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.layers.layer import count_zeros
@@ -21,6 +21,7 @@ from torch_adapmtl.run._model_watch import ModelWatch
 from torch_adapmtl.run._step_hook import StepHook
 from torch_adapmtl.run.checkpoint import load, save, unguard
 from torch_adapmtl.run.diagnostics import Watch, signs
+from torch_adapmtl.run.parameter_groups import parameter_groups
 from torch_adapmtl.run.report import ComponentRow, LayerRow, Report
 from torch_adapmtl.tensor.torch_prune import SoftThresholdPruning
 from torch_adapmtl.weighting._base import LossWeighting
@@ -346,34 +347,35 @@ class Pruner(nn.Module):
     ) -> list[dict[str, Any]]:
         """Split the model's parameters into groups for an optimiser.
 
-        The first group holds the model's parameters, with `options`. If thresholds are trained
-        (`method="paper"` or `Adaptive(allocation="gradient")`), a second group holds what trains
+        The first group holds the model's parameters, with `options`. If `lr` is a mapping, there is
+        a group for each component instead. Parameters that are not pruned, such as biases and
+        norms, belong to the component of the nearest pruned tensor: the one whose name begins with
+        the most equal parts, and of several the last one before it. If thresholds are trained
+        (`method="paper"` or `Adaptive(allocation="gradient")`), a last group holds what trains
         them, without weight decay, or with the weight decay of `Paper`.
 
         Args:
-            threshold_lr: Learning rate of the thresholds; `lr` if None.
-            **options: Settings of the optimiser for each group: `lr`, `weight_decay`, …
+            threshold_lr: Learning rate of the thresholds. If None, it is `lr`, or that of the first
+                component.
+            **options: Settings of the optimiser for each group: `lr`, `weight_decay`, … `lr` can be
+                a mapping with a learning rate for each component, such as
+                `{"shared": 1e-4, "seg": 1e-3, "depth": 1e-3}`.
 
         Raises:
             RuntimeError: After `finalize`.
-            ValueError: If a learning rate is negative or not finite.
+            ValueError: If a learning rate is negative or not finite, or a mapping does not name
+                exactly the components.
             TypeError: If a learning rate is not a number, or `options` holds `params`.
         """
         self._check_active("param_groups")
-        if "params" in options:
-            raise TypeError("params must be left out: param_groups puts the parameters in itself")
-        check_rate("threshold_lr", threshold_lr)
-        check_rate("lr", options.get("lr"))
-        thresholds = {id(p): p for p in self.parameters()}
-        weights = [p for p in self._model.parameters() if id(p) not in thresholds]
-        groups: list[dict[str, Any]] = [{"params": weights, **options}]
-        if thresholds:
-            group = {"params": list(thresholds.values()), **options}
-            group["weight_decay"] = self.controller.threshold_decay
-            if threshold_lr is not None:
-                group["lr"] = threshold_lr
-            groups.append(group)
-        return groups
+        return parameter_groups(
+            self._model,
+            self.components,
+            self.parameters(),
+            threshold_lr=threshold_lr,
+            threshold_decay=self.controller.threshold_decay,
+            options=options,
+        )
 
     def retarget(self, target_sparsity: float, *, total_steps: int) -> None:
         """Continue to another target, higher or lower, in `total_steps` further steps.
