@@ -70,8 +70,10 @@ class SparseWeights(nn.Module):
 
     def _start(self) -> None:
         """Set what a copy does not share with its original."""
-        # The layers that an optimiser's step in progress has made dense.
-        self._stepping: weakref.WeakKeyDictionary[Optimizer, set[int]] = weakref.WeakKeyDictionary()
+        # The layers that each step in progress has made dense. An optimiser can have several: its
+        # class may call the step of its base class, and torch calls the hooks for both.
+        self._stepping: weakref.WeakKeyDictionary[Optimizer, list[set[int]]]
+        self._stepping = weakref.WeakKeyDictionary()
         # Layers that no optimiser has updated since the last call of `catch_up`.
         self._behind = self._all()
         self._hooks = GradientHooks(self._layers, self._mask_gradient)
@@ -142,9 +144,13 @@ class SparseWeights(nn.Module):
             self.to_sparse()
 
     def catch_up(self) -> None:
-        """Apply the thresholds of the layers that no optimiser has updated since the last call."""
-        if self._behind:
-            self.to_sparse(set(self._behind))
+        """Apply the thresholds of the layers that no optimiser has updated since the last call.
+
+        Also of those that are dense because an optimiser's step has raised an error.
+        """
+        dense = {i for i, layer in enumerate(self._layers) if layer.dense}
+        self.to_sparse(self._behind | dense)
+        self._stepping.clear()
         self._behind = self._all()
 
     @torch.no_grad()
@@ -174,17 +180,15 @@ class SparseWeights(nn.Module):
         """
         indices = [i for i, layer in enumerate(self._layers) if id(layer.weight) in parameters]
         if indices:
-            # Layers stay in the set if the optimiser's last step has raised an error.
-            self._stepping.setdefault(optimizer, set()).update(self.to_dense(indices))
+            self._stepping.setdefault(optimizer, []).append(self.to_dense(indices))
         return bool(indices)
 
     def end_step(self, optimizer: Optimizer) -> None:
         """Apply the thresholds of the layers that `begin_step` has made dense."""
-        indices = self._stepping.pop(optimizer, None)
-        if indices:
+        if steps := self._stepping.get(optimizer):
+            indices = steps.pop()
             self._behind -= indices
-            # Unless a hook of the optimiser has called the pruner's step.
-            self.to_sparse(i for i in indices if self._layers[i].dense)
+            self.to_sparse(indices)
 
     @contextmanager
     def paused_step(self) -> Iterator[None]:
