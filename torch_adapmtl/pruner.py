@@ -495,6 +495,7 @@ class Pruner(nn.Module):
                 or (with `method="paper"`) the target was missed.
         """
         self._check_active("finalize")
+        self._check_layers()
         if any(layer.sharded for layer in self.layers):
             raise RuntimeError(
                 "finalize() was called on a sharded model (fully_shard), which cannot take its "
@@ -510,7 +511,6 @@ class Pruner(nn.Module):
                 f"prune it to its target now (and train on to recover), or call step() after every "
                 f"optimizer step until the end."
             )
-        self._check_layers()
         self._warn()
         if self.controller.fixed:
             with self.sparse_weights.dense():

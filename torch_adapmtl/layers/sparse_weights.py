@@ -88,7 +88,7 @@ class SparseWeights(nn.Module):
             The indices of the layers that were sparse before.
         """
         wanted = self._all() if indices is None else indices
-        changed = {i for i in wanted if not self._layers[i].dense}
+        changed = {i for i in wanted if not self._layers[i].dense and self._parameter(i) is not None}
         for i in changed:
             self._layers[i].dense = True
         shrunk = sorted(changed & self._shrunk)
@@ -103,11 +103,19 @@ class SparseWeights(nn.Module):
         wanted = self._all() if indices is None else set(indices)
         self.to_dense(wanted)
         for i in sorted(wanted):
-            self._apply_threshold(i)
-            self._layers[i].dense = False
+            if self._parameter(i) is not None:
+                self._apply_threshold(i)
+                self._layers[i].dense = False
 
     def _all(self) -> set[int]:
         return set(range(len(self._layers)))
+
+    def _parameter(self, index: int) -> nn.Parameter | None:
+        # Other models train on if this one has lost a weight, which its pruner reports.
+        try:
+            return self._layers[index].weight
+        except ValueError:
+            return None
 
     def _apply_threshold(self, index: int) -> None:
         layer = self._layers[index]
@@ -178,7 +186,7 @@ class SparseWeights(nn.Module):
         Returns:
             Whether there are any.
         """
-        indices = [i for i, layer in enumerate(self._layers) if id(layer.weight) in parameters]
+        indices = [i for i in range(len(self._layers)) if id(self._parameter(i)) in parameters]
         if indices:
             self._stepping.setdefault(optimizer, []).append(self.to_dense(indices))
         return bool(indices)
@@ -257,7 +265,7 @@ class SparseWeights(nn.Module):
 
 def pruned_parameter(model: nn.Module) -> str | None:
     """Return the name of the first parameter of a model that is kept sparse, or None."""
-    kept = {id(layer.weight) for weights in list(_ALL) for layer in weights._layers}
+    kept = {id(weights._parameter(i)) for weights in list(_ALL) for i in weights._all()}
     return next((name for name, p in model.named_parameters() if id(p) in kept), None)
 
 
