@@ -231,7 +231,7 @@ class Pruner(nn.Module):
             )
         self._advance()
 
-    def _advance(self) -> None:
+    def _advance(self, *, in_step: bool = False) -> None:
         self._check_active("step")
         self._losses_since_step = 0
         if self._step >= self.total_steps:
@@ -255,7 +255,8 @@ class Pruner(nn.Module):
             if self._subtract_skipped(uncounted=1):
                 return  # the step count went back, so the due step comes later
             self.weighting.check_finite()
-        self.sparse_weights.catch_up()
+        if not in_step:  # else the thresholds are applied at the end of the optimiser's step
+            self.sparse_weights.catch_up()
         # In other steps the controller needs no dense weights.
         with self.sparse_weights.dense() if due or last else nullcontext():
             if waits:
@@ -311,7 +312,7 @@ class Pruner(nn.Module):
                 "attach() was called already: one optimizer moves the schedule; leave out this call"
             )
 
-        self._step_hook = StepHook(optimizer, self._advance)
+        self._step_hook = StepHook(optimizer, lambda: self._advance(in_step=True))
 
     def detach(self) -> None:
         """Undo `attach`; nothing happens if the pruner is not attached."""
@@ -554,6 +555,7 @@ class Pruner(nn.Module):
                 or (with `method="paper"`) the target was missed.
         """
         self._check_active("finalize")
+        self._check_layers()
         if any(layer.sharded for layer in self.layers):
             raise RuntimeError(
                 "finalize() was called on a sharded model (fully_shard), which cannot take its "
@@ -570,7 +572,6 @@ class Pruner(nn.Module):
                 f"after every optimizer step until the end, or call undo() to remove the pruner "
                 f"without pruning."
             )
-        self._check_layers()
         self._warn()
         if self.controller.fixed:
             with self.sparse_weights.dense():

@@ -82,8 +82,10 @@ class SparseWeights(nn.Module):
 
     def _start(self) -> None:
         """Set what a copy does not share with its original."""
-        # The layers that an optimiser's step in progress has made dense.
-        self._stepping: weakref.WeakKeyDictionary[Optimizer, set[int]] = weakref.WeakKeyDictionary()
+        # The layers that each step in progress has made dense. An optimiser can have several: its
+        # class may call the step of its base class, and torch calls the hooks for both.
+        self._stepping: weakref.WeakKeyDictionary[Optimizer, list[set[int]]]
+        self._stepping = weakref.WeakKeyDictionary()
         # Layers that no optimiser has updated since the last call of `catch_up`.
         self._behind = self._all()
         self._hooks = GradientHooks(self.layers, self._mask_gradient)
@@ -98,7 +100,7 @@ class SparseWeights(nn.Module):
             The indices of the layers that were sparse before.
         """
         wanted = self._all() if indices is None else indices
-        changed = {i for i in wanted if not self.layers[i].dense}
+        changed = {i for i in wanted if not self.layers[i].dense and self._parameter(i) is not None}
         for i in changed:
             self.layers[i].dense = True
         shrunk = sorted(changed & self._shrunk)
@@ -113,11 +115,19 @@ class SparseWeights(nn.Module):
         wanted = self._all() if indices is None else set(indices)
         self.to_dense(wanted)
         for i in sorted(wanted):
-            self._apply_threshold(i)
-            self.layers[i].dense = False
+            if self._parameter(i) is not None:
+                self._apply_threshold(i)
+                self.layers[i].dense = False
 
     def _all(self) -> set[int]:
         return set(range(len(self.layers)))
+
+    def _parameter(self, index: int) -> nn.Parameter | None:
+        # Other models train on if this one has lost a weight, which its pruner reports.
+        try:
+            return self.layers[index].weight
+        except ValueError:
+            return None
 
     def _apply_threshold(self, index: int) -> None:
         layer = self.layers[index]
@@ -154,9 +164,13 @@ class SparseWeights(nn.Module):
             self.to_sparse()
 
     def catch_up(self) -> None:
-        """Apply the thresholds of the layers that no optimiser has updated since the last call."""
-        if self._behind:
-            self.to_sparse(set(self._behind))
+        """Apply the thresholds of the layers that no optimiser has updated since the last call.
+
+        Also of those that are dense because an optimiser's step has raised an error.
+        """
+        dense = {i for i, layer in enumerate(self._layers) if layer.dense}
+        self.to_sparse(self._behind | dense)
+        self._stepping.clear()
         self._behind = self._all()
 
     @torch.no_grad()
@@ -184,21 +198,20 @@ class SparseWeights(nn.Module):
         Returns:
             Whether there are any.
         """
-        indices = [i for i, layer in enumerate(self.layers) if id(layer.weight) in parameters]
+        indices = [i for i in self._all() if id(self._parameter(i)) in parameters]
         if indices:
             if not self._hooks.registered:  # in a copy
                 self.renew_hooks()
-            # Layers stay in the set if the optimiser's last step has raised an error.
-            self._stepping.setdefault(optimizer, set()).update(self.to_dense(indices))
+            self._stepping.setdefault(optimizer, []).append(self.to_dense(indices))
         return bool(indices)
 
     def end_step(self, optimizer: Optimizer) -> None:
         """Apply the thresholds of the layers that `begin_step` has made dense."""
-        indices = self._stepping.pop(optimizer, None)
-        if indices:
+        if steps := self._stepping.get(optimizer):
+            indices = steps.pop()
             self._behind -= indices
-            # Unless a hook of the optimiser has called the pruner's step.
-            self.to_sparse(i for i in indices if self.layers[i].dense)
+            # With the layers of an outer step, and of one that raised an error and never ended.
+            self.to_sparse(indices.union(*steps))
 
     @contextmanager
     def paused_step(self) -> Iterator[None]:
@@ -262,7 +275,7 @@ class SparseWeights(nn.Module):
 
 def pruned_parameter(model: nn.Module) -> str | None:
     """Return the name of the first parameter of a model that is kept sparse, or None."""
-    kept = {id(layer.weight) for weights in list(_ALL) for layer in weights.layers}
+    kept = {id(weights._parameter(i)) for weights in list(_ALL) for i in weights._all()}
     return next((name for name, p in model.named_parameters() if id(p) in kept), None)
 
 
@@ -279,7 +292,7 @@ def watch_zeros(layers: Layers) -> None:
 
 
 def _warn_of_lost_zeros(parameters: Mapping[int, Tensor]) -> None:
-    kept = {id(layer.weight) for weights in list(_ALL) for layer in weights.layers}
+    kept = {id(weights._parameter(i)) for weights in list(_ALL) for i in weights._all()}
     trained = [
         (weight, name)
         for weight, name in list(_finalized.items())
