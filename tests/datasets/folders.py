@@ -15,7 +15,7 @@ from PIL import Image
 HEIGHT, WIDTH = 2, 3
 COLOURS = np.arange(HEIGHT * WIDTH * 3, dtype=np.uint8).reshape(HEIGHT, WIDTH, 3) * 10
 # Code 204 is 0.6, 102 is -0.2, 230 about 0.804.
-NORMALS = np.full((HEIGHT, WIDTH, 3), 128, dtype=np.uint8)
+NORMALS = np.full((HEIGHT, WIDTH, 3), (128, 0, 128), dtype=np.uint8)
 NORMALS[0, 0] = (204, 128, 230)
 NORMALS[1, 2] = 255  # unknown
 NORMALS[0, 2] = (128, 128, 255)  # known, though one channel is 255
@@ -126,6 +126,46 @@ def with_index(name: str, change: Callable[[Any], Any]) -> Damage:
         (root / name).write_text(json.dumps(change(json.loads((root / name).read_text()))))
 
     return write
+
+
+def rendered(seed: int) -> tuple[Any, Any]:
+    """Depth `(H, W)` in metres and unit normals `(H, W, 3)` of a room, float32."""
+    from torch_adapmtl.datasets import Rooms
+
+    _, targets = Rooms(1, image_size=(24, 32), tasks=("depth", "normal"), seed=seed)[0]
+    return targets["depth"][0].numpy(), targets["normal"].movedim(0, -1).numpy()
+
+
+def with_maps(layout: str, depth: Any, normals: Any) -> Damage:
+    """Replaces depth and normals of the first example, and its image and labels by others of the
+    same size. Normals become 8-bit images in the layouts that have them, if they are integers.
+    """
+    height, width = depth.shape
+
+    def write(root: Path) -> None:
+        colours = np.full((height, width, 3), 90, np.uint8)
+        labels = np.full((height, width), 3, np.uint8)
+        if layout == "arrays_nyuv2":
+            np.save(root / "train/image/0.npy", colours / 255.0)
+            np.save(root / "train/label/0.npy", labels)
+            np.save(root / "train/depth/0.npy", depth[..., None])
+            np.save(root / "train/normal/0.npy", normals)
+            return
+        Image.fromarray(colours).save(root / "train/0_rgb.png")
+        Image.fromarray(labels).save(root / "train/0_seg.png")
+        Image.fromarray(normals).save(root / "train/0_n.png")
+        if layout == "indexed_nyuv2":
+            np.save(root / "train/0_d.npy", depth)
+        else:
+            for kind in ("d", "k", "e"):
+                Image.fromarray(depth).save(root / f"train/0_{kind}.png")
+
+    return write
+
+
+def as_codes(normals: Any) -> Any:
+    """Normals as 8-bit codes."""
+    return ((normals + 1) * 127.5).round().astype(np.uint8)
 
 
 def known_pixels(task: str, target: torch.Tensor) -> torch.Tensor:

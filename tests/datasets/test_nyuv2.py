@@ -16,12 +16,15 @@ from folders import (
     NOT_FINITE,
     WIDTH,
     Damage,
+    as_codes,
+    rendered,
     with_changed_array,
     with_first_number,
     with_image,
+    with_maps,
 )
 
-from torch_adapmtl.datasets import NYUv2, RandomFlip
+from torch_adapmtl.datasets import NYUv2, RandomFlip, TinyTaskonomy
 
 
 def test_the_papers_layout(indexed_nyuv2: Path) -> None:
@@ -123,6 +126,157 @@ def test_a_class_above_39_is_refused(indexed_nyuv2: Path) -> None:
         ValueError, match=r"0_seg.png must hold classes 0 to 39 or unknown pixels, found 40"
     ):
         NYUv2(indexed_nyuv2)
+
+
+# --- units ---
+
+
+def _nearest(array: Any, unit: float) -> Any:
+    return (array * unit).round()
+
+
+WRONG_DEPTHS: dict[str, tuple[Any, str]] = {
+    "16-bit millimetres": (lambda d: _nearest(d, 1000).astype(np.uint16), "whole numbers from "),
+    "millimetres": (lambda d: d * 1000, ""),
+    "centimetres": (lambda d: d * 100, ""),
+    "8-bit codes": (lambda d: _nearest(d / 10, 255).astype(np.uint8), "whole numbers from "),
+    "codes over the range": (
+        lambda d: _nearest((d - d.min()) / (d.max() - d.min()), 255),
+        "whole numbers from ",
+    ),
+}
+LAYOUTS = pytest.mark.parametrize("layout", ["indexed_nyuv2", "arrays_nyuv2"])
+
+
+@LAYOUTS
+@pytest.mark.parametrize("unit", WRONG_DEPTHS)
+def test_depths_in_another_unit_are_refused(
+    layout: str, unit: str, request: pytest.FixtureRequest
+) -> None:
+    change, found = WRONG_DEPTHS[unit]
+    root = request.getfixturevalue(layout)
+    for seed in range(5):
+        depth, normals = rendered(seed)
+        normals = as_codes(normals) if layout == "indexed_nyuv2" else normals
+        with_maps(layout, depth, normals)(root)
+        NYUv2(root)
+        with_maps(layout, change(depth), normals)(root)
+        file = "0_d.npy" if layout == "indexed_nyuv2" else "depth.0.npy"
+        remedy = "divide millimetres by 1000, and turn codes into metres"
+        match = rf"{file} must hold depths in metres, found {found}[\d.]+ to [\d.]+; {remedy}"
+        with pytest.raises(ValueError, match=match):
+            NYUv2(root)
+
+
+WRONG_NORMALS: dict[str, tuple[str, Any, str]] = {
+    "from 0 to 1": ("arrays_nyuv2", lambda n: (n + 1) / 2, r"2 \* code - 1"),
+    "8-bit codes": ("arrays_nyuv2", as_codes, r"code / 127\.5 - 1"),
+    "codes as floats": ("arrays_nyuv2", lambda n: (n + 1) * 127.5, r"code / 127\.5 - 1"),
+    "0 or 1": (
+        "indexed_nyuv2",
+        lambda n: ((n + 1) / 2).round().astype(np.uint8),
+        r"codes from 0 to 1 for lengths of 1\.7 to 1\.7; save normals as \(normal \+ 1\) \* 127\.5",
+    ),
+}
+
+
+@pytest.mark.parametrize("unit", WRONG_NORMALS)
+def test_normals_in_another_unit_are_refused(unit: str, request: pytest.FixtureRequest) -> None:
+    layout, change, remedy = WRONG_NORMALS[unit]
+    root = request.getfixturevalue(layout)
+    file = "0_n.png" if layout == "indexed_nyuv2" else "normal.0.npy"
+    for seed in range(5):
+        depth, normals = rendered(seed)
+        with_maps(layout, depth, change(normals))(root)
+        with pytest.raises(ValueError, match=rf"{file} must hold normals of unit.*{remedy}"):
+            NYUv2(root)
+
+
+def _with(array: Any, value: Any, share: float) -> Any:
+    """The array with a value in the first rows."""
+    changed = array.copy()
+    changed[: round(share * len(array))] = value
+    return changed
+
+
+RIGHT_DEPTHS: dict[str, Any] = {
+    "a room": lambda d: d,
+    "a street": lambda d: d * 10,
+    "a wall as far as a cathedral is long": lambda d: np.full_like(d, 49.0),
+    "a plane in whole metres": lambda d: np.full_like(d, 20.0),
+    "whole metres up to ten": lambda d: d.round(),
+    "a sky": lambda d: _with(d, 10_000.0, 0.4),
+    "a sky of no distance": lambda d: _with(d, np.inf, 0.9),
+    "mostly unknown": lambda d: _with(d, 0.0, 0.9),
+    "unknown": np.zeros_like,
+    "unknown as minus one": lambda d: np.full_like(d, -1),
+    "unknown as whole numbers": lambda d: np.zeros_like(d, np.uint16),
+    "not a number": lambda d: np.full_like(d, np.nan),
+    "half precision": lambda d: d.astype(np.float16),
+}
+
+
+@LAYOUTS
+@pytest.mark.parametrize("kind", RIGHT_DEPTHS)
+def test_depths_in_metres_are_kept(layout: str, kind: str, request: pytest.FixtureRequest) -> None:
+    root = request.getfixturevalue(layout)
+    depth, normals = rendered(0)
+    changed = RIGHT_DEPTHS[kind](depth)
+    with_maps(layout, changed, as_codes(normals) if layout == "indexed_nyuv2" else normals)(root)
+    found = NYUv2(root)[0][1]["depth"][0].numpy()
+    known = np.isfinite(changed) & (changed > 3e-5)
+    assert np.array_equal(found, np.where(known, changed.astype(np.float32), 0))
+
+
+RIGHT_NORMALS: dict[str, Any] = {
+    "a room": lambda n: n,
+    "half precision": lambda n: n.astype(np.float16),
+    "a wall seen along a diagonal": lambda n: np.full_like(n, 3**-0.5),
+    "a wall in front": lambda n: np.full_like(n, (0, 0, 1)),
+    "smoothed": lambda n: (n + np.roll(n, 1, 1)) / 2,
+    "of another length": lambda n: 3 * n,
+    "mostly unknown": lambda n: _with(n, 0, 0.9),
+    "unknown": np.zeros_like,
+    "not a number": lambda n: np.full_like(n, np.nan),
+}
+
+
+@pytest.mark.parametrize("kind", RIGHT_NORMALS)
+def test_normals_of_any_length_are_kept(arrays_nyuv2: Path, kind: str) -> None:
+    depth, normals = rendered(0)
+    changed = RIGHT_NORMALS[kind](normals)
+    with_maps("arrays_nyuv2", depth, changed)(arrays_nyuv2)
+    found = NYUv2(arrays_nyuv2)[0][1]["normal"]
+    lengths = np.linalg.norm(changed.astype(np.float32), axis=-1, keepdims=True)
+    known = np.isfinite(lengths) & (lengths > 1e-3)
+    expected = np.where(known, changed / np.where(known, lengths, 1), 0)
+    torch.testing.assert_close(
+        found, torch.from_numpy(expected).float().movedim(-1, 0), atol=1e-3, rtol=0
+    )
+
+
+@pytest.mark.parametrize("layout", ["indexed_nyuv2", "taskonomy"])
+@pytest.mark.parametrize("code", [0, 127, 128, 255, "noise", "mostly 0"])
+def test_codes_of_no_direction_are_unknown(
+    layout: str, code: Any, request: pytest.FixtureRequest
+) -> None:
+    root = request.getfixturevalue(layout)
+    depth, normals = rendered(0)
+    codes = as_codes(normals)
+    if code == "noise":  # as of a compressed image
+        noise = np.random.default_rng(0).normal(0, 8, codes.shape)
+        codes = (codes + noise).clip(0, 255).astype(np.uint8)
+        share = 0.0
+    elif code == "mostly 0":
+        codes, share = _with(codes, 0, 0.75), 0.75
+    else:
+        codes, share = np.full_like(codes, code), 1.0
+    metres = depth if layout == "indexed_nyuv2" else (depth * 512).astype(np.uint16)
+    with_maps(layout, metres, codes)(root)
+    data: Any = NYUv2(root) if layout == "indexed_nyuv2" else TinyTaskonomy(root)
+    found = data[0][1]["normal"].norm(dim=0)
+    assert (found == 0).float().mean().item() == share
+    torch.testing.assert_close(found[found > 0], torch.ones_like(found[found > 0]))
 
 
 def test_a_folder_in_neither_layout(tmp_path: Path) -> None:

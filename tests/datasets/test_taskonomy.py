@@ -37,7 +37,7 @@ def test_images_targets_and_class_weights(taskonomy: Path) -> None:
     torch.testing.assert_close(targets["depth"].flatten(), torch.tensor(expected))
     assert targets["depth"][0, 0, 0] > 0  # the code 0 is known
     known = targets["normal"].norm(dim=0).flatten() > 0.5
-    assert known.tolist() == [True, True, True, False, False, True]
+    assert known.tolist() == [True, True, True, False, False, False]
     for task, most, middle in (("keypoints", 0.005, 164), ("edges", 0.08, 2_621)):
         values = targets[task].flatten()
         assert values[0] == -1
@@ -114,6 +114,18 @@ FAULTS: dict[str, tuple[Damage, type[Exception], str]] = {
         r"train.0_d.png must have the height and width of its image .*train.0_rgb.png, \(2, 3\), "
         r"found \(2, 4\)",
     ),
+    "depths of 8 bits in 16": (
+        with_image("train/0_d.png", np.array([[3, 0, 99], [255, 65_535, 7]], np.uint16)),
+        ValueError,
+        "0_d.png must hold depths in units of 1/512 metre, found codes from 0 to 255, at most half "
+        "a metre; convert 8-bit codes",
+    ),
+    "normals that are 0 or 1": (
+        with_image("train/0_n.png", np.eye(3, dtype=np.uint8)[[[0, 1, 2], [2, 1, 0]]]),
+        ValueError,
+        r"0_n.png must hold normals of unit length as 8-bit codes, found codes from 0 to 1 for "
+        r"lengths of 1\.7 to 1\.7; save normals as \(normal",
+    ),
     "a class above 17": (
         with_image("train/0_seg.png", LABELS),
         ValueError,
@@ -128,6 +140,24 @@ def test_wrong_files_are_refused(taskonomy: Path, fault: str) -> None:
     damage(taskonomy)
     with pytest.raises(error, match=match):
         TinyTaskonomy(taskonomy)
+
+
+@pytest.mark.parametrize("codes", [0, 256, 64_499, 64_500, 65_535])
+def test_depths_that_are_near_far_or_unknown(taskonomy: Path, codes: int) -> None:
+    with_image("train/0_d.png", np.full((HEIGHT, WIDTH), codes, np.uint16))(taskonomy)
+    _, targets = TinyTaskonomy(taskonomy)[0]
+    assert bool((targets["depth"] > 0).all()) == (codes < 64_500)
+
+
+def test_normals_where_the_depth_is_unknown_are_not_looked_at(taskonomy: Path) -> None:
+    normals = np.full((HEIGHT, WIDTH, 3), 1, np.uint8)
+    normals[0, 0] = (128, 128, 255)
+    depth = np.full((HEIGHT, WIDTH), 65_535, np.uint16)
+    depth[0, 0] = 999
+    with_image("train/0_n.png", normals)(taskonomy)
+    with_image("train/0_d.png", depth)(taskonomy)
+    known = TinyTaskonomy(taskonomy)[0][1]["normal"].norm(dim=0) > 0.5
+    assert known.tolist() == [[True, False, False], [False, False, False]]
 
 
 def test_unknown_tasks_are_refused(taskonomy: Path) -> None:

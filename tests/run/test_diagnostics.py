@@ -255,8 +255,60 @@ def test_a_task_unseen_for_longer_than_its_window_is_reported_once() -> None:
             text = re.match(r"task 'b' has had no loss for (\d+) steps", str(warning.message))
             assert text is not None
             said.append((step, int(text[1])))
-    assert said == [(9, 6)]  # the last loss was that of step 3
+    # The last loss was that of step 3, and the average task has a loss in every 2 * 11 / 14 steps.
+    assert said == [(11, 8)]
     assert zeros(pruner) == round(0.8 * weights(pruner))
+
+
+def test_tasks_that_take_turns_are_not_unseen() -> None:
+    """A window of 10 losses of a task that has one in 20 steps reaches over 200 steps."""
+    tasks = [f"t{i}" for i in range(20)]
+    model = nn.Linear(4, 20)
+    pruner = apply_adapmtl(
+        model,
+        target_sparsity=0.5,
+        total_steps=400,
+        example_inputs=torch.ones(1, 4),
+        task_outputs={task: lambda out, i=i: out[:, i] for i, task in enumerate(tasks)},
+    )
+    assert isinstance(pruner.weighting, StabilityWeighting)
+    assert pruner.weighting.window == 10
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    said = []
+    for step in range(400):
+        turn = step % 20
+        if turn == 3 and step >= 60:
+            turn = 4  # from its fourth turn on this task goes missing
+        x = torch.randn(8, 4)
+        pruner.loss({tasks[turn]: (model(x)[:, turn] - x.sum(1)).square().mean()}).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            pruner.step()
+        said += [(step, str(warning.message)) for warning in caught]
+    assert [text[:9] for _, text in said] == ["task 't3'"]
+    last, gap = 43, 20
+    assert last + 10 * gap < said[0][0] <= last + 11 * gap
+
+
+def test_a_task_without_a_label_in_the_whole_run_is_told_at_the_end() -> None:
+    model = TwoTasks()
+    pruner = prepare(model, weighting="equal")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(20):
+        found = losses(model, step)
+        pruner.loss({"a": found["a"], "b": found["b"] * 0}).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        pruner.step()
+    other = TwoTasks()
+    resumed = prepare(other, weighting="equal")
+    other.load_state_dict(model.state_dict())
+    for handle in (pruner, resumed):
+        found = finished(handle)
+        assert len(found) == 1
+        assert re.match("all losses of task 'b' were exactly 0, .*labels.*exclude=", found[0])
 
 
 def test_a_task_that_never_had_a_loss_is_told_at_the_end() -> None:
@@ -294,7 +346,10 @@ def test_one_loss_without_grad_beside_others() -> None:
             pruner.loss(found).backward()
             optimizer.step()
             optimizer.zero_grad()
-            pruner.step()
+            with warnings.catch_warnings():
+                if always:
+                    warnings.filterwarnings("ignore", "task 'b' has had no loss")
+                pruner.step()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             pruner.finalize()

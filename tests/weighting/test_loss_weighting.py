@@ -156,6 +156,7 @@ def test_state_lives_in_the_model() -> None:
         "weighting.counts",
         "weighting.steps",
         "weighting.seen",
+        "weighting.record.latest",
         "weighting.record.first",
         "weighting.record.recent",
     ]

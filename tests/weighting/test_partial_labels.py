@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from processes import two_that_meet
 from torch import Tensor, nn
 from toys import TwoTasks, batch, losses, prepare, train, weights, zeros
+from weightings import TASKS, WEIGHTINGS, all_weightings, as_losses, feed
 
 from torch_adapmtl import (
     Adaptive,
@@ -132,6 +138,150 @@ def test_samples_without_a_label() -> None:
     assert isinstance(weighting, StabilityWeighting)
     assert weighting.counts[0] == given < 30
     assert zeros(pruner) == round(0.8 * weights(pruner))
+
+
+# --- a loss of exactly 0 says that the batch has no labels ---
+
+NO_LABELS: dict[str, Callable[[Tensor], Tensor]] = {
+    "0 * out.sum()": lambda out: 0 * out.sum(),
+    "a masked sum over a clamped count": lambda out: out[out > torch.inf].sum() / 1,
+    "a product with the mask": lambda out: (out.square() * 0).sum() / (0 + 1e-8),
+    "nan_to_num": lambda out: out[:0].mean().nan_to_num(),
+    "made anew": lambda out: torch.zeros(()),
+    "minus 0": lambda out: -0.0 * out.square().sum(),
+}
+
+
+@pytest.mark.parametrize("weighting", ["stability", "deviation"])
+@pytest.mark.parametrize("how", NO_LABELS)
+def test_a_run_with_losses_of_0_is_one_without_these_losses(how: str, weighting: str) -> None:
+    """Plain SGD, so that a gradient of 0 moves a head as little as no gradient."""
+    found = []
+    for loss_of in (lambda out: None, NO_LABELS[how]):
+        torch.manual_seed(0)
+        model = TwoTasks()
+        pruner = prepare(model, total_steps=45, schedule=EARLY, weighting=weighting)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        for step in range(45):
+            x, targets = batch(step)
+            out = model(x)
+            given = {task: (out[task] - y).square().mean() for task, y in targets.items()}
+            if step % 3 == 0:
+                given["b"] = loss_of(out["b"])
+            pruner.loss(given).backward()
+            if step % 3 == 0 and given["b"] is not None and given["b"].requires_grad:
+                # DistributedDataParallel waits for a gradient of every parameter.
+                assert torch.equal(model.heads["b"].bias.grad, torch.zeros(3))
+            optimizer.step()
+            optimizer.zero_grad()
+            pruner.step()
+        assert pruner.weighting.counts.tolist() == [45, 30]
+        found.append((pruner.weighting.as_dict(), pruner.weighting.record.starts_and_ends()))
+        pruner.finalize()
+        found[-1] += (list(model.parameters()),)
+    assert found[0][:2] == found[1][:2]
+    assert found[0][0]["a"] != 1
+    for with_none, with_zero in zip(found[0][2], found[1][2], strict=True):
+        assert torch.equal(with_none, with_zero)
+
+
+@pytest.mark.parametrize("direction", ["stable", "deviating"])
+@pytest.mark.parametrize("task", ["Depth", "Map", "Normals", "Segmentation"])
+def test_a_task_of_the_kit_says_that_it_saw_nothing(task: str, direction: Any) -> None:
+    kit = pytest.importorskip("torch_adapmtl.tasks")
+    measure = kit.Segmentation(3) if task == "Segmentation" else getattr(kit, task)()
+    unknown = {"Map": torch.nan, "Segmentation": 255}.get(task, 0)
+    rows: list[Any] = []
+    for step in range(30):
+        out = torch.randn(2, 3, 4, 4, requires_grad=True)
+        other = torch.rand(()) + 1
+        target = {
+            "Depth": torch.rand(2, 3, 4, 4) + 1,
+            "Map": torch.rand(2, 3, 4, 4),
+            "Normals": nn.functional.normalize(torch.randn(2, 3, 4, 4), dim=1),
+            "Segmentation": torch.randint(3, (2, 4, 4)),
+        }[task]
+        labelled = step % 4 != 1
+        loss = measure.loss(out, target if labelled else torch.full_like(target, unknown))
+        loss.backward(retain_graph=True)
+        assert (loss.item() > 0) == bool(out.grad.any()) == labelled
+        rows.append((other, loss if labelled else None, loss))
+    kinds = [StabilityWeighting(["a", "b"], window=8, start=0, direction=direction) for _ in "012"]
+    for other, missing, zero in rows:
+        kinds[0]({"a": other, "b": missing})
+        kinds[1]({"a": other, "b": zero})
+        if missing is not None:
+            kinds[2]({"b": zero})  # the batches left out
+        kinds[2]({"a": other})
+    assert kinds[0].as_dict() == kinds[1].as_dict() == kinds[2].as_dict()
+    assert kinds[0].as_dict()["b"] != 1
+
+
+@WEIGHTINGS
+@given(
+    rows=st.lists(
+        st.lists(st.one_of(st.just(0.0), st.floats(0.1, 9)), min_size=3, max_size=3), max_size=12
+    )
+)
+def test_a_loss_of_0_counts_as_none(index: int, rows: list[list[float]]) -> None:
+    """In the weights, in all that is stored, and in the sum."""
+    tasks = tuple(f"t{i}" for i in range(len(TASKS)))
+    rows = [row for row in rows if any(row)]
+    with_none, with_zero = all_weightings(tasks)[index], all_weightings(tasks)[index]
+    for row in rows:
+        expected = with_none(as_losses([value or None for value in row]))
+        assert with_zero(as_losses(list(row))) == expected
+    assert with_zero.as_dict() == with_none.as_dict()
+    for name, buffer in with_none.named_buffers():
+        assert torch.equal(with_zero.get_buffer(name), buffer), name
+
+
+@pytest.mark.parametrize("direction", ["stable", "deviating"])
+def test_batches_without_any_label_may_be_left_out(direction: Any) -> None:
+    rows: list[list[float | None]] = [[2.0 - step / 20, 1.0 + step % 3] for step in range(20)]
+    weighting = StabilityWeighting(["t0", "t1"], window=6, start=0, direction=direction)
+    expected = feed(weighting, rows).as_dict()
+    weighting = StabilityWeighting(["t0", "t1"], window=6, start=0, direction=direction)
+    feed(weighting, [row for pair in zip(rows, [[0.0, 0.0]] * 20, strict=True) for row in pair])
+    assert weighting.as_dict() == expected != {"t0": 1.0, "t1": 1.0}
+
+
+def test_a_mean_over_nothing_is_still_told() -> None:
+    model = TwoTasks()
+    pruner = prepare(model)
+    found = losses(model, 0)
+    found["b"] = model(batch(0)[0])["b"][:0].mean()
+    total = pruner.loss(found)
+    assert total.isnan()
+    assert pruner.weighting.counts.tolist() == [1, 0]
+    total.backward()
+    with pytest.raises(RuntimeError, match=r"NaN or infinite loss of the tasks 'b' \(1x\)"):
+        pruner.step()
+
+
+def _labels_in_turn(rank: int, folder: str) -> None:
+    found = []
+    for missing in (None, 0.0):
+        weighting = StabilityWeighting(["t0", "t1"], window=6, start=0)
+        generator = torch.Generator().manual_seed(rank)
+        for step in range(20):
+            row: list[float | None] = torch.rand(2, generator=generator).tolist()
+            if (step + rank) % 2 or step % 3 == 0:  # in one of the two, or in neither
+                row[1] = missing
+            weighting(as_losses(row))
+        found.append(dict(weighting.state_dict()))
+        assert weighting.counts.tolist() == [20, 13]
+    for name, value in found[0].items():
+        assert torch.equal(found[1][name], value), name
+    torch.save(found[0], f"{folder}/found{rank}.pt")
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_processes_that_see_labels_in_turn(tmp_path: Path) -> None:
+    """The mean is over the processes that have labels; in all, the weights are the same."""
+    two_that_meet(_labels_in_turn, tmp_path)
+    first, second = (torch.load(tmp_path / f"found{rank}.pt") for rank in range(2))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 @pytest.mark.parametrize("aggregator", ["AlignedMTL", "MGDA", "PCGrad", "Mean"])

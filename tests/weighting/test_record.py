@@ -171,3 +171,17 @@ def test_the_trace_is_that_of_a_plain_one(steps: list[list[float | None]]) -> No
         assert weighting.record.recent[0, index].item() == pytest.approx(
             recent.get(task, 0.0), rel=1e-5
         )
+
+
+def test_a_reading_has_what_came_since_the_last() -> None:
+    """Readings are rarer than steps: tasks that take turns are all read, and no loss twice."""
+    weighting = EqualWeighting(["a", "b", "c"])
+    for step in range(12):
+        task = "abc"[step % 3]
+        weighting({task: torch.tensor(float(step + 1))})
+        if step % 6 == 5:  # always after a "c"
+            weighting.record.read()
+    assert weighting.record.recent[1].tolist() == [2, 2, 2]
+    assert weighting.record.first[0].tolist() == [4 + 10, 5 + 11, 6 + 12]
+    weighting.record.read()
+    assert weighting.record.recent[1].tolist() == [2, 2, 2]

@@ -143,3 +143,20 @@ def test_the_config_of_a_callable_says_whether_it_is_scaled() -> None:
     ]
     assert configs[0] != configs[1]
     assert json.loads(json.dumps(configs)) == configs
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_loss_of_0_does_not_reach_the_other_weights(normalize: bool) -> None:
+    """A batch without labels: the weight that 1 / 0 makes is not used."""
+
+    def inverse(losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {task: 1 / loss for task, loss in losses.items()}
+
+    found = []
+    for missing in (None, torch.tensor(0.0)):
+        weighting = CallableWeighting(["a", "b", "c"], inverse, normalize=normalize)
+        weighting({"a": torch.tensor(1.0), "b": torch.tensor(2.0), "c": torch.tensor(4.0)})
+        total = weighting({"a": torch.tensor(2.0), "b": missing, "c": torch.tensor(6.0)})
+        found.append((total.item(), weighting.as_dict()))
+    assert found[0] == found[1]
+    assert found[0][0] == pytest.approx(6.0 if normalize else 2.0)

@@ -31,18 +31,16 @@ class Oracle:
     def observe(self, row: list[float | None]) -> None:
         self.steps += 1
         for window, value in zip(self.windows, row, strict=True):
-            if value is not None and math.isfinite(value):
+            if value and math.isfinite(value):  # None: no loss; 0: no label
                 window.append(value)
                 del window[: -self.window]
 
     def deviation_of(self, losses: list[float]) -> float:
         if self.deviation == "relative_change":
-            changes = []
-            for before, after in itertools.pairwise(losses):
-                if after == 0:
-                    changes.append(0.0 if before == 0 else 1.0)
-                else:
-                    changes.append(min(abs(after - before) / abs(after), 1e6))
+            changes = [
+                min(abs(after - before) / abs(after), 1e6)
+                for before, after in itertools.pairwise(losses)
+            ]
             return sum(changes) / len(changes)
         mean = sum(losses) / len(losses)
         std = math.sqrt(sum((loss - mean) ** 2 for loss in losses) / len(losses))

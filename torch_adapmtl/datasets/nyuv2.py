@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -19,13 +17,13 @@ from torch_adapmtl.datasets._files import (
     read_index,
     resize_example,
 )
+from torch_adapmtl.datasets._units import decoded_normals, metres, unit_normals
 
 __all__ = ["NYUv2"]
 
 _INDEX = "nyu_v2_3task.json"
 _COLUMNS = ("image", "segmentation", "normal", "depth")
 _FOLDERS = ("image", "label", "normal", "depth")
-_NO_DEPTH = 3e-5  # metres; depths up to here are unknown
 _UNKNOWN_CLASS = 255
 _TOLERANCE = 0.01  # by which the pixels of a resized image may exceed [0, 1]
 
@@ -38,15 +36,17 @@ class NYUv2(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     - The paper's layout has an index `nyu_v2_3task.json` with keys `train` and `test`. Each lists
       rows of image, segmentation, normal and depth, as paths from `root`. The segmentation is an
       8-bit image of 40 classes (255: unknown). Normals are an 8-bit image that stands for -1 to 1
-      (255 in all channels: unknown). Depth is a `.npy` file in metres (up to 3e-5: unknown).
+      (unknown: 0, 255 or the middle in all channels). Depth is a `.npy` file in metres (up to 3e-5:
+      unknown).
     - The layout of MTAN and LibMTL has folders `train` and `val`. Each holds `image/N.npy`
-      (H, W, 3, from 0 to 1), `label/N.npy` (13 classes, -1: unknown), `depth/N.npy` (H, W, 1) and
-      `normal/N.npy` (H, W, 3; 0: unknown).
+      (H, W, 3, from 0 to 1), `label/N.npy` (13 classes, -1: unknown), `depth/N.npy` (H, W, 1, in
+      metres) and `normal/N.npy` (H, W, 3, from -1 to 1; 0: unknown).
 
     In both, an example is an image `(3, H, W)` in [0, 1] and targets for
     `torch_adapmtl.tasks`: `segmentation` `(H, W)` int64, 255 where unknown;
     `normal` `(3, H, W)`, of unit length, 0 where unknown; `depth` `(1, H, W)` in metres, 0 where
-    unknown. Depths and normals that are not finite are unknown.
+    unknown. Depths and normals that are not finite are unknown. A file in another unit (colours to
+    255, depths in millimetres, normals as numbers from 0 to 1) is refused.
 
     Args:
         root: The folder.
@@ -119,26 +119,20 @@ class NYUv2(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     def _from_images(
         self, image: Path, segmentation: Path, normal: Path, depth: Path
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        codes = read_image(normal, 3)
-        unknown = (codes == 255).all(0)
-        vectors = codes / 127.5 - 1
         return read_image(image, 3) / 255, {
             "segmentation": self._labels(read_image(segmentation, 1)[0], segmentation),
-            "depth": _metres(read_array(depth, 1)),
-            "normal": F.normalize(vectors, dim=0).masked_fill(unknown, 0.0),
+            "depth": metres(read_array(depth, 1), depth),
+            "normal": decoded_normals(read_image(normal, 3), normal),
         }
 
     def _from_arrays(
         self, image: Path, label: Path, normal: Path, depth: Path
     ) -> tuple[Tensor, dict[str, Tensor]]:
         labels = read_array(label, None)
-        vectors = read_array(normal, 3)
-        known = (vectors.square().sum(0) > 1e-6) & vectors.isfinite().all(0)
         return _colours(read_array(image, 3), image), {
             "segmentation": self._labels(labels.masked_fill(labels == -1, _UNKNOWN_CLASS), label),
-            "depth": _metres(read_array(depth, 1)),
-            # Not a product with `known`: NaN * 0 is NaN.
-            "normal": torch.where(known, F.normalize(vectors, dim=0), 0.0),
+            "depth": metres(read_array(depth, 1), depth),
+            "normal": unit_normals(read_array(normal, 3), normal),
         }
 
     def _labels(self, labels: Tensor, path: Path) -> Tensor:
@@ -161,7 +155,3 @@ def _colours(image: Tensor, path: Path) -> Tensor:
             "by 255"
         )
     return image.clamp(0, 1)
-
-
-def _metres(depth: Tensor) -> Tensor:
-    return torch.where((depth > _NO_DEPTH) & depth.isfinite(), depth, 0.0)

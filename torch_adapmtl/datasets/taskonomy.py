@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -21,6 +20,7 @@ from torch_adapmtl.datasets._files import (
     resize_example,
 )
 from torch_adapmtl.datasets._transforms import RandomScaleCrop
+from torch_adapmtl.datasets._units import decoded_normals
 
 __all__ = ["TinyTaskonomy"]
 
@@ -28,6 +28,8 @@ _INDEX = "taskonomy.json"
 _PRIOR = "semseg_prior_factor.npy"
 _COLUMNS = ("image", "segmentation", "normal", "depth", "keypoints", "edges")
 _NO_DEPTH = 64_500  # depth codes from here on mean that depth and normal are unknown
+_PER_METRE = 512
+_NEAR = 255  # codes up to here are nearer than half a metre
 _TASKS = _COLUMNS[1:]
 _CLIP_AT = {"keypoints": 0.005, "edges": 0.08}
 
@@ -44,7 +46,8 @@ class TinyTaskonomy(Dataset[tuple[Tensor, dict[str, Tensor]]]):
 
     - `segmentation`, `(H, W)` int64: 17 classes, 255 where unknown. In the file 0 means unknown,
       and other values are the class plus one.
-    - `normal`, `(3, H, W)`: of unit length, 0 where unknown. In the file 8 bits stand for -1 to 1.
+    - `normal`, `(3, H, W)`: of unit length, 0 where unknown. In the file 8 bits stand for -1 to 1;
+      0, 255 or the middle in all channels is no direction and unknown.
     - `depth`, `(1, H, W)`: `log(1 + d) / log(2**16)` of the 16-bit code `d`, 0 where unknown. Depth
       and normal are unknown where `d` is 64,500 or more. A code of 0 is known and becomes 1e-6, so
       measure `Depth(metrics=["abs_error"])` and no relative error.
@@ -103,6 +106,7 @@ class TinyTaskonomy(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         check_files(self.root, self._rows, _COLUMNS)
         self.class_weights = self._read_weights()
         self[0]  # raises if a file is wrong
+        self._check_depth(self.root / self._rows[0][_COLUMNS.index("depth")])
 
     def _read_weights(self) -> Tensor:
         path = self.root / _PRIOR
@@ -118,6 +122,17 @@ class TinyTaskonomy(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         if len(wrong):
             raise ValueError(f"{path} must hold finite numbers >= 0, found {wrong[0].item():g}")
         return weights
+
+    def _check_depth(self, path: Path) -> None:
+        # Of the first example only, since another one might show nothing but what is near.
+        codes = read_image(path, 1, bits=16)
+        codes = codes[codes < _NO_DEPTH]
+        if len(codes) and 0 < int(codes.max()) <= _NEAR:
+            raise ValueError(
+                f"{path} must hold depths in units of 1/{_PER_METRE} metre, found codes from "
+                f"{int(codes.min())} to {int(codes.max())}, at most half a metre; convert 8-bit "
+                f"codes"
+            )
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -137,9 +152,9 @@ class TinyTaskonomy(Dataset[tuple[Tensor, dict[str, Tensor]]]):
                 depth = (torch.log1p(code.float()) / math.log(2**16)).clamp(min=1e-6)
                 targets[task] = torch.where(known, depth, 0.0)
             elif task == "normal":
-                vectors = read_image(paths[task], 3) / 127.5 - 1
-                check_size(image, {task: vectors}, paths)
-                targets[task] = F.normalize(vectors, dim=0) * known
+                codes = read_image(paths[task], 3)
+                check_size(image, {task: codes}, paths)
+                targets[task] = decoded_normals(codes.masked_fill(~known, 255), paths[task])
             else:
                 fraction = read_image(paths[task], 1, bits=16) / 2**16
                 targets[task] = fraction.clamp(max=_CLIP_AT[task]) * (2 / _CLIP_AT[task]) - 1

@@ -93,10 +93,10 @@ class Watch:
             if isinstance(decided, str):
                 warnings.append(decided)
         warnings += [
-            f"task {task!r} has had no loss for {steps} steps, longer than the window that its "
-            f"weight is computed from: its weight does not change any more, and its part of the "
-            f"model is still pruned. If this is not intended, check the names in the losses and "
-            f"the data"
+            f"task {task!r} has had no loss for {steps} steps (0 counts as none), longer than the "
+            f"window that its weight is computed from: its weight does not change any more, and "
+            f"its part of the model is still pruned. If this is not intended, check the names in "
+            f"the losses and the data"
             for task, steps in unseen.items()
             if task not in self._unseen
         ]
@@ -158,6 +158,12 @@ def signs(
             f"task {task!r} never had a loss, so nothing trained its part of the model, which is "
             f"pruned all the same: look at the names in the losses and at the data, or leave it "
             f"out (exclude=, task_outputs=)"
+        )
+    for task in record.unlabelled():
+        warnings.append(
+            f"all losses of task {task!r} were exactly 0, so nothing trained its part of the "
+            f"model, which is pruned all the same: look for its labels in the data and for a "
+            f"factor 0 in its loss, or leave it out (exclude=, task_outputs=)"
         )
     for task in record.untrained():
         warnings.append(

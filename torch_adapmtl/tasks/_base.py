@@ -49,7 +49,11 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """The mean loss over the valid entries of the target, 0-d; 0 if there are none."""
+        """The mean loss over the valid entries of the target, 0-d; 0 if there are none.
+
+        A loss of exactly 0 tells [`LossWeighting`][torch_adapmtl.LossWeighting] that the batch has
+        no labels for the task.
+        """
 
     @abstractmethod
     def _metric_inputs(

@@ -29,6 +29,10 @@ class LossWeighting(KeepsPrecision, ABC):
     device of its buffers and in float32 or wider:
 
     - A task that is absent, or whose loss is None, is skipped, and nothing is stored for it.
+    - A loss of exactly 0 says that the batch has no labels for the task, as a masked mean or
+      `0 * output.sum()` does. It is part of the sum, so that the graph reaches the parameters of
+      the task, but nothing is stored for it either. (Nor for a hinge loss that reaches 0, which
+      has no gradient.)
     - Losses are stored only in training mode with gradients enabled. Calls under `no_grad` or in
       `eval` mode change nothing.
     - A NaN or infinite loss is never stored, but it is part of the returned sum, so that a gradient
@@ -80,7 +84,7 @@ class LossWeighting(KeepsPrecision, ABC):
 
         Args:
             losses: Detached float32 losses of shape (T,); arbitrary where not accepted.
-            accepted: Bool of shape (T,): whether the task has a loss and it is finite.
+            accepted: Bool of shape (T,): whether the task has a loss, which is finite and not 0.
         """
 
     def config(self) -> dict[str, Any]:
@@ -113,8 +117,8 @@ class LossWeighting(KeepsPrecision, ABC):
             nonfinite = (~stacked.detach().isfinite()).long()
             self.record.raise_nonfinite(nonfinite, synchronize=self.synchronize and learning)
         if learning:
-            self.observe(*self.record.count(present, stacked, synchronize=self.synchronize))
-        return (self._weights_for(present) * stacked).sum()
+            self.observe(*self.record.count(stacked, synchronize=self.synchronize))
+        return (self._weights_for(present, stacked) * stacked).sum()
 
     def check_finite(self) -> None:
         """Raise an error if a loss was NaN or infinite since the last check, and reset the counts.
@@ -127,7 +131,7 @@ class LossWeighting(KeepsPrecision, ABC):
         self.record.raise_nonfinite(synchronize=self.synchronize)
 
     def unseen(self) -> dict[str, int]:
-        """Return the tasks without a loss for longer than the window, and for how many steps.
+        """Return the tasks without a loss for longer than their window, and for how many steps.
 
         Reads the numbers from the device. The base class has no window and returns an empty dict.
         """
@@ -147,7 +151,7 @@ class LossWeighting(KeepsPrecision, ABC):
         """Show the tasks in the module's repr."""
         return f"tasks={list(self.tasks)}"
 
-    def _weights_for(self, present: Mapping[str, Tensor]) -> Tensor:
+    def _weights_for(self, present: Mapping[str, Tensor], stacked: Tensor) -> Tensor:
         return self.weights()
 
 

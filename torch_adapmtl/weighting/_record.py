@@ -25,7 +25,11 @@ _DECAY = 0.8
 class LossRecord(KeepsPrecision):
     """The losses of each task: the latest ones, averages at the beginning and now, and counts.
 
-    Only `raise_nonfinite` and `starts_and_ends` wait for the device.
+    A loss of exactly 0 is no observation: it is what a masked mean, or a task of
+    `torch_adapmtl.tasks`, returns for a batch without labels. Such a loss is treated as a missing
+    one, but is still part of the sum, so that the graph reaches the task's parameters.
+
+    Only `raise_nonfinite` and the methods under "results" that say so wait for the device.
 
     Args:
         tasks: The task names, in order.
@@ -33,14 +37,15 @@ class LossRecord(KeepsPrecision):
     Attributes:
         nonfinite: Number of NaN or infinite losses per task since the last `raise_nonfinite`, int64
             of shape (T,); not part of the state dict.
-        latest: The losses of the last training step, float32 (T,), and whether each is present and
-            finite, bool (T,); None before the first step.
+        latest: The last observed loss of each task, and whether it came after the last `read`, as 1
+            or 0; float32 (2, T).
         first: Sum and number of each task's first readings, float32 (2, T).
         recent: Exponential average and number of each task's readings, float32 (2, T).
         with_grad: The tasks that have had a loss that requires grad.
         without_grad: The tasks that have had a loss that does not require grad.
     """
 
+    latest: Tensor
     first: Tensor
     recent: Tensor
 
@@ -49,7 +54,7 @@ class LossRecord(KeepsPrecision):
         self.tasks = tuple(tasks)
         # Not a buffer: DistributedDataParallel would copy it from the first process to all others.
         self.nonfinite = torch.zeros(len(self.tasks), dtype=torch.int64)
-        self.latest: tuple[Tensor, Tensor] | None = None
+        self.register_buffer("latest", torch.zeros(2, len(self.tasks)))
         self.register_buffer("first", torch.zeros(2, len(self.tasks)))
         self.register_buffer("recent", torch.zeros(2, len(self.tasks)))
         self.with_grad: set[str] = set()
@@ -117,20 +122,28 @@ class LossRecord(KeepsPrecision):
                 rows.append(torch.zeros((), dtype=dtype, device=device))
         return torch.stack(rows)
 
-    def count(
-        self, present: Mapping[str, Tensor], stacked: Tensor, *, synchronize: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Record the losses of a training step and return `latest`."""
+    def count(self, stacked: Tensor, *, synchronize: bool) -> tuple[Tensor, Tensor]:
+        """Record the losses of a training step.
+
+        Args:
+            stacked: The result of `stack`.
+            synchronize: Whether to average over the processes that have observed a task.
+
+        Returns:
+            The losses, float32 (T,), and whether each is an observation, bool (T,): present, finite
+            and not 0.
+        """
         values = stacked.detach()
-        accepted = values.abs() < inf  # the finite ones; NaN is not below anything
-        self.nonfinite += ~accepted
-        for index, task in enumerate(self.tasks):
-            if task not in present:
-                accepted[index].fill_(False)  # a fill copies nothing from the host
+        finite = values.abs() < inf  # NaN is not below anything
+        self.nonfinite += ~finite
         # float64 losses beyond float32's range are finite and must stay finite
-        latest = values.clamp(-_HUGE, _HUGE).float(), accepted
-        self.latest = mean_over_processes(*latest) if synchronize else latest
-        return self.latest
+        losses = values.clamp(-_HUGE, _HUGE).float()
+        accepted = finite & (losses != 0)  # a missing task is 0 too
+        if synchronize:
+            losses, accepted = mean_over_processes(losses, accepted)
+        observed = torch.stack([losses, accepted.to(losses.dtype)])
+        torch.where(accepted, observed, self.latest, out=self.latest)
+        return losses, accepted
 
     def note_gradients(self, present: Mapping[str, Tensor], training: bool) -> bool:
         """Note which losses require grad; return whether any does.
@@ -156,21 +169,19 @@ class LossRecord(KeepsPrecision):
 
     @torch.no_grad()
     def read(self) -> None:
-        """Add the latest losses to the averages `first` and `recent`."""
-        if self.latest is None:
-            return
-        losses, accepted = (tensor.to(self.first.device) for tensor in self.latest)
-        early = accepted & (self.first[1] < _FIRST)
+        """Add the losses that were observed since the last reading to `first` and `recent`."""
+        losses, fresh = self.latest[0], self.latest[1] > 0
+        early = fresh & (self.first[1] < _FIRST)
         self.first += torch.stack([losses.masked_fill(~early, 0.0), early.float()])
         average, count = self.recent
         moved = torch.where(count > 0, average.lerp(losses, 1 - _DECAY), losses)
-        self.recent[0] = torch.where(accepted, moved, average)
-        self.recent[1] += accepted
+        self.recent[0] = torch.where(fresh, moved, average)
+        self.recent[1] += fresh
+        self.latest[1].zero_()
 
     def forget(self) -> None:
-        """Reset what the state dict does not hold: `nonfinite` and `latest`."""
+        """Reset what the state dict does not hold: `nonfinite`."""
         self.nonfinite.zero_()
-        self.latest = None
 
     # --- results ----------------------------------------------------------------------------------
 
@@ -196,7 +207,8 @@ class LossRecord(KeepsPrecision):
         )
 
     def starts_and_ends(self) -> dict[str, tuple[float, float]]:
-        """Return the loss at the beginning of the run and the loss now, by task."""
+        """Return the loss at the beginning of the run and the loss now, by task; reads both."""
+        self.read()
         total, count = self.first
         starts, ends = (total / count).tolist(), self.recent[0].tolist()
         return dict(zip(self.tasks, zip(starts, ends, strict=True), strict=True))
@@ -209,6 +221,12 @@ class LossRecord(KeepsPrecision):
         """The tasks that have never had a loss, if other tasks have."""
         present = self.with_grad | self.without_grad
         return [task for task in self.tasks if present and task not in present]
+
+    def unlabelled(self) -> list[str]:
+        """The tasks whose losses were all exactly 0; reads the counts from the device."""
+        self.read()
+        counts = dict(zip(self.tasks, self.recent[1].tolist(), strict=True))
+        return [task for task in self.tasks if task in self.with_grad and not counts[task]]
 
     def had_losses(self) -> list[int]:
         """Return `with_grad` and `without_grad` as two numbers, one bit for each task."""

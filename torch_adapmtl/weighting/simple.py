@@ -97,6 +97,10 @@ class CallableWeighting(LossWeighting):
     their sum is not positive; with ``normalize=False`` they are used as returned. Weights that are
     floats are checked. Weights that are tensors are not, because that would wait for the device.
 
+    A loss of exactly 0 (no labels in the batch) is among the losses that the function gets, but the
+    weight that it returns for that task is not used: the task keeps its former weight, and the
+    weights of the other tasks are scaled to sum to their number.
+
     Args:
         tasks: The task names, without duplicates.
         fn: From ``{task: loss}`` to ``{task: weight}`` for the same tasks; a weight is a float
@@ -148,18 +152,21 @@ class CallableWeighting(LossWeighting):
         name = getattr(self.fn, "__qualname__", type(self.fn).__qualname__)
         return {**super().config(), "function": name, "normalize": self.normalize}
 
-    def _weights_for(self, present: Mapping[str, Tensor]) -> Tensor:
+    def _weights_for(self, present: Mapping[str, Tensor], stacked: Tensor) -> Tensor:
         returned = self.fn(dict(present))
         check_names("the weights returned by fn", returned, tuple(present))
-        weights = {task: self._to_weight(task, returned[task]) for task in present}
-        if self.normalize:
-            total = torch.stack(list(weights.values())).sum()
-            scale = (len(weights) / total).masked_fill(total <= 0, 1)
-            weights = {task: weight * scale for task, weight in weights.items()}
         before = self.last.unbind()
-        self.last = torch.stack(
-            [weights.get(task, before[index]) for index, task in enumerate(self.tasks)]
+        weights = torch.stack(
+            [
+                self._to_weight(task, returned[task]) if task in present else before[index]
+                for index, task in enumerate(self.tasks)
+            ]
         )
+        observed = stacked.detach() != 0  # a missing task is 0 too
+        if self.normalize:
+            total = weights.masked_fill(~observed, 0).sum()
+            weights = weights * (observed.sum() / total).masked_fill(total <= 0, 1)
+        self.last = torch.where(observed, weights, self.last)
         return self.weights()
 
     def _to_weight(self, task: str, weight: Tensor | float) -> Tensor:

@@ -45,8 +45,8 @@ class StabilityWeighting(LossWeighting):
     - A task with fewer than two losses in its window has weight 1, and the other tasks share the
       rest.
     - Deviations below 1e-6 count as 1e-6. If all losses are constant, the weights are equal.
-    - The relative change from a nonzero loss to exactly 0 is infinite and counts as 1, as the
-      change from 0 to a nonzero loss does. From 0 to 0 counts as 0.
+    - A loss of exactly 0 says that the batch has no labels for the task: it does not enter the
+      window, as a missing one does not.
     - A single relative change counts as at most 1e6.
     - Losses beyond ±8.5e37 (a quarter of float32's range) are clamped to that.
 
@@ -69,7 +69,7 @@ class StabilityWeighting(LossWeighting):
         history: The windows, float32 of shape (T, window), newest last.
         counts: Number of losses stored so far for each task, int64 of shape (T,).
         steps: Number of steps so far, int64 of shape ().
-        seen: The step at which each task last had a loss, int64 of shape (T,); 0 for never.
+        seen: The step of each task's last stored loss, int64 of shape (T,); 0 for never.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -139,9 +139,20 @@ class StabilityWeighting(LossWeighting):
         self.seen.copy_(torch.where(accepted, self.steps, self.seen))
 
     def unseen(self) -> dict[str, int]:
-        """Return the tasks without a loss for longer than the window, and for how many steps."""
-        ages = dict(zip(self.tasks, (self.steps - self.seen).tolist(), strict=True))
-        return {task: age for task, age in ages.items() if age > self.window}
+        """Return the tasks without a loss for longer than their window, and for how many steps.
+
+        A task that has a loss in every k-th step fills its window in k times as many steps. So the
+        window is measured in steps by the mean gap between the task's own losses, or those of the
+        average task, whichever is longer.
+        """
+        steps, seen, counts = int(self.steps), self.seen.tolist(), self.counts.tolist()
+        average = len(self.tasks) * steps / max(sum(counts), 1)
+        rows = zip(self.tasks, seen, counts, strict=True)
+        return {
+            task: steps - last
+            for task, last, count in rows
+            if steps - last > self.window * max(last / max(count, 1), average)
+        }
 
     def deviations(self) -> Tensor:
         """Deviation of each task's window, float32 of shape (T,); 0 for fewer than two losses."""
@@ -151,7 +162,7 @@ class StabilityWeighting(LossWeighting):
         empty = age > self.counts[:, None]
         if self.deviation == "relative_change":
             before, after = self.history[:, :-1], self.history[:, 1:]
-            change = ((after - before) / after).abs().nan_to_num(nan=0, posinf=1).clamp(max=_CAP)
+            change = ((after - before) / after).abs().clamp(max=_CAP)  # NaN in empty slots
             return change.masked_fill(empty[:, :-1], 0).sum(1) / (
                 self.counts.clamp(2, self.window) - 1
             )
