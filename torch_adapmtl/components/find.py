@@ -8,8 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from torch_adapmtl.components._detect import detect, detect_each
+from torch_adapmtl._checks import outputs_named_like
+from torch_adapmtl._tables import details, html_table, text_table
+from torch_adapmtl.components._detect import detect, detect_each, observe_use
 from torch_adapmtl.components._inventory import Groups, Inventory, Selectors
+from torch_adapmtl.components._misuse import check_use
 from torch_adapmtl.components._outputs import (
     FROZEN,
     SHARED,
@@ -58,7 +61,7 @@ class Components:
     """The prunable tensors of a multi-task model by the tasks that depend on them.
 
     `components[name]` returns the tensors of a component, `name in components` tells whether it has
-    any, and `str(components)` is a small table.
+    any, and `str(components)` is a small table, which notebooks show as HTML with all tensors.
 
     Attributes:
         tasks: The tasks in declared order.
@@ -97,17 +100,24 @@ class Components:
         return any(tensor.component == component for tensor in self.tensors)
 
     def __str__(self) -> str:
+        return "\n".join(text_table(self._table(), left=1))
+
+    def _repr_html_(self) -> str:
+        rows = [["tensor", "component", "shape", "weights"]]
+        for tensor in self.tensors:
+            shape = " x ".join(map(str, tensor.parameter.shape))
+            rows.append([tensor.name, tensor.component, shape, f"{tensor.parameter.numel():,}"])
+        tensors = details(f"{len(self.tensors)} tensors", html_table(rows, left=3))
+        return f"<div>{html_table(self._table(), left=1)}{tensors}</div>"
+
+    def _table(self) -> list[list[str]]:
         pruned = sum(t.parameter.numel() for name in self.names for t in self[name])
-        rows = [("component", "tensors", "weights", "share")]
+        rows = [["component", "tensors", "weights", "share"]]
         for name in (*self.names, *(n for n in (UNUSED, FROZEN) if n in self)):
             weights = sum(tensor.parameter.numel() for tensor in self[name])
             share = f"{100 * weights / pruned:.1f} %" if name in self.names and pruned else "dense"
-            rows.append((name, f"{len(self[name])}", f"{weights:,}", share))
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        return "\n".join(
-            f"{row[0]:<{widths[0]}}  " + "  ".join(f"{row[i]:>{widths[i]}}" for i in (1, 2, 3))
-            for row in rows
-        )
+            rows.append([name, f"{len(self[name])}", f"{weights:,}", share])
+        return rows
 
 
 def find_components(
@@ -215,15 +225,17 @@ def find_components(
     inventory = Inventory(model, prunable, exclude)
     assigned = inventory.assign(groups)
     unassigned = inventory.prunable.keys() - assigned.keys()
+    weights = [owned.parameter for owned in inventory.prunable.values()]
     component_of: dict[int, str] = {}
     if not unassigned:
         tasks = declared_tasks or _tasks_of(groups)
+        use = observe_use(model, example_inputs, task_inputs, weights)
     else:
         if task_inputs is None:
-            detection = detect(model, example_inputs, task_outputs, unassigned)
+            detection = detect(model, example_inputs, task_outputs, unassigned, weights)
         else:
-            detection = detect_each(model, task_inputs, unassigned)
-        tasks = detection.tasks
+            detection = detect_each(model, task_inputs, unassigned, weights)
+        tasks, use = detection.tasks, detection.use
         for key in unassigned:
             mask = detection.masks.get(key, 0)
             if not mask:
@@ -247,6 +259,10 @@ def find_components(
             f"{len(components[FROZEN])} are frozen and {len(components[UNUSED])} unused; let some "
             "require grad, or name what to prune with groups="
         )
+    unpruned = {key for key, component in component_of.items() if component in (UNUSED, FROZEN)}
+    check_use(
+        {k: o for k, o in inventory.prunable.items() if k not in unpruned - use.replaced}, use
+    )
     return components
 
 
@@ -311,7 +327,9 @@ def _group_component(tasks: tuple[str, ...], group: str) -> str:
     if len(parts) == 1:
         return group
     if unknown := [part for part in parts if part not in tasks]:
+        rename = outputs_named_like(unknown, tasks, rest=True)
         raise ValueError(
             f"groups[{group!r}]: {unknown[0]!r} is not a task; the tasks are {', '.join(tasks)}"
+            + (f"; to rename them, pass {rename}" if rename else "")
         )
     return _component(tasks, sum({1 << tasks.index(part) for part in parts}))
