@@ -238,8 +238,8 @@ class Caching(Net):
         self.plain += 1
         self.mean.mul_(0.9).add_(x.detach().mean(0))
         with torch.no_grad():
-            self.heads["a"].weight.clamp_(-0.1, 0.1)
-        self.heads["b"].weight.data[0] = 7.0
+            self.heads["a"].bias.clamp_(-0.1, 0.1)
+        self.heads["b"].bias.data[0] = 7.0
         return self.drop(self.norm(self.body(x)))
 
 

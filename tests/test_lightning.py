@@ -128,8 +128,9 @@ def test_lightning_logs(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("_their_warnings")
 def test_what_the_callback_refuses(tmp_path: Path) -> None:
     module = lightning_module(TwoTasks())
-    with pytest.raises(AttributeError, match=r"model: Module has no module 'net'; name the attr"):
+    with pytest.raises(AttributeError, match=r"model: Module has no module 'net'; name the") as e:
         fit(module, tmp_path, 20, callback={"model": "net"})
+    assert e.value.__context__ is None  # no second error while the trainer handles the first
     with pytest.raises(RuntimeError, match=r"total_steps: .* estimate .* is inf; pass total_steps"):
         fit(module, tmp_path, -1, trainer={"max_epochs": -1})
     assert not hasattr(module.model, "adapmtl")
@@ -224,3 +225,96 @@ def test_data_that_the_module_makes_too_late(tmp_path: Path) -> None:
     )  # fmt: skip
     with pytest.raises(RuntimeError, match=r"not known before setup\(\) .*pass total_steps="):
         trainer.fit(module)
+
+
+def trainer(folder: Path, *callbacks: Any, **options: Any) -> Any:
+    """A trainer without anything that writes or prints."""
+    pl = pytest.importorskip("lightning.pytorch")
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    settings = {"accelerator": "cpu", "enable_model_summary": False, **quiet, **options}
+    return pl.Trainer(callbacks=list(callbacks), default_root_dir=folder, **settings)
+
+
+def pruning(**options: Any) -> Any:
+    from torch_adapmtl.lightning import AdapMTLCallback
+
+    return AdapMTLCallback(
+        **{"target_sparsity": 0.8, "example_inputs": torch.ones(2, 6), **options}
+    )
+
+
+def zeros_of(model: TwoTasks) -> int:
+    """The zeros of the weights that are pruned."""
+    return sum(int((layer.weight == 0).sum()) for layer in (model.body, *model.heads.values()))
+
+
+@pytest.mark.usefixtures("_their_warnings")
+@pytest.mark.parametrize("average", ["EMAWeightAveraging", "StochasticWeightAveraging"])
+def test_averages_of_lightning_come_after_the_callback(average: str, tmp_path: Path) -> None:
+    pl = pytest.importorskip("lightning.pytorch")
+    made = getattr(pl.callbacks, average, None)
+    if made is None:
+        pytest.skip("this Lightning has no such average")
+    options = {"swa_lrs": 1e-3} if average.startswith("Stochastic") else {}
+    loader = DataLoader(batches(10), batch_size=8)
+    module = lightning_module(TwoTasks())
+    with pytest.raises(RuntimeError, match=rf"{average} .* list AdapMTLCallback before it"):
+        trainer(tmp_path, made(**options), pruning(), max_epochs=4).fit(module, loader)
+    assert not hasattr(module.model, "adapmtl")
+    trainer(tmp_path, pruning(), made(**options), max_epochs=4).fit(module, loader)
+    model = module.model.adapmtl.finalize()
+    assert zeros_of(model) == round(0.8 * 168)
+
+
+@pytest.mark.usefixtures("_their_warnings")
+def test_layers_that_are_frozen_at_first_are_pruned(tmp_path: Path) -> None:
+    pl = pytest.importorskip("lightning.pytorch")
+
+    class HeadsFirst(pl.callbacks.BaseFinetuning):  # type: ignore[misc, name-defined]
+        def freeze_before_training(self, module: Any) -> None:
+            self.freeze(module.model.body)
+
+        def finetune_function(self, module: Any, epoch: int, optimizer: Any) -> None:
+            if epoch == 1:
+                self.unfreeze_and_add_param_group(module.model.body, optimizer)
+
+    loader = DataLoader(batches(10), batch_size=8)
+    module = lightning_module(TwoTasks())
+    module.configure_optimizers = lambda: torch.optim.SGD(module.model.heads.parameters(), lr=0.01)
+    with pytest.raises(RuntimeError, match=r"HeadsFirst has frozen .*list AdapMTLCallback before"):
+        trainer(tmp_path, HeadsFirst(), pruning(), max_epochs=4).fit(module, loader)
+    module.model.requires_grad_(True)
+    trainer(tmp_path, pruning(), HeadsFirst(), max_epochs=4).fit(module, loader)
+    assert zeros_of(module.model.adapmtl.finalize()) == round(0.8 * 168)
+
+
+@pytest.mark.usefixtures("_their_warnings")
+def test_one_callback_for_two_models_logs_both(tmp_path: Path) -> None:
+    pytest.importorskip("lightning.pytorch")
+    from lightning.pytorch.loggers import CSVLogger
+
+    callback = pruning()
+    for run in range(2):
+        logger = CSVLogger(tmp_path, version=run, flush_logs_every_n_steps=1)
+        options = {"logger": logger, "max_steps": 10, "log_every_n_steps": 10}
+        module = lightning_module(TwoTasks())
+        trainer(tmp_path, callback, **options).fit(module, DataLoader(batches(10), batch_size=8))
+        assert len((Path(logger.log_dir) / "metrics.csv").read_text().split()) == 2
+
+
+def test_a_run_that_ends_early_says_so(tmp_path: Path) -> None:
+    pl = pytest.importorskip("lightning.pytorch")
+    scheduler = pl.callbacks.GradientAccumulationScheduler({0: 1, 2: 2})
+    loader = DataLoader(batches(10), batch_size=8)
+
+    def warnings_of(*callbacks: Any, **options: Any) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer(tmp_path, *callbacks, **options).fit(lightning_module(TwoTasks()), loader)
+        return [str(w.message) for w in caught if "total_steps" in str(w.message)]
+
+    (early,) = warnings_of(pruning(), scheduler, max_epochs=4)
+    assert "ended after 30 of total_steps=40" in early
+    assert "is not at its target" in early
+    assert not warnings_of(pruning(), max_epochs=4)
+    assert not warnings_of(pruning(total_steps=80), max_epochs=4)  # as the user says

@@ -70,12 +70,18 @@ def prunable_weights(model: nn.Module, entry: Entry) -> Weights:
         nn.MultiheadAttention: "*_proj_weight",
         **entry.arguments().get("prunable", {}),
     }
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    exclude = entry.arguments().get("exclude", ())
+    names = {
+        id(parameter): name
+        for name, parameter in model.named_parameters()
+        if not any(fnmatchcase(name, part) or fnmatchcase(name, f"{part}.*") for part in exclude)
+    }
     found: Weights = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             for kind, pattern in kinds.items():
-                if isinstance(module, kind) and fnmatchcase(name, pattern):
+                own = id(parameter) in names
+                if own and isinstance(module, kind) and fnmatchcase(name, pattern):
                     found.setdefault(names[id(parameter)], (module, name))
     return found
 

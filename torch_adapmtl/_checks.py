@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import cast
 
@@ -25,6 +27,7 @@ __all__ = [
     "check_steps",
     "check_threshold",
     "obstacle",
+    "outputs_named_like",
     "trouble_of_inference",
 ]
 
@@ -105,6 +108,36 @@ def check_rate(name: str, value: object) -> None:
     check_numbers(**{name: value})
     if not 0.0 <= cast(float, value) < math.inf:
         raise ValueError(f"{name} must be a finite number >= 0, got {value}")
+
+
+def outputs_named_like(names: Iterable[str], outputs: Iterable[str], *, rest: bool) -> str:
+    """Return the argument `task_outputs=` that gives `names` to outputs such as `<name>_logits`.
+
+    It is for errors about names that are not outputs.
+
+    Args:
+        names: The names that the user has given.
+        outputs: The names of the model's outputs.
+        rest: Whether the argument lists the other outputs too, under their names.
+
+    Returns:
+        The argument, or an empty string if there is not one output for each name.
+    """
+    outputs = list(outputs)
+    chosen: dict[str, str] = {}
+    for name in names:
+        word = re.compile(rf"(^|[^a-z0-9]){re.escape(name.lower())}($|[^a-z0-9])")
+        similar = [name] if name in outputs else [o for o in outputs if word.search(o.lower())]
+        if len(similar) != 1 or similar[0] in chosen.values():
+            return ""
+        chosen[name] = similar[0]
+    if not chosen or all(name == output for name, output in chosen.items()):
+        return ""
+    if rest:
+        names_of = {output: name for name, output in chosen.items()}
+        chosen = {names_of.get(output, output): output for output in outputs}
+    entries = (f'"{name}": "{output}"' for name, output in chosen.items())
+    return f"task_outputs={{{', '.join(entries)}}}"
 
 
 def check_reach(reach: float) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any, cast
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import BaseFinetuning, Callback
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from torch_adapmtl.prepare import apply_adapmtl
 from torch_adapmtl.pruner import Pruner
@@ -32,6 +34,10 @@ class AdapMTLCallback(Callback):
     written before that hold the prepared model: to test from one in a new process, prepare the
     model by `apply_adapmtl` first.
 
+    List callbacks that average the weights (`EMAWeightAveraging`) or freeze layers for a time
+    (`BackboneFinetuning`) after this one. To resume a run with another `max_epochs`, pass the
+    `total_steps` of the first run.
+
     Args:
         model: Name of the attribute of the `LightningModule` that holds the model; None for the
             module itself, which then needs `groups`, or `example_inputs` for its `forward`.
@@ -43,7 +49,12 @@ class AdapMTLCallback(Callback):
     Raises:
         AttributeError: In `setup`, if the module has no such attribute. A model that is made in
             `configure_model` or `setup` does not exist yet at that time.
-        RuntimeError: If the number of steps is needed and the trainer cannot estimate it.
+        RuntimeError: If the number of steps is needed and the trainer cannot estimate it, or if a
+            callback that is listed before has copied the module or frozen layers.
+
+    Warns:
+        UserWarning: At the end of the training, if the trainer has made fewer steps than it
+            estimated, as after early stopping.
 
     Example:
         >>> import lightning.pytorch as pl
@@ -84,9 +95,28 @@ class AdapMTLCallback(Callback):
             return  # prepared, and perhaps finalized since
         if stage != "fit":
             return  # a plain model can be validated and tested as it is
+        self._check_order(trainer, pl_module)
         steps = self._estimate(trainer) if self.total_steps is None else self.total_steps
         apply_adapmtl(model, total_steps=steps, **self.options)
         self._prepared = model
+
+    def _check_order(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Raise an error if a callback before this one has copied the module or frozen layers."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks[: callbacks.index(self)] if self in callbacks else ():
+            if isinstance(callback, BaseFinetuning):
+                raise RuntimeError(
+                    f"callbacks: {type(callback).__name__} has frozen layers, which would never be "
+                    f"pruned, also after it unfreezes them: list AdapMTLCallback before it, with "
+                    f"exclude= for layers that are to stay dense"
+                )
+            for value in vars(callback).values():
+                copied = value.module if isinstance(value, AveragedModel) else value
+                if isinstance(copied, type(pl_module)) and copied is not pl_module:
+                    raise RuntimeError(
+                        f"callbacks: {type(callback).__name__} has copied the module before it was "
+                        f"prepared: list AdapMTLCallback before it"
+                    )
 
     def _estimate(self, trainer: pl.Trainer) -> int:
         estimate: object
@@ -111,6 +141,7 @@ class AdapMTLCallback(Callback):
                 f"total_steps: the trainer counts the steps of its {len(trainer.optimizers)} "
                 f"optimizers together; pass total_steps=, the number of steps of the last one"
             )
+        self._logged = 0
         pruner.detach()
         pruner.attach(trainer.optimizers[-1])
 
@@ -128,19 +159,27 @@ class AdapMTLCallback(Callback):
                 logger.log_metrics(scalars, step=step)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Detach from the optimiser."""
-        if (pruner := self._pruner(pl_module)) is not None:
-            pruner.detach()
+        """Detach from the optimiser; warn if the run was shorter than the trainer estimated."""
+        if (pruner := self._pruner(pl_module)) is None:
+            return
+        pruner.detach()
+        if self.total_steps is None and (step := pruner.report().step) < pruner.total_steps:
+            rank_zero_warn(
+                f"training ended after {step} of total_steps={pruner.total_steps} optimizer steps, "
+                f"so the model is not at its target. total_steps was the trainer's estimate: call "
+                f"fit again to go on, pruner.fix_zeros() to prune the model to its target now, or "
+                f"pass total_steps= to AdapMTLCallback next time"
+            )
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Detach from the optimiser."""
-        self.on_train_end(trainer, pl_module)
+        if (pruner := self._pruner(pl_module)) is not None:
+            pruner.detach()
 
     def _model(self, pl_module: pl.LightningModule) -> nn.Module:
-        model = pl_module if self.model is None else getattr(pl_module, self.model, None)
-        if not isinstance(model, nn.Module):
+        if (model := self._find(pl_module)) is None:
             raise AttributeError(
                 f"model: {type(pl_module).__name__} has no module {self.model!r}; name the "
                 f"attribute that holds the model, which has to be made in __init__, or pass "
@@ -148,6 +187,11 @@ class AdapMTLCallback(Callback):
             )
         return model
 
+    def _find(self, pl_module: pl.LightningModule) -> nn.Module | None:
+        model = pl_module if self.model is None else getattr(pl_module, self.model, None)
+        return model if isinstance(model, nn.Module) else None
+
     def _pruner(self, pl_module: pl.LightningModule) -> Pruner | None:
-        pruner = getattr(self._model(pl_module), "adapmtl", None)
+        # Not `_model`: after its error, the trainer calls `on_exception`.
+        pruner = getattr(self._find(pl_module), "adapmtl", None)
         return pruner if isinstance(pruner, Pruner) else None

@@ -68,13 +68,13 @@ def test_the_second_look_may_fail() -> None:
 
         def features(self, x: Tensor) -> Tensor:
             with torch.no_grad():
-                self.body[0].weight.mul_(0.5)
+                self.body[0].bias.mul_(0.5)
             return self.body(x)
 
     model = Teacher()
-    weight = model.body[0].weight.detach().clone()
+    bias = model.body[0].bias.detach().clone()
     assert detected(model)["spare.weight"] == UNUSED
-    assert torch.equal(model.body[0].weight, weight)
+    assert torch.equal(model.body[0].bias, bias)
 
 
 class Fails(Net):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from awkward import Case, Net
 from finding import X, by_name, detected, each_case
+from html_tables import tables_of
 
 from torch_adapmtl import find_components
 from torch_adapmtl.components.find import UNUSED
@@ -95,3 +96,12 @@ def test_the_table() -> None:
         ["unused", "2", "72", "dense"],
     ]
     assert len({len(line) for line in table[1:-1]}) == 1
+
+
+def test_the_table_as_html() -> None:
+    components, tensors = tables_of(find_components(awkward.UnusedParts(), X))
+    assert components[1] == ["shared", "2", "72", "70.6 %"]
+    assert components[-1] == ["unused", "2", "72", "dense"]
+    assert tensors[0] == ["tensor", "component", "shape", "weights"]
+    assert tensors[3] == ["heads.a.weight", "a", "2 x 6", "12"]
+    assert len(tensors) == 7

@@ -129,6 +129,74 @@ ERRORS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Any, str]] = {
 }
 
 
+def nested(a: Tensor, b: Tensor) -> dict[str, Any]:
+    return {"left": a, "right": b, "epoch": 3}
+
+
+RENAMED = r'task_outputs=\{"left": "left_logits", "right": "out.RIGHT"\}$'
+NESTED = (
+    r"whose entry '0' is a dict of 'left', 'right'. If these are the tasks, .*task_outputs=\{"
+    r'"left": lambda output: output\[0\]\["left"\], "right": lambda output: '
+    r'output\[0\]\["right"\]\}'
+)
+ERRORS |= {
+    "keys of similar names": (
+        lambda a, b: {"left_logits": a, "out.RIGHT": b, "upright": a},
+        ["left", "right"],
+        RENAMED,
+    ),
+    "keys of which none is similar": (
+        lambda a, b: {"left_logits": a, "left_hidden": a, "right": b},
+        ["left", "right"],
+        r'task_outputs=\{"name": lambda output: ..., ...\}$',
+    ),
+    "a key of a similar name": (
+        lambda a, b: {"left_logits": a, "right": b},
+        {"left": "left", "right": "right"},
+        r"nothing there; there is 'left_logits', 'right'; .* as in task_outputs=\{\"left\": ",
+    ),
+    "tasks and features": (
+        lambda a, b: (nested(a, b), a),
+        None,
+        NESTED + r'; if the entries of the whole are the tasks, name them: task_outputs=\["',
+    ),
+    "a loss and tasks": (
+        lambda a, b: [a.sum(), Pair(a, b)],
+        None,
+        r"a list whose entry '1' is a Pair of .* output\[1\]\.left, ",
+    ),
+    "tasks and None": (lambda a, b: (nested(a, b), None), None, NESTED + "$"),
+    "tasks in a dict": (
+        lambda a, b: {"out": Record(a, b)},
+        None,
+        r"a dict whose entry 'out' is a Record of .* output\[\"out\"\]\.left, ",
+    ),
+}
+
+
+def test_similar_names_in_groups() -> None:
+    model = Returns(lambda a, b: {"left_logits": a, "right_logits": b, "x": a * 2})
+    with pytest.raises(ValueError, match=r"'left' is not a task; .* pass task_out") as caught:
+        find_components(model, X, groups={"left+x": ["body"]})
+    assert str(caught.value).endswith(
+        '{"left": "left_logits", "right_logits": "right_logits", "x": "x"}'
+    )
+
+
+def test_entries_that_may_be_nested_tasks() -> None:
+    """Several nested entries are tasks, and so are those that have names."""
+    for make, tasks in (
+        (lambda a, b: (nested(a, b), {"x": a, "y": b}), ("0", "1")),
+        (lambda a, b: ({"x": a}, b), ("0", "1")),
+        (lambda a, b: ([a, b], b), ("0", "1")),
+        (lambda a, b: {"boxes": nested(a, b), "mask": b}, ("boxes", "mask")),
+        (lambda a, b: Pair(nested(a, b), b), ("left", "right")),
+    ):
+        assert find_components(Returns(make), X).tasks == tasks
+    model = Returns(lambda a, b: (nested(a, b), a))
+    assert find_components(model, X, task_outputs=["both", "a"]).tasks == ("both", "a")
+
+
 @pytest.mark.parametrize(("make", "task_outputs", "match"), ERRORS.values(), ids=ERRORS.keys())
 def test_output_errors(
     make: Callable[[Tensor, Tensor], Any], task_outputs: Any, match: str

@@ -66,7 +66,7 @@ class Leaky(Net):
         self.object.items.append(x)
         self.body[0].added = nn.Linear(1, 1)
         self.body[1].register_forward_hook(lambda *_: None)
-        self.heads["a"].weight.data = self.heads["a"].weight.data + 1
+        self.heads["a"].bias.data = self.heads["a"].bias.data + 1
         self.ema.data = self.ema.data + 1
         self.body[0].weight.note = x
         self.body[0].weight.register_hook(lambda grad: grad)
@@ -158,3 +158,44 @@ def test_models_can_be_copied_and_trained_afterwards(case: Case) -> None:
     with contextlib.suppress(RuntimeError):  # torch's own limits for non-leaf attributes
         model = copy.deepcopy(model)
     torch.stack(list(case.losses(model(case.inputs())).values())).sum().backward()
+
+
+class Writing(Net):
+    """Writes to parameters and buffers in the ways that a device without addresses has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(awkward.WIDTH)
+        self.register_buffer("calls", torch.zeros(3))
+
+    def features(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.body[0].bias.data.add_(1)
+        with torch.no_grad():
+            self.body[2].bias.mul_(3)
+        self.heads["a"].bias.data = self.heads["a"].bias.data * 5
+        return self.norm(self.body(x))
+
+
+def test_a_device_whose_tensors_have_no_address() -> None:
+    """As on XLA: there is no storage to compare or copy, and dispatch modes do not work."""
+    backend = pytest.importorskip("torch._lazy.ts_backend")
+    with contextlib.suppress(RuntimeError):  # made before in this process
+        backend.init()
+    model = Writing().to("lazy")
+    with pytest.raises(RuntimeError, match="invalid python storage"):
+        model.calls.untyped_storage().data_ptr()
+    before = {name: value.cpu() for name, value in model.state_dict().items()}
+    parameters = list(map(id, model.parameters()))
+    components = find_components(model, X.to("lazy"))
+    assert [(t.name, t.component) for t in components.tensors] == [
+        ("body.0.weight", "shared"),
+        ("body.2.weight", "shared"),
+        ("heads.a.weight", "a"),
+        ("heads.b.weight", "b"),
+    ]
+    assert list(map(id, model.parameters())) == parameters
+    after = model.state_dict()
+    assert all(torch.equal(after[name].cpu(), value) for name, value in before.items())
+    model(X.to("lazy"))["a"].sum().backward()
+    assert model.heads["a"].weight.grad is not None

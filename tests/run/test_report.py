@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
-from html.parser import HTMLParser
 
 import pytest
+from html_tables import tables_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,39 +35,6 @@ def example(**changes: object) -> Report:
         task_weights={"seg": 1.25, "depth": 0.75},
     )
     return dataclasses.replace(report, **changes)
-
-
-class Cells(HTMLParser):
-    """Collects the text of the cells of each table, and checks that tags close in order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tables: list[list[list[str]]] = []
-
-    def handle_starttag(self, tag: str, attrs: object) -> None:
-        self.open.append(tag)
-        if tag == "table":
-            self.tables.append([])
-        if tag == "tr":
-            self.tables[-1].append([])
-        if tag in ("td", "th"):
-            self.tables[-1][-1].append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open[-1] in ("td", "th"):
-            self.tables[-1][-1][-1] += data
-
-
-def tables_of(report: Report) -> list[list[list[str]]]:
-    parser = Cells()
-    parser.feed(report._repr_html_())
-    parser.close()
-    assert not parser.open
-    return parser.tables
 
 
 def test_text() -> None:

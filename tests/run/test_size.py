@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from html_tables import tables_of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -131,6 +132,20 @@ def test_size_reads_well() -> None:
     text = str(size(nn.Linear(1000, 1000)))
     assert text.startswith("1,001,000 parameters, 0.00 % zero: 4.004 MB dense, 4.004 MB as bitmap")
     assert size(nn.ReLU()).sparsity == 0
+
+
+def test_html_of_a_size() -> None:
+    layer = nn.Linear(500, 500, bias=False)
+    nn.init.eye_(layer.weight)
+    (table,) = tables_of(size(layer))
+    assert table == [
+        ["format", "size", "of dense"],
+        ["dense", "1.000 MB", "100.0 %"],
+        ["bitmap and values", "0.033 MB", "3.3 %"],
+        ["CSR", "0.006 MB", "0.6 %"],
+    ]
+    assert "250,000 parameters, 99.80 % zero" in size(layer)._repr_html_()
+    assert tables_of(size(nn.ReLU()))[0][1] == ["dense", "0.000 MB", ""]
 
 
 @pytest.mark.parametrize("nothing", [nn.ReLU(), [], torch.empty(0)])

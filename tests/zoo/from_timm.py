@@ -39,14 +39,17 @@ def over_maps(encoder: nn.Module) -> Heads:
     return Heads(encoder, encoder.feature_info.channels()[-1], dense=True)
 
 
-def pooled(name: str, family: str, size: int = 32, **options: Any) -> Entry:
+def pooled(
+    name: str, family: str, size: int = 32, exclude: Collection[str] = (), **options: Any
+) -> Entry:
     """A timm encoder that gives a vector for each image, under linear heads."""
 
     def make() -> nn.Module:
         return over(create(name, num_classes=0, **options))
 
     return Entry(
-        f"{name}-pooled", family, make, partial(images, size), below_heads(), "timm", given=False,
+        f"{name}-pooled", family, make, partial(images, size), below_heads(), "timm",
+        {"exclude": exclude}, given=False,
     )  # fmt: skip
 
 
@@ -172,7 +175,8 @@ CONVOLUTIONAL = (
     features("fasternet_t0", CONV),
     pooled("inception_next_atto", CONV),
     pooled("hgnetv2_b0", CONV),
-    pooled("test_nfnet", CONV),
+    # Its other convolutions standardise their weights in forward, and are refused.
+    pooled("test_nfnet", CONV, exclude=["*.stem", "*.conv[123]*", "*.downsample", "*.final_conv"]),
     features("test_mambaout", CONV),
     # Its four resolutions exchange features to the end: the last map needs all of them, but
     # not what the last exchange makes for the other three.
@@ -263,7 +267,9 @@ HYBRIDS = (
     distilled("repvit_m0_9", HYBRID, 64, ("head.head", "head.head_dist")),
     distilled("swiftformer_xs", HYBRID, 64),
     features("shvit_s1", HYBRID, 64),
-    pooled("vit_tiny_r_s16_p8_224", HYBRID, 64, img_size=64, depth=2),
+    pooled(
+        "vit_tiny_r_s16_p8_224", HYBRID, 64, ["*.patch_embed.backbone"], img_size=64, depth=2
+    ),
     # The blocks of a stage have their encodings of positions in common: modules of several names.
     built(
         "coat", HYBRID, "coat.CoaT", img_size=64, patch_size=4, embed_dims=(16, 32, 32, 32),

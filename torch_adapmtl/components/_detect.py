@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -13,8 +13,11 @@ from torch_adapmtl.components._graph import leaf_masks
 from torch_adapmtl.components._inputs import FORMS, call_arguments, encoder_images
 from torch_adapmtl.components._outputs import OutputError, TaskOutputs, split_output
 from torch_adapmtl.components._probe import probe
+from torch_adapmtl.components._weight_use import WeightUse
 
-__all__ = ["Detection", "detect", "detect_each"]
+__all__ = ["Detection", "detect", "detect_each", "observe_use"]
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Detection:
         tasks: The tasks in declared order.
         masks: For each parameter that a task depends on, by id: a bit mask in which bit `i` is set
             if the output of task `i` depends on it.
+        use: What operations receive of the prunable weights.
         cut_off: Ids of parameters that outputs depend on only through `detach`, `no_grad` or
             `inference_mode`.
         output_type: The type of what the model returned.
@@ -32,6 +36,7 @@ class Detection:
 
     tasks: tuple[str, ...]
     masks: dict[int, int]
+    use: WeightUse
     cut_off: frozenset[int] = frozenset()
     output_type: type = object
 
@@ -41,9 +46,10 @@ def detect(
     example_inputs: Any,
     task_outputs: TaskOutputs | None,
     parameter_ids: Iterable[int],
+    weights: Sequence[nn.Parameter],
     argument: str = "example_inputs",
 ) -> Detection:
-    """Run `model` and follows the autograd graph from each task's output.
+    """Run `model` and follow the autograd graph from each task's output.
 
     Args:
         model: The model, unwrapped.
@@ -52,21 +58,20 @@ def detect(
         parameter_ids: Ids of the parameters whose tasks are wanted. If no task depends on some of
             them, the model is run again, to see whether they are cut off, dropped at random or
             unused.
+        weights: The parameters whose use is wanted. If operations do not receive zeros of some of
+            them, the model is run again in eval mode, because noise in training does not matter.
         argument: The name of `example_inputs` in errors.
     """
 
-    def read(output: Any) -> Detection:
+    def read(output: Any, use: WeightUse) -> Detection:
         outputs = split_output(output, task_outputs)
         _check_grad(outputs)
         masks = leaf_masks(list(outputs.values()))
-        return Detection(tuple(outputs), masks, output_type=type(output))
+        return Detection(tuple(outputs), masks, use, output_type=type(output))
 
-    if example_inputs is None:
-        detection, run = _run_on_images(model, read)
-    else:
-        detection, run = _run_on_inputs(model, example_inputs, read, argument)
-    missing = set(parameter_ids) - detection.masks.keys()
-    if missing and (in_eval := _attempt(run, training=False)) is not None:
+    detection, run = _run(model, example_inputs, read, weights, argument)
+    missing, in_eval = set(parameter_ids) - detection.masks.keys(), None
+    if missing and (in_eval := _attempt(run, read, training=False)) is not None:
         # Train mode can drop layers at random. Eval mode can return something else: other tasks,
         # or a tensor in place of a tuple, in which an index means something else too.
         same_tasks = in_eval.tasks == detection.tasks
@@ -74,14 +79,18 @@ def detect(
             dropped = {key: in_eval.masks[key] for key in missing & in_eval.masks.keys()}
             detection = replace(detection, masks={**detection.masks, **dropped})
             missing -= dropped.keys()
-    if missing and (seen_through := _attempt(run, see_through=True)) is not None:
+    if missing and (seen_through := _attempt(run, read, weights=(), see_through=True)) is not None:
         cut_off = frozenset(missing & seen_through.masks.keys())
         detection = replace(detection, cut_off=cut_off)
-    return detection
+    use = _use_in_both_modes(detection.use, in_eval and in_eval.use, run)
+    return replace(detection, use=use)
 
 
 def detect_each(
-    model: nn.Module, task_inputs: Mapping[str, Any], parameter_ids: Iterable[int]
+    model: nn.Module,
+    task_inputs: Mapping[str, Any],
+    parameter_ids: Iterable[int],
+    weights: Sequence[nn.Parameter],
 ) -> Detection:
     """Run `model` once for each task, on the task's inputs; all it returns belongs to the task.
 
@@ -89,26 +98,78 @@ def detect_each(
         model: The model, unwrapped.
         task_inputs: The example inputs of each task.
         parameter_ids: As for `detect`.
+        weights: As for `detect`.
     """
     parameter_ids = list(parameter_ids)
     masks: dict[int, int] = {}
     cut_off: set[int] = set()
+    use = WeightUse()
     for bit, (task, inputs) in enumerate(task_inputs.items()):
         whole: TaskOutputs = {task: lambda output: output}
-        detection = detect(model, inputs, whole, parameter_ids, f"task_inputs[{task!r}]")
+        argument = f"task_inputs[{task!r}]"
+        detection = detect(model, inputs, whole, parameter_ids, weights, argument)
         for key in detection.masks:
             masks[key] = masks.get(key, 0) | 1 << bit
         cut_off |= detection.cut_off
-    return Detection(tuple(task_inputs), masks, frozenset(cut_off - masks.keys()))
+        use |= detection.use
+    return Detection(tuple(task_inputs), masks, use, frozenset(cut_off - masks.keys()))
 
 
-def _run_on_inputs(
-    model: nn.Module, example_inputs: Any, read: Callable[[Any], Detection], argument: str
-) -> tuple[Detection, Callable[..., Detection]]:
-    """Return what a run on the user's inputs shows, and a function that runs the model again."""
-    run = partial(probe, model, *call_arguments(example_inputs, argument), read)
+def observe_use(
+    model: nn.Module,
+    example_inputs: Any,
+    task_inputs: Mapping[str, Any] | None,
+    weights: Sequence[nn.Parameter],
+) -> WeightUse:
+    """Run `model` on the inputs only to see how it uses its weights.
+
+    Without inputs, it runs on images made for its encoder, if it has one and runs on them.
+    """
+
+    def read(output: Any, use: WeightUse) -> WeightUse:
+        return use
+
+    calls = {"example_inputs": example_inputs}
+    if task_inputs is not None:
+        calls = {f"task_inputs[{task!r}]": inputs for task, inputs in task_inputs.items()}
+    total = WeightUse()
+    for argument, inputs in calls.items():
+        try:
+            use, run = _run(model, inputs, read, weights, argument)
+        except (ValueError, RuntimeError):
+            if inputs is None:  # nobody has said that the model can run
+                break
+            raise
+        total |= _use_in_both_modes(use, None, run)
+    return total
+
+
+def _use_in_both_modes(
+    in_training: WeightUse, in_eval: WeightUse | None, run: Callable[..., WeightUse]
+) -> WeightUse:
+    """Return what both modes do, without what is remade in train mode only, as by noise."""
+    if in_eval is None and in_training.remade:
+        in_eval = _attempt(run, lambda output, use: use, training=False)
+    if in_eval is None:
+        return in_training
+    only_in_training = (in_training.remade & in_eval.used) - in_eval.remade
+    use = in_training | in_eval
+    return replace(use, remade=use.remade - only_in_training)
+
+
+def _run(
+    model: nn.Module,
+    example_inputs: Any,
+    read: Callable[[Any, WeightUse], _T],
+    weights: Sequence[nn.Parameter],
+    argument: str,
+) -> tuple[_T, Callable[..., Any]]:
+    """Return what a run of the model shows, and a function that runs it again."""
+    if example_inputs is None:
+        return _run_on_images(model, read, weights)
+    run = partial(probe, model, *call_arguments(example_inputs, argument), weights=weights)
     try:
-        return run(), run
+        return run(read), run
     except OutputError:
         raise
     except Exception as error:
@@ -119,15 +180,15 @@ def _run_on_inputs(
 
 
 def _run_on_images(
-    model: nn.Module, read: Callable[[Any], Detection]
-) -> tuple[Detection, Callable[..., Detection]]:
+    model: nn.Module, read: Callable[[Any, WeightUse], _T], weights: Sequence[nn.Parameter]
+) -> tuple[_T, Callable[..., Any]]:
     """The same on images made for the encoder in the model, of the first shape that works."""
     encoder, batches = encoder_images(model)
     failure: Exception | None = None
     for batch in batches:
-        run = partial(probe, model, (batch,), {}, read)
+        run = partial(probe, model, (batch,), {}, weights=weights)
         try:
-            return run(), run
+            return run(read), run
         except OutputError:
             raise
         except Exception as error:
@@ -140,10 +201,12 @@ def _run_on_images(
     ) from failure
 
 
-def _attempt(run: Callable[..., Detection], **options: bool) -> Detection | None:
+def _attempt(
+    run: Callable[..., _T], read: Callable[[Any, WeightUse], _T], **options: Any
+) -> _T | None:
     """Return what a run in another mode shows; None if the model does not run in that mode."""
     try:
-        return run(**options)
+        return run(read, **options)
     except Exception:
         return None
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torch_adapmtl._checks import outputs_named_like
+
 __all__ = [
     "FROZEN",
     "RULE",
@@ -123,6 +125,7 @@ def _split_by_structure(output: Any) -> dict[str, list[Tensor]]:
             f"the model returns {_describe(output)}, so it does not look multi-task. "
             f"{_ONE_TASK_REMEDY}"
         )
+    _check_nesting(output, entries)
     tensors = {name: found for name, entry in entries.items() if (found := list(_tensors(entry)))}
     # Given labels, Hugging Face models return their own loss beside the outputs.
     loss = entries.get("loss")
@@ -136,6 +139,49 @@ def _split_by_structure(output: Any) -> dict[str, list[Tensor]]:
             f"the model returns {returned}, so it is not multi-task. {_ONE_TASK_REMEDY}"
         )
     return tensors
+
+
+def _check_nesting(output: Any, entries: Mapping[Any, Any]) -> None:
+    """Raise an `OutputError` if the tasks seem to be the entries of an entry of the output.
+
+    A position is no name: where a tuple holds features or a loss beside the tasks, each of its
+    entries would count as a task. Named entries count as the tasks unless there is only one.
+    """
+    full = {name: entry for name, entry in entries.items() if list(_tensors(entry))}
+    inner = {}
+    for name, entry in full.items():
+        if isinstance(entry, Mapping) or _is_record(entry):
+            found = [key for key, part in (_entries(entry) or {}).items() if list(_tensors(part))]
+            inner[name] = [key for key in found if isinstance(key, str) and is_task_name(key)]
+    by_position = isinstance(output, tuple | list) and not hasattr(output, "_fields")
+    if len(inner) != 1 or not (by_position or len(full) == 1):
+        return
+    ((name, keys),) = inner.items()
+    if len(keys) < 2:
+        return
+    entry = full[name]
+    outer = f"[{name}]" if by_position else _access(output, name)
+    selectors = ", ".join(f'"{k}": lambda output: output{outer}{_access(entry, k)}' for k in keys)
+    otherwise = ""
+    if len(full) > 1:
+        otherwise = '; if the entries of the whole are the tasks, name them: task_outputs=["...", '
+        otherwise += "...]"
+    raise OutputError(
+        f"the model returns {_describe(output)} whose entry {name!r} is {_describe(entry)} of "
+        f"{', '.join(map(repr, keys))}. If these are the tasks, say so: "
+        f"task_outputs={{{selectors}}}{otherwise}"
+    )
+
+
+def _access(container: Any, name: str) -> str:
+    """Return the code that selects an entry."""
+    return f'["{name}"]' if isinstance(container, Mapping) else f".{name}"
+
+
+def _is_record(value: Any) -> bool:
+    """Return whether a value is a named tuple or a dataclass."""
+    named = isinstance(value, tuple) and hasattr(value, "_fields")
+    return named or (dataclasses.is_dataclass(value) and not isinstance(value, type))
 
 
 def _describe(output: Any) -> str:
@@ -162,9 +208,11 @@ def _entry(output: Any, name: str, position: int, names: Sequence[str]) -> Any:
         return entries[name]
     if entries is None or isinstance(output, Mapping):
         returned = f"keys {list(output)}" if isinstance(output, Mapping) else _describe(output)
+        split = outputs_named_like(names, map(str, entries or ()), rest=False)
+        split = split or 'task_outputs={"name": lambda output: ..., ...}'
         raise OutputError(
             f"task_outputs names the tasks {list(names)}, but the model returns {returned}; name "
-            'its keys, or say how to split it: task_outputs={"name": lambda output: ..., ...}'
+            f"its keys, or say how to split it: {split}"
         )
     if len(entries) != len(names):
         raise OutputError(
@@ -189,9 +237,13 @@ def _select(output: Any, selector: Callable[[Any], Any] | str | int, name: str) 
             return getattr(output, selector)
         return output[selector]
     except (KeyError, IndexError, TypeError, AttributeError) as error:
+        keys = [str(key) for key in _entries(output) or ()]
+        similar = outputs_named_like([str(selector)], keys, rest=False)
+        there = f"; there is {', '.join(map(repr, keys))}" if keys else ""
         raise OutputError(
             f"task_outputs: task {name!r} is at {selector!r}, but the model's output "
-            f"({_describe(output)}) has nothing there; name a key, attribute or index of it"
+            f"({_describe(output)}) has nothing there{there}; name a key, attribute or index of it"
+            + (f", as in {similar}" if similar else "")
         ) from error
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from torch_adapmtl.components._snapshot import untouched
+from torch_adapmtl.components._weight_use import WeightUse, WeightUseMode
 
 __all__ = ["probe"]
 
@@ -25,12 +26,13 @@ def probe(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    read: Callable[[Any], _T],
+    read: Callable[[Any, WeightUse], _T],
     *,
+    weights: Sequence[nn.Parameter] = (),
     training: bool = True,
     see_through: bool = False,
 ) -> _T:
-    """Run `model` and return `read(output)`; afterwards the model is as it was.
+    """Run `model` and return `read(output, use)`; afterwards the model is as it was.
 
     The model runs in train mode, because eval mode hides auxiliary heads. Batch normalisation runs
     in eval mode: the graph is the same, statistics do not change, and a batch of one is enough.
@@ -41,7 +43,9 @@ def probe(
         model: The model, unwrapped.
         args: Positional arguments of the model. Tensors in them are copied.
         kwargs: Keyword arguments of the model. Tensors in them are copied.
-        read: Called with the model's output while its graph exists. It must not return tensors.
+        read: Called with the model's output while its graph exists, and with how the model used
+            `weights`. It must not return tensors.
+        weights: The parameters to watch.
         training: Whether the model runs in train mode.
         see_through: Ignore `detach`, `no_grad` and `inference_mode` in the model. This tells
             parameters that they cut off from parameters that are not used at all. It can break a
@@ -55,8 +59,11 @@ def probe(
         # The model may change its input in place. The copies are also ordinary tensors where the
         # caller's were made in inference mode.
         copied_args, copied_kwargs = _copy(args), _copy(dict(kwargs))
-        with guard:
-            return read(model(*copied_args, **copied_kwargs))
+        watch = WeightUseMode(model, weights) if weights and guard is not None else None
+        with guard or nullcontext():
+            with watch or nullcontext():
+                output = model(*copied_args, **copied_kwargs)
+            return read(output, watch.result() if watch else WeightUse())
 
 
 def _prepare(model: nn.Module, training: bool) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["untouched"]
+__all__ = ["storage_of", "untouched", "written_by"]
 
 # The elements of longer containers (vocabularies) are not searched for what can change.
 _LONGEST_SEARCHED = 10_000
@@ -32,7 +32,7 @@ _IMMUTABLE = frozenset(
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[TorchDispatchMode]:
+def untouched(model: nn.Module) -> Iterator[TorchDispatchMode | None]:
     """Restore `model` and the random number generators afterwards, also if the body raises.
 
     Restored are: each module's attributes, training flag and hooks; the contents of dicts, lists
@@ -43,15 +43,18 @@ def untouched(model: nn.Module) -> Iterator[TorchDispatchMode]:
     Yields:
         A dispatch mode under which the body must run the model, as the innermost of all modes. It
         copies tensors before operations write to them. A dispatch mode sees all such operations,
-        also those through a view, through `.data` and under `no_grad`.
+        also those through a view, through `.data` and under `no_grad`. None if the model is on a
+        device whose tensors have no address (XLA, lazy): dispatch modes do not work there, and all
+        tensors have been copied.
     """
     record = _Record(model)
-    guard = _CopyBeforeWrite(record.guarded)
+    guard = None if record.opaque else _CopyBeforeWrite(record.guarded)
     try:
         yield guard
     finally:
         record.restore()
-        guard.restore()
+        if guard is not None:
+            guard.restore()
 
 
 class _Record:
@@ -59,10 +62,12 @@ class _Record:
 
     Attributes:
         guarded: The tensors whose contents are to be copied before something writes to them.
+        opaque: Whether tensors of the model have no address.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.guarded: list[Tensor] = []
+        self.opaque = False
         self._visited: dict[int, object] = {}  # by id; the objects stay alive, so ids stay theirs
         self._containers: list[tuple[Any, Any]] = []  # with a copy of each
         self._undo: list[Callable[[], object]] = []
@@ -112,6 +117,10 @@ class _Record:
         """Record which memory a tensor has, for `tensor.data = ...`, and guard its contents."""
         if tensor.is_meta:
             return
+        if is_opaque(tensor):
+            self.opaque = True
+            self._record_contents(tensor)
+            return
         self.guarded.append(tensor)
         data = tensor.detach()
 
@@ -145,15 +154,19 @@ class _Record:
         if buffer.is_meta:
             return
         self._record_tensor(buffer)
-        with torch.inference_mode(buffer.is_inference()), torch.no_grad():
-            before = buffer.clone()
+        if not is_opaque(buffer):
+            self._record_contents(buffer)
+
+    def _record_contents(self, tensor: Tensor) -> None:
+        with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+            before = tensor.clone()
 
         def undo() -> None:
-            with torch.inference_mode(buffer.is_inference()), torch.no_grad():
-                if not torch.equal(buffer, before):
-                    if buffer.shape != before.shape:
-                        buffer.resize_(before.shape)
-                    buffer.copy_(before)
+            with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+                if not torch.equal(tensor, before):
+                    if tensor.shape != before.shape:
+                        tensor.resize_(before.shape)
+                    tensor.copy_(before)
 
         self._undo.append(undo)
 
@@ -202,7 +215,7 @@ class _CopyBeforeWrite(TorchDispatchMode):
 
     def __init__(self, tensors: list[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        storages = [s for tensor in tensors if (s := _storage(tensor)) is not None]
+        storages = [s for tensor in tensors if (s := storage_of(tensor)) is not None]
         self._storages = {storage.data_ptr(): storage for storage in storages}
         self._copies: dict[int, torch.UntypedStorage] = {}
 
@@ -218,13 +231,8 @@ class _CopyBeforeWrite(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        schema = getattr(func, "_schema", None)
-        if schema is not None and schema.is_mutable:
-            named = dict(zip((a.name for a in schema.arguments), args, strict=False))
-            named.update(kwargs or {})
-            for argument in schema.arguments:
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    self._save(named.get(argument.name))
+        for written in written_by(func, args, kwargs or {}):
+            self._save(written)
         return func(*args, **(kwargs or {}))
 
     def _save(self, written: Any) -> None:
@@ -241,7 +249,32 @@ class _CopyBeforeWrite(TorchDispatchMode):
             storage.copy_(copied)
 
 
-def _storage(tensor: Any) -> torch.UntypedStorage | None:
+def written_by(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    """Return the arguments that an operation writes to: tensors and lists of tensors."""
+    schema = getattr(func, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    named = dict(zip((a.name for a in schema.arguments), args, strict=False))
+    named.update(kwargs)
+    return [
+        named.get(argument.name)
+        for argument in schema.arguments
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+
+
+def is_opaque(tensor: Tensor) -> bool:
+    """Return whether a tensor is on a device on which tensors have no address (XLA, lazy)."""
+    if (storage := storage_of(tensor)) is None:
+        return False
+    try:
+        storage.data_ptr()
+    except RuntimeError:
+        return True
+    return False
+
+
+def storage_of(tensor: Any) -> torch.UntypedStorage | None:
     """Return the memory of an ordinary tensor, None for sparse, empty and other tensors."""
     ordinary = type(tensor) is Tensor or isinstance(tensor, nn.Parameter)
     if not ordinary or tensor.is_meta or tensor.layout != torch.strided or not tensor.numel():
@@ -254,5 +287,5 @@ def _storage(tensor: Any) -> torch.UntypedStorage | None:
 
 
 def _address(tensor: Any) -> int:
-    storage = _storage(tensor)
+    storage = storage_of(tensor)
     return 0 if storage is None else storage.data_ptr()

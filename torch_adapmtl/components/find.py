@@ -8,8 +8,16 @@ from typing import Any
 
 from torch import nn
 
-from torch_adapmtl.components._detect import detect, detect_each
+from torch_adapmtl._tables import details, html_table, text_table
+from torch_adapmtl.components._detect import detect, detect_each, observe_use
+from torch_adapmtl.components._groups import (
+    checked_groups,
+    component_of_group,
+    component_of_tasks,
+    tasks_of,
+)
 from torch_adapmtl.components._inventory import Groups, Inventory, Selectors
+from torch_adapmtl.components._misuse import check_use
 from torch_adapmtl.components._outputs import (
     FROZEN,
     SHARED,
@@ -58,7 +66,7 @@ class Components:
     """The prunable tensors of a multi-task model by the tasks that depend on them.
 
     `components[name]` returns the tensors of a component, `name in components` tells whether it has
-    any, and `str(components)` is a small table.
+    any, and `str(components)` is a small table, which notebooks show as HTML with all tensors.
 
     Attributes:
         tasks: The tasks in declared order.
@@ -97,17 +105,24 @@ class Components:
         return any(tensor.component == component for tensor in self.tensors)
 
     def __str__(self) -> str:
+        return "\n".join(text_table(self._table(), left=1))
+
+    def _repr_html_(self) -> str:
+        rows = [["tensor", "component", "shape", "weights"]]
+        for tensor in self.tensors:
+            shape = " x ".join(map(str, tensor.parameter.shape))
+            rows.append([tensor.name, tensor.component, shape, f"{tensor.parameter.numel():,}"])
+        tensors = details(f"{len(self.tensors)} tensors", html_table(rows, left=3))
+        return f"<div>{html_table(self._table(), left=1)}{tensors}</div>"
+
+    def _table(self) -> list[list[str]]:
         pruned = sum(t.parameter.numel() for name in self.names for t in self[name])
-        rows = [("component", "tensors", "weights", "share")]
+        rows = [["component", "tensors", "weights", "share"]]
         for name in (*self.names, *(n for n in (UNUSED, FROZEN) if n in self)):
             weights = sum(tensor.parameter.numel() for tensor in self[name])
             share = f"{100 * weights / pruned:.1f} %" if name in self.names and pruned else "dense"
-            rows.append((name, f"{len(self[name])}", f"{weights:,}", share))
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        return "\n".join(
-            f"{row[0]:<{widths[0]}}  " + "  ".join(f"{row[i]:>{widths[i]}}" for i in (1, 2, 3))
-            for row in rows
-        )
+            rows.append([name, f"{len(self[name])}", f"{weights:,}", share])
+        return rows
 
 
 def find_components(
@@ -135,6 +150,10 @@ def find_components(
     eval mode, because training can drop layers at random, and with `detach` and `no_grad` ignored,
     to tell frozen tensors from unused ones. This takes the time and the memory of one to three
     forward passes. Afterwards the model is as it was, but hooks on it have run.
+
+    The run also shows whether the operations of the model receive the zeros of its weights. A layer
+    that computes another weight in `forward`, with no zeros where the weight has them (as weight
+    standardisation does), or that writes to its weight is an error: leave it out with `exclude`.
 
     The graph is one of whole tensors, for these inputs. Where outputs are joined and sliced again,
     the joint part is shared. Where the input decides which parts run, only those that these inputs
@@ -165,17 +184,17 @@ def find_components(
             in it. A component is `"shared"`, a task, several tasks joined by `"+"` (all tasks
             joined are `"shared"`) or another name that a task could have. Tensors that are frozen
             or unused are pruned if a group selects them. If `groups` covers all prunable tensors,
-            the model does not run, and the tasks are those of `task_outputs` or `task_inputs`, or
-            else the names in `groups`.
+            the tasks are those of `task_outputs` or `task_inputs`, or else the names in `groups`.
+            The model then runs only if there are example inputs, or an encoder to make them for, to
+            see how it uses its weights.
         prunable: Which tensors are prunable, by module type: tensor names or globs, such as
             `{nn.LSTM: "weight_*"}`. They are added to the default; the most specific type of a
             module counts, and `()` makes nothing in it prunable. By default these are `weight` of
             `Linear`, of convolutions and of transposed convolutions, with their subclasses, and the
             input projections of `MultiheadAttention`. A tensor under `torch.nn.utils.prune` goes by
             its usual name (`weight`). So does one under `torch.nn.utils.parametrize`, if it is made
-            from one parameter of the same shape: that parameter is then pruned. Exclude it if the
-            parametrization does not map zeros to zeros. A tensor made from several parameters, as
-            by weight normalisation, is not prunable.
+            from one parameter of the same shape: that parameter is then pruned. A tensor made from
+            several parameters, as by weight normalisation, is not prunable.
         exclude: A selector, or several, of tensors that are not prunable: names, globs, modules or
             parameters, as in `groups`.
 
@@ -185,9 +204,10 @@ def find_components(
     Raises:
         ValueError: If the model is lazy or sharded, has nothing to prune, is not multi-task or has
             an output without gradient; if a weight to prune is on the meta device, sparse,
-            quantised or made in inference mode; if no example inputs are given and none can be
-            made; if a selector matches nothing, or two groups match the same tensor; if a task name
-            is invalid.
+            quantised or made in inference mode; if an operation does not receive the zeros of a
+            weight to prune, or the model writes to it in `forward`; if no example inputs are given
+            and none can be made; if a selector matches nothing, or two groups match the same
+            tensor; if a task name is invalid.
         TypeError: If an argument is of the wrong type, or the model is scripted.
         RuntimeError: If the model fails on the example inputs.
 
@@ -211,19 +231,21 @@ def find_components(
     """
     model = unwrap(model)
     declared_tasks = _declared_tasks(task_inputs, example_inputs, task_outputs)
-    groups = _checked_groups(groups)
+    groups = checked_groups(groups)
     inventory = Inventory(model, prunable, exclude)
     assigned = inventory.assign(groups)
     unassigned = inventory.prunable.keys() - assigned.keys()
+    weights = [owned.parameter for owned in inventory.prunable.values()]
     component_of: dict[int, str] = {}
     if not unassigned:
-        tasks = declared_tasks or _tasks_of(groups)
+        tasks = declared_tasks or tasks_of(groups)
+        use = observe_use(model, example_inputs, task_inputs, weights)
     else:
         if task_inputs is None:
-            detection = detect(model, example_inputs, task_outputs, unassigned)
+            detection = detect(model, example_inputs, task_outputs, unassigned, weights)
         else:
-            detection = detect_each(model, task_inputs, unassigned)
-        tasks = detection.tasks
+            detection = detect_each(model, task_inputs, unassigned, weights)
+        tasks, use = detection.tasks, detection.use
         for key in unassigned:
             mask = detection.masks.get(key, 0)
             if not mask:
@@ -231,9 +253,9 @@ def find_components(
             elif not inventory.prunable[key].parameter.requires_grad:
                 component_of[key] = FROZEN
             else:
-                component_of[key] = _component(tasks, mask)
+                component_of[key] = component_of_tasks(tasks, mask)
     for key, group in assigned.items():
-        component_of[key] = _group_component(tasks, group)
+        component_of[key] = component_of_group(tasks, group)
     components = Components(
         tasks,
         tuple(
@@ -247,6 +269,10 @@ def find_components(
             f"{len(components[FROZEN])} are frozen and {len(components[UNUSED])} unused; let some "
             "require grad, or name what to prune with groups="
         )
+    unpruned = {key for key, component in component_of.items() if component in (UNUSED, FROZEN)}
+    check_use(
+        {k: o for k, o in inventory.prunable.items() if k not in unpruned - use.replaced}, use
+    )
     return components
 
 
@@ -269,49 +295,3 @@ def _declared_tasks(
             f"{task_inputs!r}"
         )
     return tuple(check_task_name(name, "task_inputs") for name in task_inputs)
-
-
-def _checked_groups(groups: Groups | None) -> Groups:
-    if groups is None:
-        return {}
-    if not isinstance(groups, Mapping):
-        raise TypeError(
-            "groups must map component names to names, globs, modules or parameters, found "
-            f"{type(groups).__name__}"
-        )
-    for name in groups:
-        if name != SHARED:
-            if not isinstance(name, str):
-                raise TypeError(f"groups: a component's name must be a string, found {name!r}")
-            for part in name.split("+"):
-                check_task_name(part, f"groups[{name!r}]")
-    return groups
-
-
-def _tasks_of(groups: Groups) -> tuple[str, ...]:
-    tasks = dict.fromkeys(part for name in groups if name != SHARED for part in name.split("+"))
-    if not tasks:
-        raise ValueError(
-            'groups puts everything into "shared" and so names no task; name the tasks with '
-            'task_outputs=["name", ...], or the one component otherwise: groups={"main": ["*"]}'
-        )
-    return tuple(tasks)
-
-
-def _component(tasks: tuple[str, ...], mask: int) -> str:
-    """Return the component of the tasks whose bits are set."""
-    if len(tasks) > 1 and mask == (1 << len(tasks)) - 1:
-        return SHARED
-    return "+".join(task for bit, task in enumerate(tasks) if mask >> bit & 1)
-
-
-def _group_component(tasks: tuple[str, ...], group: str) -> str:
-    """Return the component of a group: joined tasks in declared order, other names as they are."""
-    parts = group.split("+")
-    if len(parts) == 1:
-        return group
-    if unknown := [part for part in parts if part not in tasks]:
-        raise ValueError(
-            f"groups[{group!r}]: {unknown[0]!r} is not a task; the tasks are {', '.join(tasks)}"
-        )
-    return _component(tasks, sum({1 << tasks.index(part) for part in parts}))

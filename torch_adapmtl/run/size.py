@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from torch_adapmtl._tables import html_table
 from torch_adapmtl.components._prunable import prunable_by_default
 
 __all__ = ["ModelSize", "size", "sparsity"]
@@ -96,6 +97,18 @@ class ModelSize:
             f"{_megabytes(self.dense_bytes)} dense, {_megabytes(self.bitmap_bytes)} as bitmap "
             f"and values, {_megabytes(self.csr_bytes)} as CSR"
         )
+
+    def _repr_html_(self) -> str:
+        rows = [["format", "size", "of dense"]]
+        for name, count in (
+            ("dense", self.dense_bytes),
+            ("bitmap and values", self.bitmap_bytes),
+            ("CSR", self.csr_bytes),
+        ):
+            share = f"{100 * count / self.dense_bytes:.1f} %" if self.dense_bytes else ""
+            rows.append([name, _megabytes(count), share])
+        caption = f"{self.parameters:,} parameters, {100 * self.sparsity:.2f} % zero"
+        return html_table(rows, left=1, caption=caption)
 
 
 def size(model: nn.Module) -> ModelSize:
