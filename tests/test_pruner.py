@@ -120,7 +120,7 @@ def test_a_model_that_has_lost_a_weight_does_not_disturb_another() -> None:
     parametrizations.weight_norm(lost.body)
     train(model, pruner, torch.optim.SGD(model.parameters(), lr=0.1), range(20))
     assert zeros(pruner) == round(0.8 * weights(pruner))
-    with pytest.raises(RuntimeError, match="'body.weight' is no longer a parameter"):
+    with pytest.raises(RuntimeError, match=r"'body.weight' is no longer a parameter"):
         train(lost, broken, torch.optim.SGD(lost.parameters(), lr=0.1), range(5, 10))
 
 

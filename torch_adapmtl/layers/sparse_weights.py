@@ -168,7 +168,7 @@ class SparseWeights(nn.Module):
 
         Also of those that are dense because an optimiser's step has raised an error.
         """
-        dense = {i for i, layer in enumerate(self._layers) if layer.dense}
+        dense = {i for i, layer in enumerate(self.layers) if layer.dense}
         self.to_sparse(self._behind | dense)
         self._stepping.clear()
         self._behind = self._all()
