@@ -108,7 +108,7 @@ class Pruner(nn.Module):
         self._finalized = False
         self._step_hook: StepHook | None = None
         self._watch = Watch()
-        self._model_watch = ModelWatch(model, components)
+        self._model_watch = ModelWatch(model, components, layers)
         # Calls of `loss` since the last step, and which warnings about steps have been given.
         self._losses_since_step = 0
         self._warned: set[str] = set()

@@ -6,6 +6,7 @@ cleaned up. Each `GraphModule` has a class of its own, so that this can be chang
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -39,7 +40,9 @@ def let_pruner_go(model: nn.Module) -> None:
 def _reduce(self: GraphModule) -> tuple[Any, ...]:
     rebuild, (body, imports) = GraphModule.__reduce__(self)
     modules = {name: child for name, child in self._modules.items() if name != _NAME}
-    return _rebuild, (rebuild, {**body, "_modules": modules}, imports, self._modules[_NAME])
+    # A hook of `guard` refers to the model, which cannot contain itself; `_rebuild` adds it again.
+    body = {**body, "_modules": modules, "_load_state_dict_pre_hooks": OrderedDict()}
+    return _rebuild, (rebuild, body, imports, self._modules[_NAME])
 
 
 def _rebuild(

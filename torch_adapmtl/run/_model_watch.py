@@ -18,15 +18,17 @@ class ModelWatch:
     Args:
         model: The model when it is prepared.
         components: Its components.
+        layers: Its layers.
     """
 
-    def __init__(self, model: nn.Module, components: Components) -> None:
+    def __init__(self, model: nn.Module, components: Components, layers: Layers) -> None:
         self._names = {name for name, parameter in model.named_parameters() if parameter.ndim > 1}
         self._frozen = [
             (tensor.name, tensor.owners[0])
             for tensor in components[FROZEN]
             if not tensor.parameter.requires_grad
         ]
+        self._trained = {layer.name for layer in layers if layer.weight.requires_grad}
         self._given: set[str] = set()
 
     def look(self, model: nn.Module, layers: Layers) -> list[str]:
@@ -50,7 +52,11 @@ class ModelWatch:
                 f"are frozen at first, name them in groups=, as in "
                 f"groups={{'shared': ['encoder']}}, or call apply_adapmtl when all are trained",
             )
-        frozen = [layer.name for layer in layers if not layer.weight.requires_grad]
+        frozen = [
+            layer.name
+            for layer in layers
+            if layer.name in self._trained and not layer.weight.requires_grad
+        ]
         if frozen:
             yield (
                 "frozen",

@@ -147,18 +147,8 @@ def _check_part(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *
         forget_residual(module, name)
 
 
-def _check(
-    model: nn.Module,
-    state_dict: Mapping[str, Any],
-    prefix: str,
-    local_metadata: object,
-    strict: bool,
-    *_: object,
-) -> None:
-    """Raise a `ValueError` unless the state dict is of a model that was prepared alike.
-
-    Plain weights are accepted if loading is not strict.
-    """
+def _check(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
+    """Raise a `ValueError` unless the state dict is of a model that was prepared alike."""
     pruner: Any = model._modules.get("adapmtl")
     if pruner is None:  # the user has removed the pruner from a copy
         return
@@ -169,7 +159,7 @@ def _check(
     }
     if _PREFIX + "_extra_state" not in part:
         for layer in pruner.layers:
-            if strict and layer.name in part:
+            if layer.name in part:
                 raise _refused(layer.name)
         return
     _read(part[_PREFIX + "_extra_state"], pruner._expected_state(), pruner.layers)
@@ -191,8 +181,7 @@ def _check(
 def _refused(name: str) -> ValueError:
     return ValueError(
         f"the state dict has {name!r} of the model without apply_adapmtl, and no state of the "
-        f"pruner. Load it before apply_adapmtl or after finalize(), or pass strict=False to "
-        f"continue this run from its weights (which a method that trains its thresholds cannot)"
+        f"pruner: load it before apply_adapmtl, or after finalize() or undo()"
     )
 
 
