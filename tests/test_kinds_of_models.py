@@ -207,22 +207,6 @@ def test_a_freeze_in_inference_mode_leaves_a_model_that_trains() -> None:
     sum(out.sum() for out in model(torch.randn(3, 6)).values()).backward()
 
 
-def test_removed_by_prune_after_the_end() -> None:
-    model = TwoTasks()
-    model.twin = nn.Linear(6, 12)
-    model.twin.weight = model.body.weight
-    keys = list(model.state_dict())
-    pruner = prepare(model)
-    pruner.fix_zeros()
-    prune.remove(model.body, "weight")  # one of the two that hold it
-    prune.remove(model.heads["a"], "weight")
-    pruner.finalize()
-    assert list(model.state_dict()) == keys
-    assert not prune.is_pruned(model)
-    assert model.twin.weight is model.body.weight
-    assert zeros(pruner) == round(0.8 * weights(pruner))
-
-
 class _Reader(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -102,7 +102,11 @@ MODELS = [
             "on this model before", "call finalize()", first=compiled),
     running("applying to a part", lambda s: apply_adapmtl(
                 s.model.body, target_sparsity=0.5, total_steps=1, groups={"main": ["*"]}),
-            V, "'weight'", "has a soft threshold already", "call finalize() on the pruner"),
+            V, "'weight'", "belongs to a model that is being pruned", "call finalize() on its pruner"),
+    running("applying to a part, with trained thresholds", lambda s: apply_adapmtl(
+                s.model.body, target_sparsity=0.5, total_steps=1, groups={"main": ["*"]}),
+            V, "'weight'", "has a soft threshold already", "call finalize() on the pruner",
+            options={"allocation": "gradient"}),
 ]  # fmt: skip
 
 
@@ -156,7 +160,7 @@ def _half_attached() -> tuple[Any, dict[str, Tensor], dict[str, type]]:
     before = tensors(model)
     classes = {name: type(module) for name, module in model.named_modules()}
     with pytest.raises(TypeError, match="missing 1 required keyword-only argument: 'key'"):
-        prepare(model)
+        prepare(model, method=Paper())  # which attaches parametrizations
     return model, before, classes
 
 

@@ -27,7 +27,7 @@ def _adam(pruner: Pruner) -> torch.optim.Optimizer:
 def _assert_equal(model: nn.Module, other: nn.Module) -> None:
     found, expected = tensors(model), tensors(other)
     assert list(found) == list(expected)
-    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    assert [key for key, value in expected.items() if not torch.equal(found[key], value)] == []
     thresholds = (m.adapmtl.controller.thresholds() for m in (model, other))  # type: ignore[union-attr]
     assert torch.equal(*thresholds)
 
@@ -109,17 +109,128 @@ def test_loading_an_earlier_state_takes_the_end_back() -> None:
 
 def test_the_keys_that_are_added() -> None:
     model = TwoTasks()
-    here = "parametrizations.weight.original"
-    plain = [key.replace("weight", here) for key in model.state_dict()]
+    plain = list(model.state_dict())
     prepare(model)
     keys = list(model.state_dict())
-    added = [key for key in keys if key.startswith("adapmtl")]
-    assert sorted(set(keys) - set(added)) == sorted(plain)
-    assert {key.split(".")[1] for key in added} == {"_extra_state", "controller", "weighting"}
-    assert [key for key in added if ".controller." in key] == [
+    assert keys[: len(plain)] == plain
+    added = keys[len(plain) :]
+    assert all(key.startswith("adapmtl.") for key in added)
+    assert {key.split(".")[1] for key in added} == {
+        "_extra_state",
+        "controller",
+        "weighting",
+        "sparse_weights",
+    }
+    assert [key for key in added if ".controller." in key or ".sparse_weights." in key] == [
         "adapmtl.controller.level",
         "adapmtl.controller.offsets.values",
+        *(f"adapmtl.sparse_weights.residual_{i}" for i in range(3)),
     ]
+
+
+def test_the_plain_keys_hold_what_the_model_computes_with() -> None:
+    model, plain = TwoTasks(), TwoTasks()
+    pruner = prepare(model, **RUN)
+    train(model, pruner, _adam(pruner), range(30))
+    state = {key: value for key, value in model.state_dict().items() if "adapmtl" not in key}
+    plain.load_state_dict(state)
+    x = batch(5)[0]
+    assert all(torch.equal(out, model(x)[task]) for task, out in plain(x).items())
+    assert sum(int((p == 0).sum()) for p in plain.parameters()) == zeros(pruner) > 0
+
+
+class _Interrupted(torch.optim.SGD):
+    """Is interrupted in its sixth step, after the first weight."""
+
+    steps = 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.steps += 1
+        if self.steps == 6:
+            with torch.no_grad():
+                weight = self.param_groups[0]["params"][0]
+                weight.sub_(weight.grad, alpha=0.1)
+            raise KeyboardInterrupt
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("when", ["after an error", "in a hook of the optimiser"])
+def test_a_state_that_is_saved_in_an_optimisers_step(when: str) -> None:
+    model, fresh = TwoTasks(), TwoTasks()
+    pruner, other = prepare(model), prepare(fresh)
+    optimizer = _Interrupted(model.parameters(), lr=0.1)
+    states = []
+    if when == "after an error":
+        with pytest.raises(KeyboardInterrupt):
+            train(model, pruner, optimizer, range(20))
+        states.append(copy.deepcopy(model.state_dict()))
+        pruner.step()
+    else:
+        train(model, pruner, optimizer, range(5))
+        hook = optimizer.register_step_post_hook(
+            lambda *_: states.append(copy.deepcopy(model.state_dict()))
+        )
+        optimizer.steps += 1
+        train(model, pruner, optimizer, [5])
+        hook.remove()
+    fresh.load_state_dict(states[0])
+    other.step()
+    for net, handle in ((model, pruner), (fresh, other)):
+        train(net, handle, torch.optim.SGD(net.parameters(), lr=0.1), range(6, 20))
+    _assert_equal(fresh, model)
+    assert zeros(other) == round(0.8 * weights(other))
+
+
+@pytest.mark.parametrize("part", ["whole", "heads", "body"])
+@pytest.mark.parametrize("stop", [12, 20])
+def test_plain_weights_replace_those_of_a_run(stop: int, part: str) -> None:
+    """As dense weights; the thresholds and fixed zeros stay."""
+    model, source = TwoTasks(), TwoTasks()
+    pruner = prepare(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train(model, pruner, optimizer, range(stop))
+    thresholds = pruner.controller.thresholds()
+    with pruner.sparse_weights.dense():
+        before = tensors(model)
+    if part == "whole":
+        with pytest.raises(ValueError, match=r"'body.weight' of the model without apply_adapmtl"):
+            model.load_state_dict(source.state_dict())
+        model.load_state_dict(source.state_dict(), strict=False)
+        assert zeros(pruner) > 0
+        loaded = source.state_dict()
+    else:
+        state = source.get_submodule(part).state_dict()
+        model.get_submodule(part).load_state_dict(state)
+        loaded = {f"{part}.{key}": value for key, value in state.items()}
+    with pruner.sparse_weights.dense():
+        for name, parameter in model.named_parameters():
+            assert stop == 20 or torch.equal(parameter, {**before, **loaded}[name]), name
+    for layer in pruner.layers:
+        with pruner.sparse_weights.dense():
+            wanted = layer.threshold(layer.weight.detach())
+        torch.testing.assert_close(layer.weight.detach(), wanted)
+    assert torch.equal(pruner.controller.thresholds(), thresholds)
+    assert pruner.report().step == stop
+    train(model, pruner, optimizer, range(stop, 20))
+    assert zeros(pruner) == round(0.8 * weights(pruner))
+    pruner.finalize()
+    assert zeros(pruner) == round(0.8 * weights(pruner))
+
+
+def test_plain_weights_are_refused_where_thresholds_are_trained() -> None:
+    for load in (
+        lambda model, state: model.load_state_dict(state, strict=False),
+        lambda model, state: model.heads["b"].load_state_dict(
+            {"weight": state["heads.b.weight"], "bias": state["heads.b.bias"]}, strict=False
+        ),
+    ):
+        model = TwoTasks()
+        model.body.weight.requires_grad_(False)  # a layer before that is not pruned
+        prepare(model, allocation="gradient")
+        before = tensors(model)
+        with pytest.raises(ValueError, match=r"which a method that trains its thresholds cannot"):
+            load(model, TwoTasks().state_dict())
+        assert all(torch.equal(value, before[key]) for key, value in tensors(model).items())
 
 
 # --- copies -------------------------------------------------------------------------------------
@@ -267,7 +378,10 @@ def test_statistics_keep_their_precision(dtype: torch.dtype) -> None:
     assert statistics
     model.to(dtype)
     for key, value in tensors(pruner).items():
-        assert key not in statistics or torch.equal(value, statistics[key])
+        if "residual" in key:  # a part of the weight
+            assert value.dtype == dtype
+        else:
+            assert key not in statistics or torch.equal(value, statistics[key])
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert model.body.weight.dtype == dtype
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -18,6 +18,7 @@ __all__ = [
     "local",
     "local_mask",
     "mean_over_processes",
+    "sharded_like",
     "sum_over_processes",
     "whole",
 ]
@@ -45,14 +46,15 @@ def local(tensor: Any) -> Tensor:
 
 def local_mask(mask: Any, weight: Any) -> Tensor:
     """Return the part of a whole mask that belongs to this process's part of a weight."""
-    if not is_sharded(weight):
-        whole_mask: Tensor = mask
-        return whole_mask
+    return local(sharded_like(weight, mask) if is_sharded(weight) else mask)
+
+
+def sharded_like(weight: Any, values: Tensor) -> Tensor:
+    """Shard a whole tensor, which all processes have, in the same way as a weight."""
     from torch.distributed.tensor import distribute_tensor
 
-    # All processes have the same mask, so nothing is sent.
-    mesh, placements = weight.device_mesh, weight.placements
-    return local(distribute_tensor(mask, mesh, placements, src_data_rank=None))
+    # With `src_data_rank=None` nothing is sent.
+    return distribute_tensor(values, weight.device_mesh, weight.placements, src_data_rank=None)
 
 
 def _together() -> bool:

@@ -114,10 +114,14 @@ STATES = [
          "weighting.direction='stable'", ALIKE),
         ("another version", load(header(version=99)), "adapmtl state", "version 99",
          "the version that it was saved with"),
-        ("another width", load(shaped("body.parametrizations.weight.original", 9, 6)),
-         "body.parametrizations.weight.original", "shape (9, 6)", "make the model alike"),
+        ("another width", load(shaped("body.weight", 9, 6)), "body.weight", "shape (9, 6)",
+         "make the model alike"),
+        ("a residual of another width", load(shaped("adapmtl.sparse_weights.residual_1", 5, 11)),
+         "adapmtl.sparse_weights.residual_1", "shape (5, 11)", "prepare the model alike"),
         ("a plain state", load(lambda state: TwoTasks().state_dict()), "the state dict",
-         "'body.weight'", "before apply_adapmtl, or after finalize()"),
+         "'body.weight'", "before apply_adapmtl or after finalize()"),
+        ("without a weight", load(lambda state: state.pop("body.weight") is None),
+         "the state dict", "no 'body.weight'", "the state dict of the whole model"),
         ("a negative step", load(header(step=-1)), OWN, "step=-1", DAMAGED),
         ("a step in words", load(header(step="three")), OWN, "step='three'", DAMAGED),
         ("no layers", load(header(layers=None)), OWN, "names no layers", DAMAGED),
@@ -272,7 +276,7 @@ def test_copies_look_at_states_too_and_plain_models_no_more(duplicate: Any) -> N
     twin.adapmtl.finalize()
     assert not twin._load_state_dict_pre_hooks
     twin.load_state_dict(plain)
-    with pytest.raises(ValueError, match=r"'body\.weight', not 'body\.parametrizations"):
+    with pytest.raises(ValueError, match=r"'body\.weight' of the model without apply_adapmtl"):
         duplicate(model).load_state_dict(plain)
 
 

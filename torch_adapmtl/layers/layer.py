@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torch_adapmtl._distributed import is_sharded, whole
+from torch_adapmtl._distributed import is_sharded, sharded_like, whole
 from torch_adapmtl.tensor.soft_threshold import SoftThreshold
 from torch_adapmtl.tensor.torch_prune import (
     attach_threshold,
@@ -113,14 +112,7 @@ class Layer:
     @torch.no_grad()
     def assign(self, values: Tensor) -> None:
         """Write values into the weight; if it is sharded, each process writes its part."""
-        weight: Any = self.weight
-        if self.sharded:
-            from torch.distributed.tensor import distribute_tensor
-
-            # All processes have the same values, so nothing is sent.
-            mesh, placements = weight.device_mesh, weight.placements
-            values = distribute_tensor(values, mesh, placements, src_data_rank=None)
-        weight.copy_(values)
+        self.weight.copy_(sharded_like(self.weight, values) if self.sharded else values)
 
     @torch.no_grad()
     def sparse(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -17,7 +18,7 @@ from torch.optim.optimizer import (
 )
 from torch.utils.weak import WeakIdKeyDictionary
 
-from torch_adapmtl._distributed import is_sharded, local, local_mask
+from torch_adapmtl._distributed import is_sharded, local, local_mask, sharded_like
 from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.layers.gradient_hooks import GradientHooks
 from torch_adapmtl.tensor._kernels import drop_zeros_, mask_, shrink_
@@ -82,8 +83,8 @@ class SparseWeights(nn.Module):
 
     def _start(self) -> None:
         """Set what a copy does not share with its original."""
-        # The layers that each step in progress has made dense. An optimiser can have several: its
-        # class may call the step of its base class, and torch calls the hooks for both.
+        # The layers that each running step has made dense. An optimiser can have several: its class
+        # may call the step of its base class, and torch calls the hooks for both.
         self._stepping: weakref.WeakKeyDictionary[Optimizer, list[set[int]]]
         self._stepping = weakref.WeakKeyDictionary()
         # Layers that no optimiser has updated since the last call of `catch_up`.
@@ -149,9 +150,9 @@ class SparseWeights(nn.Module):
         name, weight = f"residual_{index}", self.layers[index].weight
         residual = self._buffers[name]
         assert residual is not None
-        if is_sharded(weight) != is_sharded(residual):  # `fully_shard` was called in between
-            with torch.inference_mode(False):
-                residual = self._buffers[name] = torch.zeros_like(weight.detach())
+        if is_sharded(weight) and not is_sharded(residual):  # `fully_shard` was called in between
+            with torch.inference_mode(False), torch.no_grad():
+                residual = self._buffers[name] = sharded_like(weight, residual)
         return residual
 
     @contextmanager
@@ -202,7 +203,12 @@ class SparseWeights(nn.Module):
         if indices:
             if not self._hooks.registered:  # in a copy
                 self.renew_hooks()
-            self._stepping.setdefault(optimizer, []).append(self.to_dense(indices))
+            changed, steps = self.to_dense(indices), self._stepping.setdefault(optimizer, [])
+            if steps:
+                outer = _running(optimizer) - 1
+                changed = changed.union(*steps[outer:])  # of steps that have raised an error
+                del steps[outer:]
+            steps.append(changed)
         return bool(indices)
 
     def end_step(self, optimizer: Optimizer) -> None:
@@ -210,8 +216,7 @@ class SparseWeights(nn.Module):
         if steps := self._stepping.get(optimizer):
             indices = steps.pop()
             self._behind -= indices
-            # With the layers of an outer step, and of one that raised an error and never ended.
-            self.to_sparse(indices.union(*steps))
+            self.to_sparse(indices)
 
     @contextmanager
     def paused_step(self) -> Iterator[None]:
@@ -263,6 +268,20 @@ class SparseWeights(nn.Module):
         _ALL.discard(self)
 
     # --- copies -----------------------------------------------------------------------------------
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        for i in range(len(self._buffers)):
+            self._residual(i)  # sharded, if the weight is
+        super()._load_from_state_dict(*args)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, *args: Any) -> None:
+        for i in range(len(self._buffers)):
+            self._residual(i)
+        super()._save_to_state_dict(destination, prefix, *args)  # type: ignore[no-untyped-call]
+        for i in range(len(self._buffers)):
+            if self.layers[i].dense:  # in an optimiser's step, or after one that raised an error
+                key = f"{prefix}residual_{i}"
+                destination[key] = torch.zeros_like(destination[key])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_stepping": None, "_hooks": None}
@@ -322,6 +341,19 @@ def _register(weights: SparseWeights) -> None:
     if not _registered:
         _registered.append(register_optimizer_step_pre_hook(_before_step))
         _registered.append(register_optimizer_step_post_hook(_after_step))
+
+
+# The code of the function by which torch wraps the steps of optimisers.
+_STEP = Optimizer.profile_hook_step(Optimizer.step).__code__
+
+
+def _running(optimizer: Optimizer) -> int:
+    """The number of running steps of an optimiser, one inside the other."""
+    count, frame = 0, inspect.currentframe()
+    while frame is not None:
+        count += frame.f_code is _STEP and frame.f_locals["args"][0] is optimizer
+        frame = frame.f_back
+    return count
 
 
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[Any, Any]) -> Any:

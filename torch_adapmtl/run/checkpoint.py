@@ -165,7 +165,10 @@ def _check(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: obj
     _read(part[_PREFIX + "_extra_state"], pruner._expected_state(), pruner.layers)
     for layer in pruner.layers:
         if layer.key not in part:
-            raise _refused(layer.name)
+            raise ValueError(
+                f"the state dict has no {layer.key!r}, although it has the state of a pruner: save "
+                f"and load the state dict of the whole model"
+            )
         _check_shape(layer.key, layer.weight, part, "of another model: make the model alike")
     wanted = {_PREFIX + name for name in pruner.state_dict(keep_vars=True)}
     saved = {name for name in part if name.startswith(_PREFIX)}

@@ -22,7 +22,8 @@ def sparsity(model_or_tensors: nn.Module | Tensor | Iterable[Tensor]) -> float:
     For a model, the function counts the weights that are prunable by default: the weights (not the
     biases) of convolutions, transposed convolutions and linear layers, and the projections of
     `torch.nn.MultiheadAttention`. Tied weights count once. Of a weight under a parametrization or a
-    pruning mask, the value that the forward pass uses is counted. Unused and frozen weights, which
+    pruning mask, the value that the forward pass uses is counted; of one that a layer computes
+    another weight from in `forward`, the weight itself. Unused and frozen weights, which
     `Pruner.sparsity` excludes, are included.
 
     Args:

@@ -1,0 +1,343 @@
+"""Sparse weights in the parameters, compared with an oracle that holds dense master weights."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from torch_adapmtl import Layer, Layers, SoftThreshold
+from torch_adapmtl.layers.sparse_weights import SparseWeights
+from torch_adapmtl.tensor._kernels import shrink_
+
+SHAPES = [(4, 6), (5, 3), (3, 4, 2, 2)]
+
+
+class Weights(nn.Module):
+    """A tied weight, one that is not contiguous, and one in channels-last order."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.first, self.twin = (nn.Linear(6, 4, bias=False) for _ in range(2))
+        self.second, self.third = nn.Linear(5, 3, bias=False), nn.Conv2d(4, 3, 2, bias=False)
+        self.to(dtype)
+        self.twin.weight = self.first.weight
+        self.second.weight = nn.Parameter(self.second.weight.detach().t())
+        self.third.to(memory_format=torch.channels_last)
+
+    def owners(self) -> list[tuple[tuple[nn.Module, str], ...]]:
+        groups = [(self.first, self.twin), (self.second,), (self.third,)]
+        return [tuple((module, "weight") for module in group) for group in groups]
+
+
+def objective(weights: Iterable[Tensor], step: int) -> Tensor:
+    """A loss with another gradient at every step, the same for every layout of a weight."""
+    losses = []
+    for i, weight in enumerate(weights):
+        place = torch.arange(weight.numel(), dtype=weight.dtype).view(weight.shape)
+        losses.append((weight * 3 - (place + i + step).sin()).tanh().square().float().sum())
+    return torch.stack(losses).sum()
+
+
+# --- optimisers ---------------------------------------------------------------------------------
+
+
+class SAM(torch.optim.SGD):
+    """Calls the closure twice, the second time with other weights."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        closure = torch.enable_grad()(closure)
+        closure()
+        weights = [p for group in self.param_groups for p in group["params"]]
+        before = [p.clone() for p in weights]
+        for p in weights:
+            if p.grad is not None:
+                p.add_(p.grad, alpha=0.05)
+        loss = closure()
+        for p, old in zip(weights, before, strict=True):
+            p.copy_(old)
+        super().step()
+        return loss
+
+
+class Decaying(torch.optim.SGD):
+    """Changes the weights after the step of its base class, which torch hooks too."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(0.875)
+        return loss
+
+
+class Wrapper(torch.optim.Optimizer):
+    """Changes the weights after the step of another optimiser of the same weights."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__(parameters, {})
+        self.inner = torch.optim.Adam(parameters, lr=0.1, eps=1e-3)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        weights = [p for group in self.param_groups for p in group["params"]]
+        before = [p.clone() for p in weights]
+        loss = self.inner.step(closure)
+        for p, old in zip(weights, before, strict=True):
+            p.lerp_(old, 0.25)
+        return loss
+
+
+class Failing(torch.optim.SGD):
+    """Raises an error after it has updated one weight, at every second step."""
+
+    steps = 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        self.steps += 1
+        for p in self.param_groups[0]["params"]:
+            if p.grad is not None:
+                p.mul_(0.875).sub_(p.grad, alpha=0.1)
+                if self.steps % 2:
+                    raise ZeroDivisionError
+
+
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
+    "SGD": lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9, weight_decay=0.1),
+    "AdamW": lambda ps: torch.optim.AdamW(ps, lr=0.1, weight_decay=0.1, eps=1e-3),
+    "AdamW, fused": lambda ps: torch.optim.AdamW(
+        ps, lr=0.1, weight_decay=0.1, eps=1e-3, fused=True
+    ),
+    # It flattens weights, and cannot flatten others.
+    "LBFGS": lambda ps: torch.optim.LBFGS([p for p in ps if p.is_contiguous()], max_iter=3),
+    "SAM": lambda ps: SAM(ps, lr=0.1, weight_decay=0.1),
+    "of a base class": lambda ps: Decaying(ps, lr=0.1),
+    "of another": Wrapper,
+    "failing": lambda ps: Failing(ps, lr=0.1),
+}
+
+
+# --- what is tested, and the oracle -------------------------------------------------------------
+
+
+class Run:
+    """Dense or sparse weights, trained by two optimisers."""
+
+    weights: list[nn.Parameter]
+
+    def start(self, kinds: tuple[str, str], split: int) -> None:
+        """Make the optimisers, the first with `split` of the weights."""
+        parts = self.weights[:split], self.weights[split:]
+        self.optimizers = {
+            i: OPTIMIZERS[kind](part) for i, (kind, part) in enumerate(zip(kinds, parts)) if part
+        }
+
+    def train(self, step: int, closures: bool) -> None:
+        for optimizer in self.optimizers.values():
+
+            def closure(optimizer: torch.optim.Optimizer = optimizer) -> Tensor:
+                optimizer.zero_grad()
+                return self.backward(step)
+
+            if isinstance(optimizer, (SAM, torch.optim.LBFGS)) or closures:
+                if not isinstance(optimizer, Failing):
+                    optimizer.step(closure)
+                    continue
+            closure()
+            try:
+                optimizer.step()
+            except ZeroDivisionError:
+                pass
+
+    def freeze(self, index: int, frozen: bool) -> None:
+        self.weights[index].requires_grad_(not frozen)
+        self.weights[index].grad = None
+
+    def backward(self, step: int) -> Tensor:
+        raise NotImplementedError
+
+
+class Subject(Run):
+    """The parameters hold the sparse weights."""
+
+    def __init__(self, dtype: torch.dtype, reach: float, straight_through: bool) -> None:
+        self.net = Weights(dtype)
+        self.layers = Layers(Layer(str(i), "all", o) for i, o in enumerate(self.net.owners()))
+        for layer in self.layers:
+            threshold = SoftThreshold(reach=reach, straight_through=straight_through)
+            layer.threshold = threshold.to(dtype)
+        self.sparse = SparseWeights(self.layers)
+        self.sparse.attach()
+
+    @property
+    def weights(self) -> list[nn.Parameter]:  # type: ignore[override]
+        return [layer.weight for layer in self.layers]
+
+    def backward(self, step: int) -> Tensor:
+        loss = objective([*self.weights, self.net.twin.weight], step)
+        loss.backward()
+        return loss
+
+    def train(self, step: int, closures: bool) -> None:
+        self.sparse.listen(renew=True)
+        super().train(step, closures)
+        self.sparse.catch_up()
+
+    @torch.no_grad()
+    def write(self, values: list[Tensor], through_data: bool) -> None:
+        for weight, value in zip(self.weights, values, strict=True):
+            (weight.data if through_data else weight).add_(value)
+        self.sparse.catch_up()
+
+    def prune(self, alphas: list[float], masks: list[Tensor | None], fixed: bool) -> None:
+        with self.sparse.dense():
+            for layer, alpha, mask in zip(self.layers, alphas, masks, strict=True):
+                layer.threshold.set_threshold(alpha)
+                layer.threshold.mask = mask
+            self.sparse.fix(fixed)
+
+    def state(self) -> tuple[list[Tensor], list[Tensor]]:
+        sparse = [weight.detach().clone() for weight in self.weights]
+        with self.sparse.dense():
+            return sparse, [weight.detach().clone() for weight in self.weights]
+
+
+class Oracle(Run):
+    """The parameters hold the dense weights; sparse weights are computed where they are used."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.weights = [nn.Parameter(weight.detach().clone()) for weight in subject.weights]
+        threshold = subject.layers[0].threshold
+        self.reach, self.straight_through = threshold.reach, threshold.straight_through
+        self.prune([0.0] * 3, [None] * 3, False)
+
+    @torch.no_grad()
+    def split(self, index: int) -> tuple[Tensor, Tensor]:
+        """The sparse weight, and the residual."""
+        weight, mask, alpha = self.weights[index], self.masks[index], self.alphas[index]
+        if self.fixed and mask is not None:
+            weight.copy_(torch.where(mask, weight, 0.0))
+        sparse, residual = weight.detach().clone(), torch.zeros_like(weight)
+        shrink_(sparse, residual, torch.tensor(alpha, dtype=weight.dtype).item(), self.reach, mask)
+        return sparse, residual
+
+    def backward(self, step: int) -> Tensor:
+        found = [
+            self.split(i)[0].requires_grad_(w.requires_grad) for i, w in enumerate(self.weights)
+        ]
+        loss = objective([*found, found[0]], step)
+        loss.backward()
+        for i, (weight, sparse) in enumerate(zip(self.weights, found, strict=True)):
+            if weight.requires_grad:
+                grad = sparse.grad if weight.grad is None else weight.grad + sparse.grad
+                if self.alphas[i] and not self.straight_through:
+                    grad = grad.where(sparse.detach() != 0, 0.0)
+                elif self.masks[i] is not None:
+                    grad = grad.where(self.masks[i], 0.0)
+                weight.grad = torch.empty_like(weight).copy_(grad)  # in the weight's layout
+        return loss
+
+    @torch.no_grad()
+    def write(self, values: list[Tensor], through_data: bool) -> None:
+        for i, value in enumerate(values):
+            sparse, residual = self.split(i)
+            self.weights[i].copy_(sparse + value + residual)
+
+    def prune(self, alphas: list[float], masks: list[Tensor | None], fixed: bool) -> None:
+        self.alphas, self.masks, self.fixed = alphas, masks, fixed
+
+    def state(self) -> tuple[list[Tensor], list[Tensor]]:
+        sparse = [self.split(i)[0] for i in range(3)]
+        return sparse, [weight.detach().clone() for weight in self.weights]
+
+
+def reload(value: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
+
+
+COPIERS = [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value)), reload]
+COPIED = {"SGD", "AdamW", "AdamW, fused", "SAM", "of a base class"}  # torch cannot copy the others
+SEEDS, SWITCH = st.integers(0, 99), st.booleans()
+EVENTS = st.one_of(
+    st.tuples(st.just("train"), SEEDS, SWITCH),
+    st.tuples(st.just("prune"), SEEDS, SWITCH),
+    st.tuples(st.just("fix"), SEEDS, SWITCH),
+    st.tuples(st.just("write"), SEEDS, SWITCH),
+    st.tuples(st.just("freeze"), st.integers(1, 2), SWITCH),
+    st.tuples(st.just("copy"), st.integers(0, 2), SWITCH),
+)
+
+
+def happen(run: Run, what: str, number: int, switch: bool) -> None:
+    """Let an event happen to a run."""
+    generator = torch.Generator().manual_seed(number)
+    shapes = [weight.shape for weight in run.weights]
+    if what == "train":
+        for step in range(number % 3 + 1):
+            run.train(number + step, switch)
+    elif what == "freeze":
+        run.freeze(number, switch)
+    elif what == "write":
+        values = [torch.randn(s, generator=generator) * 0.1 for s in shapes]
+        run.write([v.to(run.weights[0].dtype) for v in values], switch)
+    elif what in ("prune", "fix"):
+        kept = [torch.rand(s, generator=generator) > 0.4 for s in shapes]
+        alphas = [[0.0, 0.1, 0.4, 3.0][number // 4**i % 4] for i in range(3)]
+        masks = [mask if switch or what == "fix" else None for mask in kept]
+        run.prune([0.0] * 3 if what == "fix" else alphas, masks, what == "fix")
+
+
+def assert_same(subject: Subject, oracle: Oracle) -> None:
+    for found, expected in zip(subject.state(), oracle.state(), strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@given(
+    kinds=st.tuples(
+        st.sampled_from(list(OPTIMIZERS)), st.sampled_from([k for k in OPTIMIZERS if k != "LBFGS"])
+    ),
+    split=st.integers(1, 3),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    reach=st.sampled_from([math.inf, 1.1, 2.0]),
+    straight_through=SWITCH,
+    events=st.lists(EVENTS, min_size=1, max_size=8),
+)
+@settings(max_examples=150)
+def test_the_run_is_that_of_dense_weights(
+    kinds: tuple[str, str],
+    split: int,
+    dtype: torch.dtype,
+    reach: float,
+    straight_through: bool,
+    events: list[tuple[str, int, bool]],
+) -> None:
+    subject = Subject(dtype, reach, straight_through)
+    oracle = Oracle(subject)
+    for run in (subject, oracle):
+        run.start(kinds, split)
+    for run in (subject, oracle):
+        happen(run, "prune", 27, False)
+    for event in events:
+        if event[0] == "copy" and COPIED.issuperset(kinds):
+            old, before = subject, subject.state()
+            subject = COPIERS[event[1]](subject)
+            for run in (subject, oracle):
+                happen(run, "train", 0, event[2])
+            after = old.state()
+            assert all(torch.equal(a, b) for a, b in zip(sum(before, []), sum(after, [])))
+        for run in (subject, oracle):
+            happen(run, *event)
+        assert_same(subject, oracle)
