@@ -89,7 +89,7 @@ def test_which_tensors_keep_their_zeros() -> None:
     prune.random_unstructured(model.heads["a"], "weight", 0.5)
     mask = model.heads["a"].weight_mask.clone()
     keep_zeros(model)
-    layers = model.kept_zeros.weights.layers
+    layers = model.kept_zeros.sparse_weights.layers
     assert [layer.name for layer in layers] == ["body.weight", "heads.a.weight", "heads.b.weight"]
     assert len(layers[0].owners) == 2
     release_zeros(model)
@@ -132,7 +132,7 @@ def test_tensors_of_subclasses_and_embeddings() -> None:
         model["a"].low[0] = 0.0
     keep_zeros(model)
     assert model["a"].low.requires_grad
-    assert [layer.name for layer in model["kept_zeros"].weights.layers] == ["a.low"]
+    assert [layer.name for layer in model["kept_zeros"].sparse_weights.layers] == ["a.low"]
     torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1).step()
     assert not release_zeros(model)["a"].low[0].any()
 

@@ -13,7 +13,12 @@ from torch_adapmtl.components._prunable import DEFAULT_PRUNABLE
 from torch_adapmtl.components._unwrap import unwrap
 from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.layers.layer import Layer, zeros_to_keep
-from torch_adapmtl.layers.sparse_weights import SparseWeights, pruned_parameter
+from torch_adapmtl.layers.sparse_weights import (
+    SparseWeights,
+    pruned_parameter,
+    stop_watching,
+    watch_evaluations,
+)
 from torch_adapmtl.pruner import Pruner
 from torch_adapmtl.tensor.soft_threshold import SoftThreshold
 from torch_adapmtl.tensor.torch_prune import SoftThresholdPruning
@@ -28,7 +33,7 @@ class _KeptZeros(nn.Module):
 
     def __init__(self, layers: Layers) -> None:
         super().__init__()
-        self.weights = SparseWeights(layers, fixed=True)
+        self.sparse_weights = SparseWeights(layers, fixed=True)
         # torch.nn.utils.prune.is_pruned(model) looks for a hook of this class.
         self.register_forward_pre_hook(SoftThresholdPruning())
         self.register_load_state_dict_post_hook(_renew_masks)  # type: ignore[no-untyped-call]
@@ -111,7 +116,8 @@ def keep_zeros(model: nn.Module) -> nn.Module:
     collection = Layers(layers)
     collection.attach()
     model._modules[_NAME] = kept = _KeptZeros(collection)
-    kept.weights.attach()
+    kept.sparse_weights.attach()
+    watch_evaluations(model)
     return model
 
 
@@ -139,7 +145,8 @@ def release_zeros(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         kept = module._modules.get(_NAME)
         if isinstance(kept, _KeptZeros):
-            kept.weights.release()
+            kept.sparse_weights.release()
+            stop_watching(module)
             del module._modules[_NAME]
     return model
 
@@ -147,7 +154,7 @@ def release_zeros(model: nn.Module) -> nn.Module:
 @torch.inference_mode(False)
 def _renew_masks(kept: nn.Module, incompatible_keys: object) -> None:
     assert isinstance(kept, _KeptZeros)
-    for layer in kept.weights.layers:
+    for layer in kept.sparse_weights.layers:
         layer.threshold.mask = zeros_to_keep(*layer.owners[0], keep_zeros=True)
 
 

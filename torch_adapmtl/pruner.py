@@ -14,7 +14,7 @@ from torch_adapmtl._checks import check_choice, check_fraction, check_steps
 from torch_adapmtl.components.find import FROZEN, UNUSED, Components
 from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.layers.layer import count_zeros
-from torch_adapmtl.layers.sparse_weights import SparseWeights, watch_zeros
+from torch_adapmtl.layers.sparse_weights import SparseWeights, stop_watching, watch_zeros
 from torch_adapmtl.methods._base import Controller
 from torch_adapmtl.run._graph_module import is_graph, let_pruner_go
 from torch_adapmtl.run._model_watch import ModelWatch
@@ -613,6 +613,7 @@ class Pruner(nn.Module):
         self.sparse_weights.detach()
         self.detach()
         unguard(self._model, self.layers)
+        stop_watching(self._model)
         self._model._modules.pop("adapmtl", None)
         if is_graph(self._model):
             let_pruner_go(self._model)

@@ -23,7 +23,14 @@ from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.layers.gradient_hooks import GradientHooks
 from torch_adapmtl.tensor._kernels import drop_zeros_, mask_, shrink_
 
-__all__ = ["SparseWeights", "forget_residual", "pruned_parameter", "watch_zeros"]
+__all__ = [
+    "SparseWeights",
+    "forget_residual",
+    "pruned_parameter",
+    "stop_watching",
+    "watch_evaluations",
+    "watch_zeros",
+]
 
 
 class SparseWeights(nn.Module):
@@ -191,6 +198,14 @@ class SparseWeights(nn.Module):
         self.fix(fixed)
         self.to_sparse()  # changes nothing if the weights were loaded with the residuals
 
+    def hold_zeros(self) -> None:
+        """Write fixed zeros again, because others than optimisers may have written to them.
+
+        An average of the weights that is copied into the model for an evaluation is an example.
+        """
+        if self.fixed and not any(layer.dense for layer in self.layers):
+            self.to_sparse()
+
     # --- optimisers -------------------------------------------------------------------------------
 
     def begin_step(self, optimizer: Optimizer, parameters: Collection[int]) -> bool:
@@ -277,7 +292,7 @@ class SparseWeights(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, *args: Any) -> None:
         for i in range(len(self._buffers)):
             self._residual(i)
-        super()._save_to_state_dict(destination, prefix, *args)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, *args)
         for i in range(len(self._buffers)):
             if self.layers[i].dense:  # in an optimiser's step, or after one that raised an error
                 key = f"{prefix}residual_{i}"
@@ -331,6 +346,29 @@ def _warn_of_lost_zeros(parameters: Mapping[int, Tensor]) -> None:
 
 # The names of weights that `finalize` has made sparse, and that no optimiser has trained since.
 _finalized = WeakIdKeyDictionary()
+
+
+def hold_zeros(model: nn.Module, args: object) -> None:
+    """Write fixed zeros before a forward pass in eval mode; a forward pre-hook of the model."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or model.training:
+        return
+    for name in ("adapmtl", "kept_zeros"):
+        weights = getattr(model._modules.get(name), "sparse_weights", None)
+        if isinstance(weights, SparseWeights):
+            weights.hold_zeros()
+
+
+def watch_evaluations(model: nn.Module) -> None:
+    """Call `hold_zeros` before each forward pass of a model."""
+    model.register_forward_pre_hook(hold_zeros)
+
+
+def stop_watching(model: nn.Module) -> None:
+    """Undo `watch_evaluations`."""
+    hooks = model._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if hook is hold_zeros]:
+        del hooks[key]
+
 
 _ALL: weakref.WeakSet[SparseWeights] = weakref.WeakSet()
 _registered: list[Any] = []
