@@ -17,7 +17,7 @@ from torch_adapmtl.layers.sparse_weights import (
     SparseWeights,
     pruned_parameter,
     stop_watching,
-    watch_evaluations,
+    watch_forward,
 )
 from torch_adapmtl.pruner import Pruner
 from torch_adapmtl.tensor.soft_threshold import SoftThreshold
@@ -117,7 +117,7 @@ def keep_zeros(model: nn.Module) -> nn.Module:
     collection.attach()
     model._modules[_NAME] = kept = _KeptZeros(collection)
     kept.sparse_weights.attach()
-    watch_evaluations(model)
+    watch_forward(model)
     return model
 
 

@@ -28,7 +28,7 @@ __all__ = [
     "forget_residual",
     "pruned_parameter",
     "stop_watching",
-    "watch_evaluations",
+    "watch_forward",
     "watch_zeros",
 ]
 
@@ -198,13 +198,22 @@ class SparseWeights(nn.Module):
         self.fix(fixed)
         self.to_sparse()  # changes nothing if the weights were loaded with the residuals
 
-    def hold_zeros(self) -> None:
-        """Write fixed zeros again, because others than optimisers may have written to them.
+    @torch.no_grad()
+    def before_forward(self) -> None:
+        """Make sure that a forward pass uses the sparse weights, whoever has written to them.
 
-        An average of the weights that is copied into the model for an evaluation is an example.
+        An optimiser's step that raises an error leaves dense weights. An average of the weights,
+        or an earlier state, may have been copied into the parameters after the zeros were fixed.
         """
-        if self.fixed and not any(layer.dense for layer in self.layers):
-            self.to_sparse()
+        if dense := {i for i, layer in enumerate(self.layers) if layer.dense}:
+            self.to_sparse(dense)
+        elif self.fixed:
+            for i, layer in enumerate(self.layers):
+                mask = layer.threshold.mask
+                if mask is not None and (weight := self._parameter(i)) is not None:
+                    # Through `.data`, because the weight may be part of a graph, whose backward
+                    # pass checks the version. If the zeros are there, nothing changes.
+                    mask_(local(weight.data), local_mask(mask, weight))
 
     # --- optimisers -------------------------------------------------------------------------------
 
@@ -348,25 +357,24 @@ def _warn_of_lost_zeros(parameters: Mapping[int, Tensor]) -> None:
 _finalized = WeakIdKeyDictionary()
 
 
-def hold_zeros(model: nn.Module, args: object) -> None:
-    """Write fixed zeros before a forward pass in eval mode; a forward pre-hook of the model."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or model.training:
+def _before_forward(model: nn.Module, args: object) -> None:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return
     for name in ("adapmtl", "kept_zeros"):
         weights = getattr(model._modules.get(name), "sparse_weights", None)
         if isinstance(weights, SparseWeights):
-            weights.hold_zeros()
+            weights.before_forward()
 
 
-def watch_evaluations(model: nn.Module) -> None:
-    """Call `hold_zeros` before each forward pass of a model."""
-    model.register_forward_pre_hook(hold_zeros)
+def watch_forward(model: nn.Module) -> None:
+    """Look at the weights before each forward pass of a model, from now on."""
+    model.register_forward_pre_hook(_before_forward)
 
 
 def stop_watching(model: nn.Module) -> None:
-    """Undo `watch_evaluations`."""
+    """Undo `watch_forward`."""
     hooks = model._forward_pre_hooks
-    for key in [key for key, hook in hooks.items() if hook is hold_zeros]:
+    for key in [key for key, hook in hooks.items() if hook is _before_forward]:
         del hooks[key]
 
 
