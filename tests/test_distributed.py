@@ -190,7 +190,8 @@ def _one_shard(rank: int, folder: str) -> None:
         assert pruner.report().step == stop
         _train(model, pruner, optimizer, range(stop, 20), rank)
         again = get_model_state_dict(model, options=gathered)
-        assert [key for key, value in again.items() if not torch.equal(value, full[key])] == []
+        differing = [key for key, value in again.items() if not torch.equal(value, full[key])]
+        assert not differing, (stop, differing)
 
     model, pruner, optimizer = _shard(allocation="sensitivity")
     with pytest.raises(RuntimeError, match=r"is sharded \(fully_shard\).*use allocation='lamp'"):

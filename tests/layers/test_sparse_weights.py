@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from torch_adapmtl import Layer, Layers, SoftThreshold
+from torch_adapmtl import Layer, Layers, SoftThreshold, soft_threshold
 from torch_adapmtl.layers.sparse_weights import SparseWeights
 from torch_adapmtl.tensor._kernels import shrink_
 
@@ -190,7 +190,7 @@ class Subject(Run):
         return loss
 
     def train(self, step: int, closures: bool) -> None:
-        self.sparse.listen(renew=True)
+        self.sparse.renew_hooks()
         super().train(step, closures)
         self.sparse.catch_up()
 
@@ -206,6 +206,9 @@ class Subject(Run):
                 layer.threshold.set_threshold(alpha)
                 layer.threshold.mask = mask
             self.sparse.fix(fixed)
+
+    def masks(self) -> list[Tensor]:
+        return [layer.threshold.mask for layer in self.layers]
 
     def state(self) -> tuple[list[Tensor], list[Tensor]]:
         sparse = [weight.detach().clone() for weight in self.weights]
@@ -341,3 +344,122 @@ def test_the_run_is_that_of_dense_weights(
         for run in (subject, oracle):
             happen(run, *event)
         assert_same(subject, oracle)
+
+
+def test_a_step_that_failed_does_not_leave_weights_dense() -> None:
+    """Also if nothing but the optimiser runs afterwards, as after the end of a run."""
+    subject = Subject(torch.float32, math.inf, True)
+    subject.start(("failing", "SGD"), 3)
+    happen(subject, "fix", 0, True)
+    for step in range(2):
+        Run.train(subject, step, False)
+    sparse, dense = subject.state()
+    assert all(torch.equal(one, other) for one, other in zip(sparse, dense, strict=True))
+    assert all(layer.threshold.mask is not None for layer in subject.layers)
+    assert not any(w[~m].any() for w, m in zip(sparse, subject.masks(), strict=True))
+
+
+def test_steps_that_a_scaler_skips_change_nothing() -> None:
+    subject = Subject(torch.float32, 1.1, False)
+    subject.start(("SGD", "AdamW, fused"), 2)
+    happen(subject, "prune", 21, False)
+    happen(subject, "train", 1, False)
+    before = subject.state()
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    subject.sparse.renew_hooks()
+    scaler.scale(objective(subject.weights, 0) * torch.inf).backward()
+    for optimizer in subject.optimizers.values():
+        scaler.step(optimizer)
+    scaler.update()
+    subject.sparse.catch_up()
+    for found, expected in zip(subject.state(), before, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*create_graph=True", "ignore:grad and param do not obey")
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("scale", [1.0, math.inf, math.nan])
+def test_gradients_of_zeros(create_graph: bool, masked: bool, scale: float) -> None:
+    """Zero if pruned weights do not regrow, and of masked weights always."""
+    for straight_through in (False, True):
+        subject = Subject(torch.float32, math.inf, straight_through)
+        happen(subject, "prune", 27, masked)
+        subject.sparse.renew_hooks()
+        plain = [weight.detach().clone().requires_grad_() for weight in subject.weights]
+        (objective([*plain, plain[0]], 0) * scale).backward()
+        for _ in range(2):  # the second is accumulated
+            loss = objective([*subject.weights, subject.net.twin.weight], 0) * scale
+            loss.backward(create_graph=create_graph)
+        for weight, copied, layer in zip(subject.weights, plain, subject.layers, strict=True):
+            kept = torch.ones_like(weight, dtype=torch.bool)
+            if layer.mask is not None:
+                kept &= layer.mask
+            if not straight_through and layer.threshold.known():
+                kept &= weight != 0
+            assert weight.grad is not None
+            assert weight.grad.requires_grad == create_graph
+            assert not weight.grad[~kept].any()
+            found, expected = weight.grad[kept], 2 * copied.grad[kept]
+            torch.testing.assert_close(found.detach(), expected, rtol=0, atol=0, equal_nan=True)
+            weight.grad = None
+
+
+# --- the kernel ---------------------------------------------------------------------------------
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda t: t.clone(),
+    "transposed": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+    "channels last": lambda t: t.clone(memory_format=torch.channels_last),
+    "every second": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+}
+
+
+def assert_shrunk(dense: Tensor, alpha: float, reach: float, mask: Tensor | None) -> None:
+    alpha = torch.tensor(alpha, dtype=dense.dtype).item()
+    weight = torch.empty_strided(dense.shape, dense.stride(), dtype=dense.dtype).copy_(dense)
+    residual = torch.full_like(weight, torch.nan)
+    shrink_(weight, residual, alpha, reach, mask)
+    assert torch.equal(weight + residual, dense)
+    kept = torch.ones_like(dense, dtype=torch.bool) if mask is None else mask
+    assert torch.equal(weight == 0, ~(kept & (dense.abs() > alpha)) | (dense == 0))
+    assert not weight[~kept].signbit().any()
+    expected = soft_threshold(dense, alpha, reach=reach).where(kept, 0.0).double()
+    ulp = torch.finfo(dense.dtype).eps * dense.double().abs()
+    assert ((weight.double() - expected).abs() <= ulp).all()
+
+
+@given(
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(list(LAYOUTS)),
+    values=st.lists(
+        st.floats(-60000, 60000, width=16) | st.sampled_from([0.0, -0.0, 0.5, -0.5, 1e-7, 6e4]),
+        min_size=1,
+        max_size=24,
+    ),
+    alpha=st.floats(0, 100) | st.sampled_from([0.5, 1e-7, 6e4]),
+    reach=st.sampled_from([math.inf, 1.001, 1.1, 2.0]),
+    mask=st.none() | SEEDS,
+)
+@settings(max_examples=300)
+def test_the_sparse_weight_and_its_residual(
+    dtype: torch.dtype, layout: str, values: list[float], alpha: float, reach: float,
+    mask: int | None,
+) -> None:  # fmt: skip
+    flat = torch.tensor(values, dtype=dtype).repeat(24)[:24]
+    kept = None
+    if mask is not None:
+        generator = torch.Generator().manual_seed(mask)
+        kept = torch.rand(2, 3, 2, 2, generator=generator) > 0.5
+    assert_shrunk(LAYOUTS[layout](flat.view(2, 3, 2, 2)), alpha, reach, kept)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_large_weights_are_computed_in_pieces(dtype: torch.dtype, layout: str) -> None:
+    dense = LAYOUTS[layout](torch.randn(75, 50, 6, 6).to(dtype))
+    mask = torch.rand_like(dense, dtype=torch.float32) > 0.5
+    for kept in (None, mask, mask.contiguous()):
+        for reach in (math.inf, 1.1):
+            assert_shrunk(dense, 0.7, reach, kept)

@@ -282,9 +282,10 @@ class SparseWeights(nn.Module):
     def _forget(self, module: nn.Module, name: str) -> None:
         for i, layer in enumerate(self.layers):
             held = any(owner is module and tensor == name for owner, tensor in layer.owners)
-            if held and not self.fixed:
-                with torch.no_grad():
-                    local(self._residual(i)).zero_()
+            if held and f"residual_{i}" in self._buffers:
+                # Not in place: the state dict that is being loaded may be the model's own.
+                with torch.inference_mode(False):
+                    self._buffers[f"residual_{i}"] = torch.zeros_like(self._residual(i))
 
     def detach(self) -> None:
         """Undo `attach`."""
