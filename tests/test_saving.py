@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 from toys import TwoTasks, batch, losses, prepare, tensors, train, weights, zeros
+from untouched import assert_untouched
 
 from torch_adapmtl import Pruner, SparsitySchedule
 
@@ -196,9 +197,9 @@ def test_a_state_that_is_saved_in_an_optimisers_step(when: str) -> None:
     assert zeros(other) == round(0.8 * weights(other))
 
 
-@pytest.mark.parametrize("part", ["whole", "heads", "body"])
+@pytest.mark.parametrize("part", ["heads", "body"])
 @pytest.mark.parametrize("stop", [12, 20])
-def test_plain_weights_replace_those_of_a_run(stop: int, part: str) -> None:
+def test_plain_weights_of_a_part_replace_those_of_the_run(stop: int, part: str) -> None:
     """As dense weights; the thresholds and fixed zeros stay."""
     model, source = TwoTasks(), TwoTasks()
     pruner = prepare(model)
@@ -207,45 +208,49 @@ def test_plain_weights_replace_those_of_a_run(stop: int, part: str) -> None:
     thresholds = pruner.controller.thresholds()
     with pruner.sparse_weights.dense():
         before = tensors(model)
-    if part == "whole":
-        with pytest.raises(ValueError, match=r"'body.weight' of the model without apply_adapmtl"):
-            model.load_state_dict(source.state_dict())
-        model.load_state_dict(source.state_dict(), strict=False)
-        assert zeros(pruner) > 0
-        loaded = source.state_dict()
-    else:
-        state = source.get_submodule(part).state_dict()
-        model.get_submodule(part).load_state_dict(state)
-        loaded = {f"{part}.{key}": value for key, value in state.items()}
+    state = source.get_submodule(part).state_dict()
+    model.get_submodule(part).load_state_dict(state)
+    wanted = {**before, **{f"{part}.{key}": value for key, value in state.items()}}
+    if stop == 20:
+        for layer in pruner.layers:
+            wanted[layer.name] = torch.where(layer.mask, wanted[layer.name], 0.0)
+    pruner.sparse_weights.to_sparse()
+    x = batch(5)[0]
+    outputs = model(x)
     with pruner.sparse_weights.dense():
-        for name, parameter in model.named_parameters():
-            assert stop == 20 or torch.equal(parameter, {**before, **loaded}[name]), name
-    for layer in pruner.layers:
-        with pruner.sparse_weights.dense():
-            wanted = layer.threshold(layer.weight.detach())
-        torch.testing.assert_close(layer.weight.detach(), wanted)
+        assert all(torch.equal(p, wanted[name]) for name, p in model.named_parameters())
+    assert all(torch.equal(out, outputs[task]) for task, out in model(x).items())
     assert torch.equal(pruner.controller.thresholds(), thresholds)
-    assert pruner.report().step == stop
     train(model, pruner, optimizer, range(stop, 20))
     assert zeros(pruner) == round(0.8 * weights(pruner))
     pruner.finalize()
     assert zeros(pruner) == round(0.8 * weights(pruner))
 
 
-def test_plain_weights_are_refused_where_thresholds_are_trained() -> None:
-    for load in (
-        lambda model, state: model.load_state_dict(state, strict=False),
-        lambda model, state: model.heads["b"].load_state_dict(
-            {"weight": state["heads.b.weight"], "bias": state["heads.b.bias"]}, strict=False
-        ),
-    ):
-        model = TwoTasks()
-        model.body.weight.requires_grad_(False)  # a layer before that is not pruned
-        prepare(model, allocation="gradient")
-        before = tensors(model)
-        with pytest.raises(ValueError, match=r"which a method that trains its thresholds cannot"):
-            load(model, TwoTasks().state_dict())
-        assert all(torch.equal(value, before[key]) for key, value in tensors(model).items())
+@pytest.mark.parametrize("options", [{}, {"allocation": "gradient"}], ids=str)
+@pytest.mark.parametrize("strict", [True, False])
+def test_plain_weights_of_the_whole_are_refused(strict: bool, options: dict[str, Any]) -> None:
+    """And nothing is loaded, not even of the layer before that is not pruned."""
+    model, state = TwoTasks(), TwoTasks().state_dict()
+    model.body.weight.requires_grad_(False)
+    prepare(model, **options)
+
+    def misuse() -> None:
+        with pytest.raises(ValueError, match=r"'heads.a.weight' of the model without .*undo"):
+            model.load_state_dict(state, strict=strict)
+
+    assert_untouched(model, misuse)
+
+
+def test_plain_weights_of_a_part_are_refused_where_thresholds_are_trained() -> None:
+    model, state = TwoTasks(), TwoTasks().heads["b"].state_dict()
+    prepare(model, allocation="gradient")
+
+    def misuse() -> None:
+        with pytest.raises(ValueError, match=r"'weight' of the model without apply_adapmtl"):
+            model.heads["b"].load_state_dict(state, strict=False)
+
+    assert_untouched(model, misuse)
 
 
 # --- copies -------------------------------------------------------------------------------------

@@ -299,7 +299,7 @@ ENTRIES = (
             "frozen": ("model.backbone",), "shared": ("model",),
             "logits": ("class_labels_classifier",), "pred_boxes": ("bbox_predictor",),
         },
-        "logits", "pred_boxes",
+        "logits", "pred_boxes", ignored=("most of the prunable weights are frozen",),
     ),
     # Two towers: nothing is shared as long as each embedding is a task of its own.
     entry(
