@@ -97,12 +97,12 @@ MODELS = [
     unfit("a tie masked in one place", with_tied_masks, V, "'body.weight' is tied",
           "the 2 modules", "same mask", groups=GROUPS),
     running("applying twice", call(), R, "apply_adapmtl", "on this model before",
-            "use its pruner (model.adapmtl)"),
+            "or undo() to remove it"),
     running("applying twice, compiled", lambda s: prepare(s.wrapped), R, "apply_adapmtl",
             "on this model before", "call finalize()", first=compiled),
     running("applying to a part", lambda s: apply_adapmtl(
                 s.model.body, target_sparsity=0.5, total_steps=1, groups={"main": ["*"]}),
-            V, "'weight'", "belongs to a model that is being pruned", "call finalize() on its pruner"),
+            V, "'weight'", "belongs to a model that is being pruned", "finalize() or undo()"),
     running("applying to a part, with trained thresholds", lambda s: apply_adapmtl(
                 s.model.body, target_sparsity=0.5, total_steps=1, groups={"main": ["*"]}),
             V, "'weight'", "has a soft threshold already", "call finalize() on the pruner",
