@@ -110,7 +110,7 @@ def check_rate(name: str, value: object) -> None:
         raise ValueError(f"{name} must be a finite number >= 0, got {value}")
 
 
-def outputs_named_like(names: Iterable[str], outputs: Iterable[str], *, rest: bool) -> str:
+def outputs_named_like(names: Iterable[object], outputs: Iterable[str], *, rest: bool) -> str:
     """Return the argument `task_outputs=` that gives `names` to outputs such as `<name>_logits`.
 
     It is for errors about names that are not outputs.
@@ -125,7 +125,7 @@ def outputs_named_like(names: Iterable[str], outputs: Iterable[str], *, rest: bo
     """
     outputs = list(outputs)
     chosen: dict[str, str] = {}
-    for name in names:
+    for name in map(str, names):
         word = re.compile(rf"(^|[^a-z0-9]){re.escape(name.lower())}($|[^a-z0-9])")
         similar = [name] if name in outputs else [o for o in outputs if word.search(o.lower())]
         if len(similar) != 1 or similar[0] in chosen.values():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from untouched import assert_untouched
 
 from torch_adapmtl import find_components
+from torch_adapmtl._checks import outputs_named_like
 
 LEFT_RIGHT = {
     "body.0.weight": "shared",
@@ -208,3 +209,21 @@ def test_output_errors(
             find_components(model, X, task_outputs=task_outputs)
 
     assert_untouched(model, run)
+
+
+@pytest.mark.parametrize(
+    ("names", "outputs", "rest", "argument"),
+    [
+        (["ner"], ["ner_logits", "pos"], True, '{"ner": "ner_logits", "pos": "pos"}'),
+        (["ner", "pos"], ["pos-out", "x", "NER"], False, '{"ner": "NER", "pos": "pos-out"}'),
+        (["seg"], ["segment", "depth"], True, None),
+        (["seg"], ["seg_a", "seg_b"], True, None),
+        (["seg", 3], ["seg_a", "seg_b"], True, None),
+        (["seg"], ["seg", "depth"], True, None),
+    ],
+)
+def test_names_that_are_nearly_those_of_outputs(
+    names: list[Any], outputs: list[str], rest: bool, argument: str | None
+) -> None:
+    expected = f"task_outputs={argument}" if argument else ""
+    assert outputs_named_like(names, outputs, rest=rest) == expected

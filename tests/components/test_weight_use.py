@@ -28,6 +28,7 @@ class Layer(nn.Linear):
         super().__init__(width, width)
         self.make = make
         self.scale = nn.Parameter(torch.zeros(width, 1))
+        self.other = nn.Linear(width, width)
         self.down, self.up = nn.Linear(width, 2, bias=False), nn.Linear(2, width, bias=False)
         nn.init.zeros_(self.up.weight)
         self.register_buffer("mask", torch.rand(width, width) > 0.3)
@@ -35,7 +36,7 @@ class Layer(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         # The product that a low-rank update is made of is used by itself too.
-        return F.linear(x, self.make(self), self.bias) + self.up(self.down(x))
+        return F.linear(x, self.make(self), self.bias) + self.up(self.down(self.other(x)))
 
 
 def using(make: Callable[[Any], Tensor]) -> Net:
@@ -86,6 +87,9 @@ REMADE: dict[str, Callable[[Any], Tensor]] = {
     "centred and sliced": as_another_layer,
     "a low-rank update": lambda m: m.weight + m.up.weight @ m.down.weight,
     "an offset": lambda m: m.weight + m.scale,
+    "a part, centred": lambda m: torch.cat([centre(m.weight[:5]), m.weight[5:] * 2])[:5].repeat(
+        2, 1
+    )[:WIDTH],
     "positive": lambda m: F.softplus(m.weight),
     "shares": lambda m: m.weight.softmax(1),
     "two values": lambda m: torch.where(m.weight > 0, 1.0, -1.0) + 0 * m.weight,
@@ -156,12 +160,14 @@ class Elsewhere(Net):
         self.table = nn.Parameter(torch.randn(4, WIDTH))
         self.position = nn.Linear(WIDTH, WIDTH)
         self.gain = nn.Linear(1, WIDTH, bias=False)
+        self.plain, self.real, self.imaginary = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
         self.depthwise = nn.Conv1d(WIDTH, WIDTH, 1, groups=WIDTH)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         weight = self.body[0].weight
         # A penalty; statistics of the weight, used on the outputs; layers on a table of positions;
-        # a weight that is the input of another layer; one that data scales; one used by entries.
+        # a weight that is the input of another layer; one that data scales; one used by entries;
+        # sums of a weight beside it, as in central differences; parts of a complex weight.
         penalty = ((weight - weight.mean()) @ (weight - weight.mean()).t()).square().sum()
         x = self.body(x) / weight.std(1) + weight.mean()
         x = x + self.position(self.table).softmax(1).mean(0)
@@ -169,6 +175,8 @@ class Elsewhere(Net):
         x = F.linear(x, self.body[2].weight * x.mean().sigmoid())
         x = x * self.gain.weight[:, 0]
         x = self.depthwise(x[..., None])[..., 0]
+        x = F.linear(x, self.plain.weight) - F.linear(x, self.plain.weight.sum(1, keepdim=True).t())
+        x = (x.cfloat() @ torch.complex(self.real.weight, self.imaginary.weight)).abs()
         return {**{task: head(x) for task, head in self.heads.items()}, "penalty": penalty}
 
 
@@ -188,6 +196,12 @@ def test_tied_to_a_weight_that_is_centred() -> None:
         find_components(model, X)
 
 
+def test_the_sum_of_two_weights() -> None:
+    model = using(lambda layer: layer.weight + layer.other.weight)
+    with pytest.raises(ValueError, match=r"exclude=\['body.0.weight', 'body.0.other.weight'\]"):
+        find_components(model, X)
+
+
 def test_a_parametrization_that_centres() -> None:
     model = Net()
     parametrize.register_parametrization(model.body[0], "weight", Centred())
@@ -198,10 +212,10 @@ def test_a_parametrization_that_centres() -> None:
 def test_a_mask_and_a_weight_of_zeros() -> None:
     model = using(standardised)
     nn.init.zeros_(model.body[0].weight)
-    with pytest.raises(ValueError, match="1 of 6 weights"):
+    with pytest.raises(ValueError, match="1 of 7 weights"):
         find_components(model, X)
     prune.random_unstructured(model.body[0], "weight", 0.5)
-    with pytest.raises(ValueError, match="1 of 6 weights"):
+    with pytest.raises(ValueError, match="1 of 7 weights"):
         find_components(model, X)
 
 
@@ -265,7 +279,7 @@ def test_layers_of_one_mode(training: bool) -> None:
 def test_many_layers_are_counted_and_excluded_by_type() -> None:
     model = Net()
     model.body = nn.Sequential(*(Layer(standardised) for _ in range(10)))
-    with pytest.raises(ValueError, match="10 of 32 weights") as caught:
+    with pytest.raises(ValueError, match="10 of 42 weights") as caught:
         apply_adapmtl(model, target_sparsity=0.5, total_steps=2, example_inputs=X)
     message = str(caught.value)
     assert "body.7.weight (Layer) and 2 more." in message
@@ -274,7 +288,7 @@ def test_many_layers_are_counted_and_excluded_by_type() -> None:
     exclude = [m for m in model.modules() if isinstance(m, Layer)]
     assert "body.7.weight" not in detected(model, exclude=exclude)
     model.body.append(Layer(lambda layer: layer.weight))
-    with pytest.raises(ValueError, match="10 of 35 weights") as caught:
+    with pytest.raises(ValueError, match="10 of 46 weights") as caught:
         find_components(model, X)
     assert "'body.8.weight', 'body.9.weight']" in str(caught.value)
 

@@ -186,7 +186,7 @@ def test_a_loss_that_diverges(since: int, options: dict[str, Any]) -> None:
 
     said = finished(trained(scale, **options))
     assert len(said) == 1
-    assert re.match("the loss of task 'b' ended .* times as large as it began", said[0])
+    assert re.match("the loss of task 'b' ended at .*it diverged, or", said[0])
 
 
 @pytest.mark.parametrize("allocation", ["lamp", "sensitivity"])
@@ -209,7 +209,9 @@ def test_divergence_is_seen_across_a_resumed_run() -> None:
     pruner = prepare(again, total_steps=STEPS)
     again.load_state_dict(model.state_dict())
     run(again, pruner, scale, range(STEPS // 2, STEPS))
-    assert torch.equal(half.weighting.record.first, pruner.weighting.record.first)
+    before, after = (p.weighting.record.traces()["b"] for p in (half, pruner))
+    assert before.first == after.first
+    assert before.last < after.last
     assert any("the loss of task 'b' ended" in text for text in finished(pruner))
 
 

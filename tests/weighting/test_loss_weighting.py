@@ -157,8 +157,7 @@ def test_state_lives_in_the_model() -> None:
         "weighting.steps",
         "weighting.seen",
         "weighting.record.latest",
-        "weighting.record.first",
-        "weighting.record.recent",
+        "weighting.record.trace",
     ]
     assert not list(model.parameters())
 
@@ -219,7 +218,7 @@ def test_no_step_waits_for_the_device_or_grows(index: int, place: str) -> None:
             weighting(some).backward()
         operations.append(mode.operations)
         sizes.append(sum(b.numel() for b in weighting.buffers()))
-    assert len(set(operations[1:])) == 1  # the first has no gradient to add to
+    assert len(set(operations[3:])) == 1  # in the first the record reads more
     assert len(set(sizes)) == 1
 
 

@@ -143,16 +143,16 @@ def test_losses_to_look_at(method: Any) -> None:
 @given(
     st.lists(
         st.lists(
-            st.one_of(st.none(), st.floats(0.1, 9), st.just(math.nan)), min_size=2, max_size=2
+            st.one_of(st.none(), st.floats(0.1, 9), st.sampled_from([0.0, math.nan])), min_size=2, max_size=2
         ),
         max_size=12,
     )
 )
 def test_the_trace_is_that_of_a_plain_one(steps: list[list[float | None]]) -> None:
-    """First readings and an exponential average, of what is there and finite."""
+    """The first loss and the exponential average, of what is there, finite and not 0."""
     weighting = EqualWeighting(["a", "b"])
-    first: dict[str, list[float]] = {"a": [], "b": []}
-    recent: dict[str, float] = {}
+    averages: dict[str, list[float]] = {"a": [], "b": []}
+    first: dict[str, float] = {}
     for step in steps:
         here = {task: value for task, value in zip("ab", step, strict=True) if value is not None}
         if not here:
@@ -160,28 +160,42 @@ def test_the_trace_is_that_of_a_plain_one(steps: list[list[float | None]]) -> No
         weighting({task: torch.tensor(value) for task, value in here.items()})
         weighting.record.read()
         for task, value in here.items():
-            if math.isnan(value):
-                continue
-            first[task] = (first[task] + [value])[:5]
-            recent[task] = 0.8 * recent.get(task, value) + 0.2 * value
-    for index, task in enumerate("ab"):
-        assert weighting.record.first[:, index].tolist() == pytest.approx(
-            [sum(first[task]), len(first[task])], rel=1e-5
-        )
-        assert weighting.record.recent[0, index].item() == pytest.approx(
-            recent.get(task, 0.0), rel=1e-5
-        )
+            if math.isfinite(value) and value:
+                first.setdefault(task, value)
+                before = averages[task][-1] if averages[task] else value
+                averages[task].append(0.8 * before + 0.2 * value)
+    traces = weighting.record.traces()
+    assert list(traces) == [task for task in "ab" if averages[task]]
+    for task, trace in traces.items():
+        expected = (first[task], min(averages[task]), max(averages[task]), averages[task][-1])
+        assert trace == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_reading_has_what_came_since_the_last() -> None:
     """Readings are rarer than steps: tasks that take turns are all read, and no loss twice."""
     weighting = EqualWeighting(["a", "b", "c"])
-    for step in range(12):
-        task = "abc"[step % 3]
-        weighting({task: torch.tensor(float(step + 1))})
-        if step % 6 == 5:  # always after a "c"
+    for step in range(5 + 12):  # each of the first five is a reading
+        weighting({"abc"[step % 3]: torch.tensor(1.0 + step)})
+        if step % 6 == 4:  # always after a "b"
             weighting.record.read()
-    assert weighting.record.recent[1].tolist() == [2, 2, 2]
-    assert weighting.record.first[0].tolist() == [4 + 10, 5 + 11, 6 + 12]
+    assert weighting.record.trace[4].tolist() == [2 + 2, 2 + 2, 1 + 2]
     weighting.record.read()
-    assert weighting.record.recent[1].tolist() == [2, 2, 2]
+    assert weighting.record.trace[4].tolist() == [2 + 2, 2 + 2, 1 + 2]
+    traces = weighting.record.traces()
+    assert [trace.first for trace in traces.values()] == [1, 2, 3]
+    assert traces["c"].last == pytest.approx(3 * 0.64 + 9 * 0.16 + 15 * 0.2)
+
+
+def test_a_record_that_was_loaded_goes_on_reading_as_it_would_have() -> None:
+    whole, half = (EqualWeighting(["a"]) for _ in range(2))
+    for step in range(9):
+        whole({"a": torch.tensor(1.0 + step)})
+    for step in range(3):
+        half({"a": torch.tensor(1.0 + step)})
+    again = EqualWeighting(["a"])
+    again.load_state_dict(half.state_dict())
+    again.record.forget()  # as the pruner does
+    for step in range(3, 9):
+        again({"a": torch.tensor(1.0 + step)})
+    assert torch.equal(again.record.trace, whole.record.trace)
+    assert torch.equal(again.record.latest, whole.record.latest)

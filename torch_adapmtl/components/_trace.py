@@ -80,9 +80,11 @@ class Trace:
                 needed |= operation.reads
         operations.reverse()
         try:
-            first, second = (_again(tensor, operations, start, half) for half in (0, 1))
-            # 0 / 0 is what a norm makes of a row of zeros; the library does not mean that here.
-            zero = [(value == 0) | value.isnan() for value in (first, second)]
+            zero = []
+            for half in (0, 1):
+                value = _again(tensor, operations, start, half)
+                value = torch.view_as_real(value) if value.is_complex() else value
+                zero.append((value == 0) | value.isnan())  # 0 / 0, of a norm of zeros only
             return bool((zero[0] | zero[1]).all())
         except Exception:  # an operation that depends on the values in its own way
             return True
@@ -116,14 +118,22 @@ def _again(
 
 
 def with_zeros(
-    storage: torch.UntypedStorage, dtype: torch.dtype, half: int | None
+    storage: torch.UntypedStorage, dtype: torch.dtype, half: int | None, seed: int
 ) -> torch.UntypedStorage:
-    """Return a copy of a parameter's storage without zeros but those of one half of its entries."""
+    """Return a copy of a parameter's storage without zeros but those of one half of its entries.
+
+    Args:
+        storage: The storage.
+        dtype: The dtype of the parameter.
+        half: Which half is zero, 0 or 1; None for neither.
+        seed: Which halves there are; they differ between parameters.
+    """
     values = torch.empty(0, dtype=dtype, device=storage.device).set_(storage).clone()
     index = torch.arange(values.numel(), device=values.device)
     scale = values.abs().mean().nan_to_num(1.0)
     other = (index * 7919 % 1009 + 1) / 1009 * torch.where(scale > 0, scale, 1.0)
     values = torch.where(values == 0, other.to(dtype), values)
     if half is not None:
-        values *= (index * 2654435761 >> 13) % 2 == half  # spread without a pattern
+        spread = (index + 7919 * seed) * 2654435761 >> 13  # without a pattern
+        values *= spread % 2 == half
     return values.untyped_storage()

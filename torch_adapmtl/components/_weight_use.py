@@ -74,6 +74,7 @@ class _Memory:
         traced: Whether its values depend on parameters.
         exact: Whether its values are those of weights.
         dtype: The dtype of the parameters that lie in it.
+        seed: A number that other parameters' storages do not have.
     """
 
     kept: Any
@@ -82,6 +83,7 @@ class _Memory:
     traced: bool = False
     exact: bool = False
     dtype: torch.dtype | None = None
+    seed: int = 0
 
     def sources_of(self, tensor: Tensor) -> frozenset[int]:
         """Return the ids of the weights that a tensor in this storage is computed from."""
@@ -110,7 +112,7 @@ class WeightUseMode(TorchDispatchMode):
         self._checks = dict.fromkeys(self._weights, 0)
         self._used: set[int] = set()
         self._remade: set[int] = set()
-        self._remade_alone: set[int] = set()  # received by a product without data
+        self._remade_beside: set[int] = set()  # perhaps not in place of the weight
         self._written: set[int] = set()
         for tensor in (*model.parameters(), *model.buffers()):
             self._register(tensor)
@@ -122,7 +124,7 @@ class WeightUseMode(TorchDispatchMode):
     def _register(self, tensor: Tensor) -> None:
         if (storage := storage_of(tensor)) is None:
             return
-        memory = self._known.setdefault(storage._cdata, _Memory(storage))
+        memory = self._known.setdefault(storage._cdata, _Memory(storage, seed=len(self._known)))
         if isinstance(tensor, nn.Parameter):
             memory.traced, memory.dtype = True, tensor.dtype
         if id(tensor) in self._weights:
@@ -135,7 +137,7 @@ class WeightUseMode(TorchDispatchMode):
             before = self._before[key]  # `weight.data = ...` is no operation
             if key_of(weight) != key_of(before) and not torch.equal(weight, before):
                 self._written.add(key)
-        remade = self._remade | (self._remade_alone - self._used)
+        remade = self._remade | (self._remade_beside - self._used)
         present = {id(parameter) for parameter in self._model.parameters()}
         return WeightUse(
             used=frozenset(self._used),
@@ -218,19 +220,20 @@ class WeightUseMode(TorchDispatchMode):
         if memory.exact:
             self._used |= sources
             return
-        # Fewer entries than a weight has are a mean or a norm, unless a product takes them.
-        smallest = min(self._weights[key].numel() for key in sources)
+        # Fewer entries than a weight has are a mean or a norm. In a product they may be a part of
+        # another weight, or a mean that is used beside the weight.
+        reduced = tensor.numel() < min(self._weights[key].numel() for key in sources)
         checked = min(self._checks[key] for key in sources)
-        if checked == _CHECKS or (tensor.numel() < smallest and not product):
+        if checked == _CHECKS or (reduced and not product):
             return
         for key in sources:
             self._checks[key] += 1
         if self._trace.keeps_zeros(tensor, self._start):
             self._used |= sources
-        elif data:
+        elif data and not reduced:
             self._remade |= sources
         else:
-            self._remade_alone |= sources
+            self._remade_beside |= sources
 
     def _start(self, tensor: Tensor, half: int) -> torch.UntypedStorage:
         """Return a copy of the storage of a parameter or a constant for the trace."""
@@ -239,7 +242,7 @@ class WeightUseMode(TorchDispatchMode):
         if memory is None or memory.dtype is None:
             copied: torch.UntypedStorage = storage.clone()
             return copied
-        return with_zeros(storage, memory.dtype, half if memory.spans else None)
+        return with_zeros(storage, memory.dtype, half if memory.spans else None, memory.seed)
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.layers.sampling import take
 from torch_adapmtl.run.report import Report
-from torch_adapmtl.weighting._record import LossRecord
+from torch_adapmtl.weighting._record import LossRecord, Trace
 
 __all__ = ["Watch", "signs"]
 
@@ -19,7 +20,7 @@ _DOMINANT = 0.8
 # Sparsities count as equal if they differ by less than this, relative to the smaller of density and
 # sparsity.
 _EQUAL = 1e-3
-# A loss that is this many times as large at the end as at the beginning has diverged.
+# A loss that is this many times as large at the end as at its lowest may have diverged.
 _DIVERGED = 3.0
 # Number of steps after which a gradient scaler has found its scale, and a warm-up is above zero.
 _PATIENCE = 50
@@ -145,14 +146,13 @@ def signs(
                 f"is learned already, does that. Set narrower bounds in StabilityWeighting, or "
                 f"weighting='equal'"
             )
-    for task, (before, after) in record.starts_and_ends().items():
-        if not 0 < before * _DIVERGED < after:
-            continue
-        warnings.append(
-            f"the loss of task {task!r} ended {after / before:.1f} times as large as it began "
-            f"({before:.3g}, then {after:.3g}): it diverged, or the model lost what it knew. Lower "
-            f"the learning rate, prune to less, or give the schedule more steps"
-        )
+    warnings += [
+        f"the loss of task {task!r} ended at {trace.last:.3g}, after {trace.first:.3g} at the "
+        f"beginning and {trace.lowest:.3g} at best: it diverged, or the model lost what it knew. "
+        f"Lower the learning rate, prune to less, or give the schedule more steps"
+        for task, trace in record.traces().items()
+        if trace.last > _limit(trace, _outputs(report, task))
+    ]
     for task in record.absent():
         warnings.append(
             f"task {task!r} never had a loss, so nothing trained its part of the model, which is "
@@ -172,3 +172,24 @@ def signs(
             f"meant, leave the task out of the losses"
         )
     return warnings
+
+
+def _limit(trace: Trace, outputs: int) -> float:
+    """The loss at the end beyond which a task has lost most of what it knew, or has diverged.
+
+    A guess costs the logarithm of the number of outputs, or as much as the first loss. A model that
+    was better than half of a guess has lost what it knew if it ends nearer to the guess than to its
+    best: a pruned model may end at many times a loss near zero and be as accurate, but not there.
+    In other units than those of a cross-entropy, or of targets of variance 1, no guess is known. Then
+    a loss has diverged that is a multiple of its lowest value and near to its highest.
+    """
+    guess = max(math.log(outputs), trace.first)
+    if trace.lowest < guess / 2:
+        return (trace.lowest + guess) / 2
+    return max(_DIVERGED * trace.lowest, (trace.lowest + trace.highest) / 2)
+
+
+def _outputs(report: Report, task: str) -> int:
+    """The number of outputs of a task's last layer; 2 if the task has no layer of its own."""
+    rows = [row for row in report.layers if row.component == task]
+    return max(rows[-1].shape[0], 2) if rows else 2

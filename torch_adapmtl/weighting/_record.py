@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from math import inf
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,18 +12,27 @@ from torch import Tensor
 from torch_adapmtl._distributed import mean_over_processes, sum_over_processes
 from torch_adapmtl._precision import KeepsPrecision
 
-__all__ = ["LossRecord"]
+__all__ = ["LossRecord", "Trace"]
 
 # Losses are clamped to this, so that the difference of two stays finite.
 _HUGE = torch.finfo(torch.float32).max / 4
-# Number of readings averaged as the beginning of a run.
+# Number of steps at the beginning of a run that are all read: a loss can diverge in the second one.
 _FIRST = 5
 # Share of the average that remains after each reading.
 _DECAY = 0.8
 
 
+class Trace(NamedTuple):
+    """The course of a task's loss: the first one, and three values of its running average."""
+
+    first: float
+    lowest: float
+    highest: float
+    last: float
+
+
 class LossRecord(KeepsPrecision):
-    """The losses of each task: the latest ones, averages at the beginning and now, and counts.
+    """The losses of each task: the latest ones, the course of their average, and counts.
 
     A loss of exactly 0 is no observation: it is what a masked mean, or a task of
     `torch_adapmtl.tasks`, returns for a batch without labels. Such a loss is treated as a missing
@@ -39,15 +48,14 @@ class LossRecord(KeepsPrecision):
             of shape (T,); not part of the state dict.
         latest: The last observed loss of each task, and whether it came after the last `read`, as 1
             or 0; float32 (2, T).
-        first: Sum and number of each task's first readings, float32 (2, T).
-        recent: Exponential average and number of each task's readings, float32 (2, T).
+        trace: Of each task, the first reading, the exponential average of the readings, its lowest
+            and its highest value, and the number of readings; float32 (5, T).
         with_grad: The tasks that have had a loss that requires grad.
         without_grad: The tasks that have had a loss that does not require grad.
     """
 
     latest: Tensor
-    first: Tensor
-    recent: Tensor
+    trace: Tensor
 
     def __init__(self, tasks: Sequence[str]) -> None:
         super().__init__()
@@ -55,8 +63,8 @@ class LossRecord(KeepsPrecision):
         # Not a buffer: DistributedDataParallel would copy it from the first process to all others.
         self.nonfinite = torch.zeros(len(self.tasks), dtype=torch.int64)
         self.register_buffer("latest", torch.zeros(2, len(self.tasks)))
-        self.register_buffer("first", torch.zeros(2, len(self.tasks)))
-        self.register_buffer("recent", torch.zeros(2, len(self.tasks)))
+        self.register_buffer("trace", torch.zeros(5, len(self.tasks)))
+        self._early = _FIRST  # number of steps from now on after which to read
         self.with_grad: set[str] = set()
         self.without_grad: set[str] = set()
 
@@ -143,6 +151,9 @@ class LossRecord(KeepsPrecision):
             losses, accepted = mean_over_processes(losses, accepted)
         observed = torch.stack([losses, accepted.to(losses.dtype)])
         torch.where(accepted, observed, self.latest, out=self.latest)
+        if self._early:
+            self._early -= 1
+            self.read()
         return losses, accepted
 
     def note_gradients(self, present: Mapping[str, Tensor], training: bool) -> bool:
@@ -169,19 +180,25 @@ class LossRecord(KeepsPrecision):
 
     @torch.no_grad()
     def read(self) -> None:
-        """Add the losses that were observed since the last reading to `first` and `recent`."""
+        """Add the losses that were observed since the last reading to the trace."""
         losses, fresh = self.latest[0], self.latest[1] > 0
-        early = fresh & (self.first[1] < _FIRST)
-        self.first += torch.stack([losses.masked_fill(~early, 0.0), early.float()])
-        average, count = self.recent
-        moved = torch.where(count > 0, average.lerp(losses, 1 - _DECAY), losses)
-        self.recent[0] = torch.where(fresh, moved, average)
-        self.recent[1] += fresh
+        first, average, lowest, highest, count = self.trace
+        new = count == 0
+        average = torch.where(new, losses, average.lerp(losses, 1 - _DECAY))
+        moved = [
+            torch.where(new, losses, first),
+            average,
+            torch.where(new, losses, torch.minimum(lowest, average)),
+            torch.where(new, losses, torch.maximum(highest, average)),
+            count + 1,
+        ]
+        torch.where(fresh, torch.stack(moved), self.trace, out=self.trace)
         self.latest[1].zero_()
 
     def forget(self) -> None:
-        """Reset what the state dict does not hold: `nonfinite`."""
+        """Reset what the state dict does not hold, after it was loaded; reads the counts."""
         self.nonfinite.zero_()
+        self._early = max(_FIRST - int(self.trace[4].max()), 0)
 
     # --- results ----------------------------------------------------------------------------------
 
@@ -206,12 +223,17 @@ class LossRecord(KeepsPrecision):
             "at the learning rate and at mixed precision, and resume from a checkpoint"
         )
 
-    def starts_and_ends(self) -> dict[str, tuple[float, float]]:
-        """Return the loss at the beginning of the run and the loss now, by task; reads both."""
+    def traces(self) -> dict[str, Trace]:
+        """Return the course of the loss of each task that has had one; reads it from the device."""
         self.read()
-        total, count = self.first
-        starts, ends = (total / count).tolist(), self.recent[0].tolist()
-        return dict(zip(self.tasks, zip(starts, ends, strict=True), strict=True))
+        columns = self.trace.T.tolist()
+        return {
+            task: Trace(first, lowest, highest, last)
+            for task, (first, last, lowest, highest, count) in zip(
+                self.tasks, columns, strict=True
+            )
+            if count
+        }
 
     def untrained(self) -> list[str]:
         """The tasks that have had losses, but never a loss that requires grad."""
@@ -224,9 +246,8 @@ class LossRecord(KeepsPrecision):
 
     def unlabelled(self) -> list[str]:
         """The tasks whose losses were all exactly 0; reads the counts from the device."""
-        self.read()
-        counts = dict(zip(self.tasks, self.recent[1].tolist(), strict=True))
-        return [task for task in self.tasks if task in self.with_grad and not counts[task]]
+        seen = self.traces()
+        return [task for task in self.tasks if task in self.with_grad and task not in seen]
 
     def had_losses(self) -> list[int]:
         """Return `with_grad` and `without_grad` as two numbers, one bit for each task."""
