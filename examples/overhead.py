@@ -1,11 +1,18 @@
 """What a training step costs with AdapMTL: time and peak memory, as ratios to the dense model.
 
-Copies of the paper's net (encoder and three ASPP heads) are trained on random images: dense, with
-AdapMTL in each of the three parts of a run (pruned weights are trained; they are not; the zeros are
-fixed), and with the plain formula of the paper, whose zeros are counted on the host after every
-step as in the authors' code. The steps of all are interleaved, so that conditions are the same.
+Copies of a net are trained on random inputs: dense, with AdapMTL in each of the three parts of a
+run (pruned weights are trained; they are not; the zeros are fixed), and with the plain formula of
+the paper, whose zeros are counted on the host after every step as in the authors' code. Each copy
+has a process of its own; their steps are interleaved, so that conditions are the same. On a CPU the
+time is that of the processor.
 
-    python examples/overhead.py --encoder resnet34 --batch 2 --size 65
+The nets: the paper's (an encoder and three ASPP heads, 91 or 157 million weights), and three small
+ones, where the operations that do not depend on the number of weights count most: a RegNetY of
+133,000 weights on 64 images of 32 px in channels-last format, an MLP of three layers on 256
+samples, and a GRU cell that is called twenty times, on 64 sequences.
+
+    python examples/overhead.py --net resnet34 --batch 2 --size 65
+    python examples/overhead.py --net mlp --steps 200
 """
 
 from __future__ import annotations
@@ -19,6 +26,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +43,7 @@ from torch_adapmtl.models import (
 )
 
 TASKS = {"segmentation": 40, "normal": 3, "depth": 1}
+SMALL = ("regnety", "mlp", "gru")
 PARTS = {  # schedules with which a whole run consists of one part
     "regrow": SparsitySchedule(start=0.0, end=0.0, regrow_until=0.9),
     "no regrowth": SparsitySchedule(start=0.0, end=0.0, regrow_until=0.0),
@@ -43,16 +52,60 @@ PARTS = {  # schedules with which a whole run consists of one part
 VARIANTS = ("dense", *PARTS, "plain")
 
 
-def build(encoder_name: str, hidden: int) -> MultiTaskModel:
-    """Build the paper's net."""
-    encoder = dilated_resnet34() if encoder_name == "resnet34" else dilated_mobilenet_v2()
+class TwoHeads(nn.Module):
+    """A body and two linear heads."""
+
+    def __init__(self, body: nn.Module, width: int) -> None:
+        super().__init__()
+        self.body = body
+        self.heads = nn.ModuleDict({"a": nn.Linear(width, 4), "b": nn.Linear(width, 4)})
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Return the output of each head."""
+        h = self.body(x)
+        return {task: head(h) for task, head in self.heads.items()}
+
+
+class Recurrent(nn.Module):
+    """A GRU cell that is called for each element of a sequence."""
+
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(inputs, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the last state, of shape (batch, width)."""
+        h = x.new_zeros(len(x), self.cell.hidden_size)
+        for element in x.unbind(1):
+            h = self.cell(element, h)
+        return h
+
+
+def build(args: argparse.Namespace) -> tuple[nn.Module, Tensor]:
+    """Build the net, and a batch of inputs."""
+    if args.net == "regnety":
+        from timm.models.regnet import RegNet, RegNetCfg
+
+        config = RegNetCfg(depth=14, w0=8, wa=6.0, wm=2.0, group_size=8, se_ratio=0.25)
+        body = RegNet(config, num_classes=0)
+        net = TwoHeads(body, body.num_features).to(memory_format=torch.channels_last)
+        return net, torch.randn(64, 3, 32, 32).to(memory_format=torch.channels_last)
+    if args.net == "mlp":
+        layers = [nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU()]
+        body = nn.Sequential(*layers, nn.Linear(512, 256), nn.ReLU())
+        return TwoHeads(body, 256), torch.randn(256, 256)
+    if args.net == "gru":
+        return TwoHeads(Recurrent(32, 256), 256), torch.randn(64, 20, 32)
+    encoder = dilated_resnet34() if args.net == "resnet34" else dilated_mobilenet_v2()
     width = feature_channels(encoder)
-    heads = {task: ASPPHead(width, channels, hidden=hidden) for task, channels in TASKS.items()}
-    return MultiTaskModel(encoder, heads)
+    heads = {t: ASPPHead(width, channels, hidden=args.hidden) for t, channels in TASKS.items()}
+    return MultiTaskModel(encoder, heads), torch.randn(args.batch, 3, args.size, args.size)
 
 
 def losses(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Losses of the paper's three tasks against constant targets."""
+    """Losses of the tasks against constant targets."""
+    if "a" in outputs:
+        return {task: out.float().sub(1).square().mean() for task, out in outputs.items()}
     segmentation, normal, depth = (outputs[task].float() for task in TASKS)
     classes = segmentation.new_zeros(segmentation[:, 0].shape, dtype=torch.long)
     return {
@@ -77,30 +130,31 @@ class PlainThreshold(nn.Module):
 def make_step(variant: str, args: argparse.Namespace) -> Callable[[], None]:
     """Return a function that does one training step of the variant."""
     torch.manual_seed(0)
-    model = build(args.encoder, args.hidden).to(args.device)
+    model, inputs = build(args)
+    model, inputs = model.to(args.device), inputs.to(args.device)
     finish: Callable[[], None] = lambda: None  # noqa: E731
     combine: Callable[[dict[str, Tensor]], Tensor] = lambda parts: sum(parts.values())  # type: ignore[return-value,assignment]  # noqa: E731
     if variant in PARTS:
         pruner = apply_adapmtl(
             model,
             target_sparsity=0.9,
-            total_steps=100_000,
+            total_steps=args.total_steps,
             method=Adaptive(reach=args.reach, schedule=PARTS[variant]),
+            example_inputs=inputs[:2],
+            prunable={nn.GRUCell: "weight_*"},
         )
         combine, finish = pruner.loss, pruner.step
-        finish()  # fixes the zeros if the schedule says so
-        if not pruner.controller.fixed:
-            pruner.controller.update(1)  # otherwise the first ten steps would have no zeros
+        while not pruner.sparsity() > 0.85:  # until the first update
+            finish()
     elif variant == "plain":
         finish = attach_plain(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     forward = torch.compile(model) if args.compile else model
-    images = torch.randn(args.batch, 3, args.size, args.size, device=args.device)
     autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.bf16)
 
     def step() -> None:
         with autocast:
-            outputs = forward(images)
+            outputs = forward(inputs)
         combine(losses(outputs)).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -111,33 +165,59 @@ def make_step(variant: str, args: argparse.Namespace) -> Callable[[], None]:
 
 def attach_plain(model: nn.Module) -> Callable[[], None]:
     """Put the plain formula on every weight; return the authors' count of zeros."""
-    modules = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    score = nn.Parameter(torch.tensor(-5.0, device=modules[0].weight.device))
-    for module in modules:
-        parametrize.register_parametrization(module, "weight", PlainThreshold(score), unsafe=True)
+    kinds = (nn.Conv2d, nn.Linear, nn.GRUCell)
+    places = [
+        (module, name)
+        for module in model.modules()
+        if isinstance(module, kinds)
+        for name in ("weight", "weight_ih", "weight_hh")
+        if hasattr(module, name)
+    ]
+    score = nn.Parameter(torch.tensor(-5.0, device=next(model.parameters()).device))
+    for module, name in places:
+        parametrize.register_parametrization(module, name, PlainThreshold(score), unsafe=True)
 
     def count() -> None:
         zeros = total = 0
-        for module in modules:
-            weight = module.weight.detach().cpu()
+        for module, name in places:
+            weight = getattr(module, name).detach().cpu()
             zeros += int((weight == 0).sum())
             total += weight.numel()
 
     return count
 
 
+def take_steps(variant: str, args: argparse.Namespace, pipe: Any) -> None:
+    """Do a step of the variant whenever a message comes, and send its seconds."""
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    step = make_step(variant, args)
+    clock = time.perf_counter if args.device == "cuda" else time.process_time
+    pipe.send(None)
+    while pipe.recv():
+        start = clock()
+        step()
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        pipe.send(clock() - start)
+
+
 def measure_time(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Interleave the variants' steps; return milliseconds and ratios to dense."""
-    steps = {variant: make_step(variant, args) for variant in VARIANTS}
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[str, Any] = {}
     times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    for variant in VARIANTS:
+        pipes[variant], theirs = context.Pipe()
+        context.Process(target=take_steps, args=(variant, args, theirs), daemon=True).start()
+        pipes[variant].recv()
     for turn in range(args.warmup + args.steps):
-        for variant, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if args.device == "cuda":
-                torch.cuda.synchronize()
+        for variant, pipe in pipes.items():
+            pipe.send(True)
+            seconds = pipe.recv()
             if turn >= args.warmup:
-                times[variant].append(time.perf_counter() - start)
+                times[variant].append(seconds)
+    for pipe in pipes.values():
+        pipe.send(False)
     dense = times["dense"]
     return {
         variant: {
@@ -182,12 +262,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--encoder", choices=("resnet34", "mobilenetv2"), default="resnet34")
+    nets = ("resnet34", "mobilenetv2", *SMALL)
+    parser.add_argument("--net", choices=nets, default="resnet34")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--size", type=int, default=65, help="height and width of the images")
     parser.add_argument("--hidden", type=int, default=1024, help="width of the ASPP heads")
     parser.add_argument("--reach", type=float, default=1.1, help="inf for the soft threshold")
-    parser.add_argument("--steps", type=int, default=20, help="one in 10.6 has an update")
+    parser.add_argument("--steps", type=int, default=22)
+    parser.add_argument(
+        "--total-steps",
+        type=int,
+        default=10_000,
+        help="of the run that the steps belong to; there are some 500 updates in a long run",
+    )
     parser.add_argument("--warmup", type=int, default=10)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 for torch's choice")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -198,18 +285,18 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny net: to see that it runs")
     args = parser.parse_args()
     if args.quick:
-        args.encoder, args.hidden, args.size = "mobilenetv2", 32, 33
+        args.net, args.hidden, args.size = "mobilenetv2", 32, 33
         args.steps, args.warmup, args.no_memory = 2, 1, True
     if args.threads:
         torch.set_num_threads(args.threads)
 
-    weights = sum(p.numel() for p in build(args.encoder, args.hidden).parameters())
+    weights = sum(p.numel() for p in build(args)[0].parameters())
     times = measure_time(args)
     memory = {} if args.no_memory else measure_memory(args)
     mode = "compiled" if args.compile else "eager"
     print(
-        f"{args.encoder} + ASPP heads, {weights / 1e6:.1f} M parameters, batch {args.batch} of "
-        f"{args.size} px, {mode}, {args.device}, torch {torch.__version__}"
+        f"{args.net}, {weights / 1e6:.2f} M parameters, batch {args.batch} of {args.size} px "
+        f"(the small nets have their own), {mode}, {args.device}, torch {torch.__version__}"
     )
     print(f"{'':13}{'ms':>10}{'median':>10}{'total':>10}{'peak MiB':>12}{'extra / weights':>18}")
     for variant in VARIANTS:

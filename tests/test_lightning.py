@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from toys import TwoTasks, batch
 
-from torch_adapmtl import Adaptive
+from torch_adapmtl import Adaptive, Paper, plain_state_dict
 
 
 @pytest.fixture
@@ -60,8 +60,8 @@ def fit(module: Any, folder: Path, steps: int, accumulate: int = 1, **options: A
     from torch_adapmtl.lightning import AdapMTLCallback
 
     callback = AdapMTLCallback(
-        target_sparsity=0.8, method=Adaptive(schedule=EARLY), example_inputs=torch.ones(2, 6),
-        **options.pop("callback", {}),
+        **{"target_sparsity": 0.8, "method": Adaptive(schedule=EARLY),
+           "example_inputs": torch.ones(2, 6), **options.pop("callback", {})},
     )  # fmt: skip
     trainer = pl.Trainer(
         max_steps=steps, accelerator="cpu", accumulate_grad_batches=accumulate, logger=False,
@@ -96,6 +96,32 @@ def test_lightning_resumes(stop: int, tmp_path: Path) -> None:
     fit(lightning_module(model), tmp_path, 20, ckpt_path=tmp_path / "stopped.ckpt", **run)
     model.adapmtl.finalize()
     assert_like(model, plain(20, same=True))
+
+
+@pytest.mark.usefixtures("_their_warnings")
+@pytest.mark.parametrize("method", [Adaptive(schedule=EARLY), Paper(start=-3.0)], ids=str)
+def test_a_checkpoint_of_a_run_loads_into_a_plain_module(method: Any, tmp_path: Path) -> None:
+    base: Any = type(lightning_module(TwoTasks()))
+
+    class Loadable(base):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = TwoTasks()
+
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:  # as documented
+            if not hasattr(self.model, "adapmtl"):
+                checkpoint["state_dict"] = plain_state_dict(checkpoint["state_dict"])
+
+    trained = Loadable()
+    options: dict[str, Any] = {"callback": {"total_steps": 20, "method": method}}
+    fit(trained, tmp_path, 12, **options).save_checkpoint(tmp_path / "stopped.ckpt")
+    loaded = Loadable.load_from_checkpoint(tmp_path / "stopped.ckpt")
+    x = torch.randn(4, 6)
+    expected, found = trained.model(x), loaded.model(x)
+    assert all(torch.equal(found[task], expected[task]) for task in expected)
+    resumed = Loadable()
+    fit(resumed, tmp_path, 20, ckpt_path=tmp_path / "stopped.ckpt", **options)
+    assert resumed.model.adapmtl.step_count == 20
 
 
 @pytest.mark.usefixtures("_their_warnings")

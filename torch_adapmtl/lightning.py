@@ -163,7 +163,7 @@ class AdapMTLCallback(Callback):
         if (pruner := self._pruner(pl_module)) is None:
             return
         pruner.detach()
-        if self.total_steps is None and (step := pruner.report().step) < pruner.total_steps:
+        if self.total_steps is None and (step := pruner.step_count) < pruner.total_steps:
             rank_zero_warn(
                 f"training ended after {step} of total_steps={pruner.total_steps} optimizer steps, "
                 f"so the model is not at its target. total_steps was the trainer's estimate: call "

@@ -119,7 +119,7 @@ STATES = [
         ("a residual of another width", load(shaped("adapmtl.sparse_weights.residual_1", 5, 11)),
          "adapmtl.sparse_weights.residual_1", "shape (5, 11)", "prepare the model alike"),
         ("a plain state", load(lambda state: TwoTasks().state_dict()), "the state dict",
-         "'body.weight'", "before apply_adapmtl or after finalize()"),
+         "'body.weight'", "before apply_adapmtl, or after finalize() or undo()"),
         ("without a weight", load(lambda state: state.pop("body.weight") is None),
          "the state dict", "no 'body.weight'", "the state dict of the whole model"),
         ("a negative step", load(header(step=-1)), OWN, "step=-1", DAMAGED),

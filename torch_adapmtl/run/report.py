@@ -8,7 +8,7 @@ from html import escape
 from math import prod
 from typing import Any, NamedTuple
 
-from torch_adapmtl.run._tables import details, html_table, text_table
+from torch_adapmtl._tables import details, html_table, text_table
 
 __all__ = ["ComponentRow", "DensePart", "LayerRow", "Report"]
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torch_adapmtl._checks import outputs_named_like
 from torch_adapmtl._distributed import mean_over_processes, sum_over_processes
 from torch_adapmtl._precision import KeepsPrecision
 
@@ -86,8 +87,10 @@ class LossRecord(KeepsPrecision):
                 f"each loss by its task, one of {list(self.tasks)}"
             )
         if unknown := [task for task in losses if task not in self.tasks]:
+            rename = outputs_named_like(unknown, self.tasks, rest=True)
             raise ValueError(
                 f"losses has unknown tasks {unknown}; the tasks are {list(self.tasks)}"
+                + (f"; to rename them, pass apply_adapmtl({rename})" if rename else "")
             )
         present = {}
         for task in self.tasks:
