@@ -17,8 +17,8 @@ __all__ = ["Watch", "signs"]
 
 # Share of the summed task weights above which a task dominates the training.
 _DOMINANT = 0.8
-# A loss that is this many times as large at the end as at its lowest may have diverged.
-_DIVERGED = 3.0
+# A loss that is this many times as large at the end as at its lowest may be a sign.
+_MULTIPLE = 3.0
 # Number of steps after which a gradient scaler has found its scale, and a warm-up is above zero.
 _PATIENCE = 50
 # Number of weights of a layer that are compared to detect whether it is trained.
@@ -166,16 +166,14 @@ def signs(
 def _limit(trace: Trace, guess: float) -> float:
     """The loss at the end beyond which a task has lost most of what it knew, or has diverged.
 
-    A model that was better than half of a guess has lost what it knew if it ends nearer to the
-    guess than to its best: after pruning, many times a loss near zero can be as accurate, but not
-    that. For other losses no guess is known, if their unit is far from that of a cross-entropy or
-    of targets of variance 1. They have diverged at a multiple of their lowest value that is near
-    their highest.
+    That is a multiple of the lowest value, and nearer to what a guess costs than to it: after
+    pruning, many times a loss near zero can be as accurate, but not a loss near a guess. Where the
+    model was never better than half of a guess, or the unit of the loss is a larger one, so that no
+    guess is known, the highest value takes its place.
     """
     guess = max(guess, trace.first)
-    if trace.lowest < guess / 2:
-        return (trace.lowest + guess) / 2
-    return max(_DIVERGED * trace.lowest, (trace.lowest + trace.highest) / 2)
+    worst = guess if trace.lowest < guess / 2 else trace.highest
+    return max(_MULTIPLE * trace.lowest, (trace.lowest + worst) / 2)
 
 
 def _guess(report: Report, task: str) -> float:
