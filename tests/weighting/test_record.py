@@ -143,7 +143,9 @@ def test_losses_to_look_at(method: Any) -> None:
 @given(
     st.lists(
         st.lists(
-            st.one_of(st.none(), st.floats(0.1, 9), st.sampled_from([0.0, math.nan])), min_size=2, max_size=2
+            st.one_of(st.none(), st.floats(0.1, 9), st.sampled_from([0.0, math.nan])),
+            min_size=2,
+            max_size=2,
         ),
         max_size=12,
     )

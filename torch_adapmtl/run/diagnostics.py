@@ -17,11 +17,8 @@ __all__ = ["Watch", "signs"]
 
 # Share of the summed task weights above which a task dominates the training.
 _DOMINANT = 0.8
-# Sparsities count as equal if they differ by less than this, relative to the smaller of density and
-# sparsity.
-_EQUAL = 1e-3
-# A loss that is this many times as large at the end as at its lowest may have diverged.
-_DIVERGED = 3.0
+# A loss that is this many times as large at the end as at its lowest may be a sign.
+_MULTIPLE = 3.0
 # Number of steps after which a gradient scaler has found its scale, and a warm-up is above zero.
 _PATIENCE = 50
 # Number of weights of a layer that are compared to detect whether it is trained.
@@ -109,27 +106,18 @@ def signs(
     report: Report,
     record: LossRecord,
     *,
-    allocated: bool,
     task_weights: Mapping[str, float],
+    allocated: bool = False,
 ) -> list[str]:
     """Return warnings of everything that went wrong in a run; an empty list if nothing did.
 
     Args:
         report: The report at the end of the run.
         record: The record of the losses.
-        allocated: Whether the components should differ in their sparsity.
         task_weights: The weights of the tasks; empty if the user chose them.
+        allocated: Not used.
     """
     warnings = []
-    sparsities = [row.sparsity for row in report.components]
-    room = min(report.sparsity, 1 - report.sparsity)
-    alike = len(sparsities) > 1 and max(sparsities) - min(sparsities) <= _EQUAL * room
-    if allocated and alike and room > 0:
-        warnings.append(
-            f"all components are equally sparse ({report.sparsity:.2%}), although the "
-            f"method could prune them differently. Their weights may not have been trained (check "
-            f"their gradients), or the run was too short. If they really are alike, ignore this"
-        )
     emptied = [row.name for row in report.layers if row.weights == row.zeros > 0]
     if emptied:
         warnings.append(
@@ -142,16 +130,17 @@ def signs(
         if len(task_weights) > 1 and weight > _DOMINANT * total:
             warnings.append(
                 f"task {task!r} has taken {weight / total:.0%} of the task weights, so the others "
-                f"hardly train: a loss that does not fluctuate, because it cannot be learned or "
-                f"is learned already, does that. Set narrower bounds in StabilityWeighting, or "
-                f"weighting='equal'"
+                f"hardly train: in the direction 'stable' a loss does that which does not "
+                f"fluctuate, because it cannot be learned or is learned already, in the direction "
+                f"'deviating' one that fluctuates much. Set narrower bounds in "
+                f"StabilityWeighting, or weighting='equal'"
             )
     warnings += [
         f"the loss of task {task!r} ended at {trace.last:.3g}, after {trace.first:.3g} at the "
         f"beginning and {trace.lowest:.3g} at best: it diverged, or the model lost what it knew. "
         f"Lower the learning rate, prune to less, or give the schedule more steps"
         for task, trace in record.traces().items()
-        if trace.last > _limit(trace, _outputs(report, task))
+        if trace.last > _limit(trace, _guess(report, task))
     ]
     for task in record.absent():
         warnings.append(
@@ -174,22 +163,21 @@ def signs(
     return warnings
 
 
-def _limit(trace: Trace, outputs: int) -> float:
+def _limit(trace: Trace, guess: float) -> float:
     """The loss at the end beyond which a task has lost most of what it knew, or has diverged.
 
-    A guess costs the logarithm of the number of outputs, or as much as the first loss. A model that
-    was better than half of a guess has lost what it knew if it ends nearer to the guess than to its
-    best: a pruned model may end at many times a loss near zero and be as accurate, but not there.
-    In other units than those of a cross-entropy, or of targets of variance 1, no guess is known. Then
-    a loss has diverged that is a multiple of its lowest value and near to its highest.
+    That is a multiple of the lowest value, and nearer to what a guess costs than to it: after
+    pruning, many times a loss near zero can be as accurate, but not a loss near a guess. Where the
+    model was never better than half of a guess, or the unit of the loss is a larger one, so that no
+    guess is known, the highest value takes its place.
     """
-    guess = max(math.log(outputs), trace.first)
-    if trace.lowest < guess / 2:
-        return (trace.lowest + guess) / 2
-    return max(_DIVERGED * trace.lowest, (trace.lowest + trace.highest) / 2)
+    guess = max(guess, trace.first)
+    worst = guess if trace.lowest < guess / 2 else trace.highest
+    return max(_MULTIPLE * trace.lowest, (trace.lowest + worst) / 2)
 
 
-def _outputs(report: Report, task: str) -> int:
-    """The number of outputs of a task's last layer; 2 if the task has no layer of its own."""
+def _guess(report: Report, task: str) -> float:
+    """What a guess costs: the cross-entropy of as many classes as outputs; else 1."""
     rows = [row for row in report.layers if row.component == task]
-    return max(rows[-1].shape[0], 2) if rows else 2
+    outputs = rows[-1].shape[0] if rows else 1
+    return math.log(outputs) if outputs > 1 else 1.0

@@ -17,8 +17,11 @@ __all__ = ["LossRecord", "Trace"]
 
 # Losses are clamped to this, so that the difference of two stays finite.
 _HUGE = torch.finfo(torch.float32).max / 4
-# Number of steps at the beginning of a run that are all read: a loss can diverge in the second one.
+# Number of steps at the beginning of a run that are all read: a loss can diverge in the second.
 _FIRST = 5
+# Number of steps without a reading after which the record reads by itself: nobody else does when a
+# model is trained on after its run.
+_UNREAD = 20
 # Share of the average that remains after each reading.
 _DECAY = 0.8
 
@@ -66,6 +69,7 @@ class LossRecord(KeepsPrecision):
         self.register_buffer("latest", torch.zeros(2, len(self.tasks)))
         self.register_buffer("trace", torch.zeros(5, len(self.tasks)))
         self._early = _FIRST  # number of steps from now on after which to read
+        self._unread = 0  # number of steps since the last reading
         self.with_grad: set[str] = set()
         self.without_grad: set[str] = set()
 
@@ -154,8 +158,9 @@ class LossRecord(KeepsPrecision):
             losses, accepted = mean_over_processes(losses, accepted)
         observed = torch.stack([losses, accepted.to(losses.dtype)])
         torch.where(accepted, observed, self.latest, out=self.latest)
-        if self._early:
-            self._early -= 1
+        self._unread += 1
+        if self._early or self._unread > _UNREAD:
+            self._early = max(self._early - 1, 0)
             self.read()
         return losses, accepted
 
@@ -197,6 +202,7 @@ class LossRecord(KeepsPrecision):
         ]
         torch.where(fresh, torch.stack(moved), self.trace, out=self.trace)
         self.latest[1].zero_()
+        self._unread = 0
 
     def forget(self) -> None:
         """Reset what the state dict does not hold, after it was loaded; reads the counts."""
@@ -232,9 +238,7 @@ class LossRecord(KeepsPrecision):
         columns = self.trace.T.tolist()
         return {
             task: Trace(first, lowest, highest, last)
-            for task, (first, last, lowest, highest, count) in zip(
-                self.tasks, columns, strict=True
-            )
+            for task, (first, last, lowest, highest, count) in zip(self.tasks, columns, strict=True)
             if count
         }
 
