@@ -273,7 +273,7 @@ def main() -> None:
         "--total-steps",
         type=int,
         default=10_000,
-        help="of the run that the steps belong to; there are some 500 updates in a long run",
+        help="of the run that the steps belong to; there are some 250 updates in a long run",
     )
     parser.add_argument("--warmup", type=int, default=10)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 for torch's choice")

@@ -99,8 +99,8 @@ class Controller(KeepsPrecision, ABC):
         """Set the target and the number of steps, and derive the other numbers from them."""
         self.target_sparsity, self.total_steps = target_sparsity, total_steps
         self.fix_step = total_steps
-        # At least 50 updates in a run, and in a long run not many more than 500.
-        self.interval = max(1, min(total_steps // 50, max(10, total_steps // 500)))
+        # At least 50 updates in a run, and in a long run not many more than 250.
+        self.interval = max(1, min(total_steps // 50, max(10, total_steps // 250)))
         self.zeros = self.layers.zeros_at(target_sparsity)
 
     # --- for subclasses to define -----------------------------------------------------------------
