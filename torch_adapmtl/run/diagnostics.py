@@ -17,8 +17,9 @@ __all__ = ["Watch", "signs"]
 
 # Share of the summed task weights above which a task dominates the training.
 _DOMINANT = 0.8
-# A loss that is this many times as large at the end as at its lowest may be a sign.
-_MULTIPLE = 3.0
+# A loss that is this many times as large at the end as at its lowest may be a sign, and one that is
+# this many times as large is one in any unit.
+_MULTIPLE, _LARGE_MULTIPLE = 3.0, 50.0
 # Number of steps after which a gradient scaler has found its scale, and a warm-up is above zero.
 _PATIENCE = 50
 # Number of weights of a layer that are compared to detect whether it is trained.
@@ -166,14 +167,16 @@ def signs(
 def _limit(trace: Trace, guess: float) -> float:
     """The loss at the end beyond which a task has lost most of what it knew, or has diverged.
 
-    That is a multiple of the lowest value, and nearer to what a guess costs than to it: after
-    pruning, many times a loss near zero can be as accurate, but not a loss near a guess. Where the
-    model was never better than half of a guess, or the unit of the loss is a larger one, so that no
-    guess is known, the highest value takes its place.
+    It is a multiple of the lowest value, and nearer to what a guess costs than to it: after
+    pruning, many times a loss near zero can be as accurate, but not a loss near a guess. A loss
+    that was far above a guess in between has another unit, or has exploded: then its highest value
+    stands for the guess, unless it ends at a large multiple of its lowest.
     """
     guess = max(guess, trace.first)
-    worst = guess if trace.lowest < guess / 2 else trace.highest
-    return max(_MULTIPLE * trace.lowest, (trace.lowest + worst) / 2)
+    limit = (trace.lowest + guess) / 2
+    if trace.highest > 2 * guess:
+        limit = min((trace.lowest + trace.highest) / 2, _LARGE_MULTIPLE * trace.lowest)
+    return max(_MULTIPLE * trace.lowest, limit)
 
 
 def _guess(report: Report, task: str) -> float:
