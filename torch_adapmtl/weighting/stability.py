@@ -145,7 +145,9 @@ class StabilityWeighting(LossWeighting):
         window is measured in steps by the mean gap between the task's own losses, or those of the
         average task, whichever is longer.
         """
-        steps, seen, counts = int(self.steps), self.seen.tolist(), self.counts.tolist()
+        count = len(self.tasks)
+        numbers = torch.cat([self.steps[None], self.seen, self.counts]).tolist()  # one wait
+        steps, seen, counts = numbers[0], numbers[1 : count + 1], numbers[count + 1 :]
         average = len(self.tasks) * steps / max(sum(counts), 1)
         rows = zip(self.tasks, seen, counts, strict=True)
         return {
