@@ -235,6 +235,7 @@ class Pruner(nn.Module):
         self._check_active("step")
         self._losses_since_step = 0
         if self._step >= self.total_steps:
+            self.sparse_weights.catch_up(in_step=in_step)
             self._warn_once(
                 "end",
                 f"step() was called more than total_steps={self.total_steps} times. The run is at "
@@ -255,8 +256,7 @@ class Pruner(nn.Module):
             if self._subtract_skipped(uncounted=1):
                 return  # the step count went back, so the due step comes later
             self.weighting.check_finite()
-        if not in_step:  # else the thresholds are applied at the end of the optimiser's step
-            self.sparse_weights.catch_up()
+        self.sparse_weights.catch_up(in_step=in_step)
         # In other steps the controller needs no dense weights.
         with self.sparse_weights.dense() if due or last else nullcontext():
             if waits:
@@ -652,7 +652,7 @@ class Pruner(nn.Module):
     def _check_active(self, method: str) -> None:
         if self._finalized:
             raise RuntimeError(
-                f"{method}() was called after finalize(): the model is plain again. Call "
+                f"{method}() was called after finalize() or undo(): the model is plain again. Call "
                 f"apply_adapmtl to prune it further."
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -60,9 +61,14 @@ class GradientHooks:
         if not weight.requires_grad:
             return None
 
+        # The garbage collector does not see hooks of this kind, so that a strong reference from one
+        # would keep the whole model in memory.
+        owner = weakref.ref(self)
+
         def call(parameter: Tensor) -> None:
-            if self._listening and parameter.grad is not None:
-                self._function(index, parameter)  # type: ignore[arg-type]  # it is a parameter
+            hooks = owner()
+            if hooks is not None and hooks._listening and parameter.grad is not None:
+                hooks._function(index, parameter)  # type: ignore[arg-type]  # it is a parameter
 
         return weight.register_post_accumulate_grad_hook(call)
 

@@ -94,6 +94,8 @@ class SparseWeights(nn.Module):
         # may call the step of its base class, and torch calls the hooks for both.
         self._stepping: weakref.WeakKeyDictionary[Optimizer, list[set[int]]]
         self._stepping = weakref.WeakKeyDictionary()
+        # The parameters that the thresholds were applied to last.
+        self._used: dict[int, weakref.ref[nn.Parameter]] = {}
         # Layers that no optimiser has updated since the last call of `catch_up`.
         self._behind = self._all()
         self._hooks = GradientHooks(self.layers, self._mask_gradient)
@@ -127,6 +129,11 @@ class SparseWeights(nn.Module):
                 self._apply_threshold(i)
                 self.layers[i].dense = False
 
+    def _ours(self, index: int, weight: nn.Parameter) -> bool:
+        """Whether this is the parameter that the threshold was applied to last."""
+        used = self._used.get(index)
+        return used is None or used() is weight
+
     def _all(self) -> set[int]:
         return set(range(len(self.layers)))
 
@@ -143,6 +150,7 @@ class SparseWeights(nn.Module):
         alpha, mask = threshold.known(), threshold.mask
         if mask is not None:
             mask = local_mask(mask, weight)
+        self._used[index] = weakref.ref(weight)
         if self.fixed:
             if mask is not None:
                 mask_(local(weight), mask)
@@ -171,14 +179,21 @@ class SparseWeights(nn.Module):
         finally:
             self.to_sparse()
 
-    def catch_up(self) -> None:
+    def catch_up(self, *, in_step: bool = False) -> None:
         """Apply the thresholds of the layers that no optimiser has updated since the last call.
 
         Also of those that are dense because an optimiser's step has raised an error.
+
+        Args:
+            in_step: Whether an optimiser's step calls this, at whose end its layers follow.
         """
-        dense = {i for i, layer in enumerate(self.layers) if layer.dense}
-        self.to_sparse(self._behind | dense)
-        self._stepping.clear()
+        if in_step:
+            running = [indices for steps in self._stepping.values() for indices in steps]
+            self.to_sparse(self._behind.difference(*running))
+        else:
+            dense = {i for i, layer in enumerate(self.layers) if layer.dense}
+            self.to_sparse(self._behind | dense)
+            self._stepping.clear()
         self._behind = self._all()
 
     @torch.no_grad()
@@ -209,8 +224,9 @@ class SparseWeights(nn.Module):
             self.to_sparse(dense)
         elif self.fixed:
             for i, layer in enumerate(self.layers):
-                mask = layer.threshold.mask
-                if mask is not None and (weight := self._parameter(i)) is not None:
+                mask, weight = layer.threshold.mask, self._parameter(i)
+                # Another tensor can be in its place for the time of a `functional_call`.
+                if mask is not None and weight is not None and self._ours(i, weight):
                     # Through `.data`, because the weight may be part of a graph, whose backward
                     # pass checks the version. If the zeros are there, nothing changes.
                     mask_(local(weight.data), local_mask(mask, weight))
@@ -309,7 +325,7 @@ class SparseWeights(nn.Module):
                 destination[key] = torch.zeros_like(destination[key])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_stepping": None, "_hooks": None}
+        return {**self.__dict__, "_stepping": None, "_hooks": None, "_used": {}}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -317,9 +333,14 @@ class SparseWeights(nn.Module):
         _register(self)
 
 
+def _kept() -> set[int]:
+    """The `id` of each parameter that is kept sparse."""
+    return {id(weights._parameter(i)) for weights in list(_ALL) for i in weights._all()}
+
+
 def pruned_parameter(model: nn.Module) -> str | None:
     """Return the name of the first parameter of a model that is kept sparse, or None."""
-    kept = {id(weights._parameter(i)) for weights in list(_ALL) for i in weights._all()}
+    kept = _kept()
     return next((name for name, p in model.named_parameters() if id(p) in kept), None)
 
 
@@ -332,11 +353,12 @@ def forget_residual(module: nn.Module, name: str) -> None:
 def watch_zeros(layers: Layers) -> None:
     """Warn, once, if an optimiser trains these weights, so that their zeros get lost."""
     for layer in layers:
-        _finalized[layer.weight] = layer.name
+        if layer.threshold.earlier_mask is None:  # else torch.nn.utils.prune holds zeros
+            _finalized[layer.weight] = layer.name
 
 
 def _warn_of_lost_zeros(parameters: Mapping[int, Tensor]) -> None:
-    kept = {id(weights._parameter(i)) for weights in list(_ALL) for i in weights._all()}
+    kept = _kept()
     trained = [
         (weight, name)
         for weight, name in list(_finalized.items())
