@@ -209,8 +209,9 @@ class SparseWeights(nn.Module):
             self.to_sparse(dense)
         elif self.fixed:
             for i, layer in enumerate(self.layers):
-                mask = layer.threshold.mask
-                if mask is not None and (weight := self._parameter(i)) is not None:
+                mask, weight = layer.threshold.mask, self._parameter(i)
+                # `torch.func` puts other tensors in the place of parameters.
+                if mask is not None and weight is not None and not _is_functional(weight):
                     # Through `.data`, because the weight may be part of a graph, whose backward
                     # pass checks the version. If the zeros are there, nothing changes.
                     mask_(local(weight.data), local_mask(mask, weight))
@@ -356,6 +357,10 @@ def _warn_of_lost_zeros(parameters: Mapping[int, Tensor]) -> None:
 
 # The names of weights that `finalize` has made sparse, and that no optimiser has trained since.
 _finalized = WeakIdKeyDictionary()
+
+
+def _is_functional(tensor: Tensor) -> bool:
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _before_forward(model: nn.Module, args: object) -> None:
