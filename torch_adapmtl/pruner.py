@@ -243,12 +243,12 @@ class Pruner(nn.Module):
                 f"on. To prune more slowly, pass a larger total_steps to apply_adapmtl",
             )
             return
+        due = self._prepare()
+        if due or not self._watch.begun:
+            self._check_layers()
         if not self._watch.begun:
             with self.sparse_weights.dense():
                 self._watch.begin(self._step, self.layers)
-        due = self._prepare()
-        if due:
-            self._check_layers()
         last = self._step + 1 == self.total_steps
         # The paper's method counts zeros after every step, but must not wait for the device.
         waits = (due and self.controller.exact) or last
@@ -274,6 +274,8 @@ class Pruner(nn.Module):
         """Prepare the controller for the next step, once; return whether an update is due after."""
         if self._prepared is None or self._prepared[0] != self._step:
             due = self.controller.due(self._step + 1)
+            if self._prepared is None:
+                self._check_layers()
             if due or self._prepared is None:
                 self.sparse_weights.renew_hooks()
             self.controller.prepare(self._step, due)
@@ -574,6 +576,7 @@ class Pruner(nn.Module):
             )
         self._warn()
         if self.controller.fixed:
+            self._check_thresholds()
             with self.sparse_weights.dense():
                 self.controller.write()
             self._check_exact()
@@ -619,6 +622,15 @@ class Pruner(nn.Module):
             let_pruner_go(self._model)
         self._finalized = True
         return self._model
+
+    def _check_thresholds(self) -> None:
+        for layer in self.sparse_weights.layers:
+            if alpha := layer.threshold.known():
+                raise RuntimeError(
+                    f"finalize() found the threshold {alpha} on {layer.name!r}, although "
+                    f"{type(self.controller).__name__} has fixed the zeros: its thresholds or "
+                    f"masks have been changed since. Leave both alone after fix_zeros()"
+                )
 
     def _check_exact(self) -> None:
         zeros, wanted = sum(self.layers.count_zeros()), self.controller.zeros

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import math
@@ -9,6 +10,7 @@ import pickle
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -139,26 +141,24 @@ class Run:
     def start(self, kinds: tuple[str, str], split: int) -> None:
         """Make the optimisers, the first with `split` of the weights."""
         parts = self.weights[:split], self.weights[split:]
-        self.optimizers = {
-            i: OPTIMIZERS[kind](part) for i, (kind, part) in enumerate(zip(kinds, parts)) if part
-        }
+        self.optimizers = [
+            OPTIMIZERS[kind](part) for kind, part in zip(kinds, parts, strict=True) if part
+        ]
 
     def train(self, step: int, closures: bool) -> None:
-        for optimizer in self.optimizers.values():
+        for optimizer in self.optimizers:
 
             def closure(optimizer: torch.optim.Optimizer = optimizer) -> Tensor:
                 optimizer.zero_grad()
                 return self.backward(step)
 
-            if isinstance(optimizer, (SAM, torch.optim.LBFGS)) or closures:
-                if not isinstance(optimizer, Failing):
-                    optimizer.step(closure)
-                    continue
+            needs = isinstance(optimizer, (SAM, torch.optim.LBFGS))
+            if needs or (closures and not isinstance(optimizer, Failing)):
+                optimizer.step(closure)
+                continue
             closure()
-            try:
+            with contextlib.suppress(ZeroDivisionError):
                 optimizer.step()
-            except ZeroDivisionError:
-                pass
 
     def freeze(self, index: int, frozen: bool) -> None:
         self.weights[index].requires_grad_(not frozen)
@@ -305,7 +305,7 @@ def happen(run: Run, what: str, number: int, switch: bool) -> None:
 
 def assert_same(subject: Subject, oracle: Oracle) -> None:
     for found, expected in zip(subject.state(), oracle.state(), strict=True):
-        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+        assert all(map(torch.equal, found, expected))
 
 
 @given(
@@ -339,8 +339,8 @@ def test_the_run_is_that_of_dense_weights(
             subject = COPIERS[event[1]](subject)
             for run in (subject, oracle):
                 happen(run, "train", 0, event[2])
-            after = old.state()
-            assert all(torch.equal(a, b) for a, b in zip(sum(before, []), sum(after, [])))
+            for one, other in zip(old.state(), before, strict=True):
+                assert all(map(torch.equal, one, other))
         for run in (subject, oracle):
             happen(run, *event)
         assert_same(subject, oracle)
@@ -354,7 +354,7 @@ def test_a_step_that_failed_does_not_leave_weights_dense() -> None:
     for step in range(2):
         Run.train(subject, step, False)
     sparse, dense = subject.state()
-    assert all(torch.equal(one, other) for one, other in zip(sparse, dense, strict=True))
+    assert all(map(torch.equal, sparse, dense))
     assert all(layer.threshold.mask is not None for layer in subject.layers)
     assert not any(w[~m].any() for w, m in zip(sparse, subject.masks(), strict=True))
 
@@ -368,12 +368,12 @@ def test_steps_that_a_scaler_skips_change_nothing() -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     subject.sparse.renew_hooks()
     scaler.scale(objective(subject.weights, 0) * torch.inf).backward()
-    for optimizer in subject.optimizers.values():
+    for optimizer in subject.optimizers:
         scaler.step(optimizer)
     scaler.update()
     subject.sparse.catch_up()
     for found, expected in zip(subject.state(), before, strict=True):
-        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+        assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.filterwarnings("ignore:.*create_graph=True", "ignore:grad and param do not obey")

@@ -82,8 +82,15 @@ def test_what_is_changed_after_fixing_is_found_by_finalize() -> None:
     model = TwoTasks()
     pruner = prepare(model)
     pruner.fix_zeros()
-    pruner.layers[0].threshold.set_threshold(10.0)
-    with pytest.raises(RuntimeError, match="zeros in place of the 134"):
+    before = tensors(model)
+    layer = pruner.layers[0]
+    layer.threshold.set_threshold(10.0)
+    with pytest.raises(RuntimeError, match=r"threshold 10\.0 on 'body.weight'.*Leave both alone"):
+        pruner.finalize()
+    assert all(torch.equal(value, before[name]) for name, value in tensors(model).items())
+    layer.threshold.set_threshold(0.0)
+    layer.threshold.mask = torch.ones_like(layer.mask)
+    with pytest.raises(RuntimeError, match=r"zeros in place of the 134.*Leave both alone"):
         pruner.finalize()
 
 
@@ -112,7 +119,10 @@ def test_one_shot_methods_do_not_score_in_eval_mode() -> None:
     pruner = prepare(model, method=SNIP())
     pruner.loss(losses(model.eval(), 0))
     assert zeros(pruner) == 0
-    pruner.loss(losses(model.train(), 0))
+    loss = pruner.loss(losses(model.train(), 0))
+    assert zeros(pruner) == 0  # the masks act from the end of the step on
+    loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
     assert zeros(pruner) == round(0.8 * weights(pruner))
 
 

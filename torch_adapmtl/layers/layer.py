@@ -163,7 +163,7 @@ def zeros_to_keep(module: nn.Module, name: str, *, keep_zeros: bool) -> Tensor |
     pruned = module._buffers.get(name + "_mask")
     mask = None if pruned is None else pruned != 0
     if keep_zeros:
-        weight = held_parameter(module, name).detach()
+        weight = whole(held_parameter(module, name).detach())
         # Counting allocates no memory, and most tensors have no zeros.
         if 0 < int(torch.count_nonzero(weight)) < weight.numel():
             mask = weight != 0 if mask is None else mask & (weight != 0)

@@ -241,7 +241,7 @@ class OneShotController(MaskController):
         super().fix()
 
     def observe(self, losses: Mapping[str, Tensor]) -> None:
-        """Score the first batches, then prune; the masks act from the next forward pass on."""
+        """Score the first batches, then prune; the masks act from the end of the step on."""
         if self.fixed or self.scored:
             self.observe_later(losses)
             return
