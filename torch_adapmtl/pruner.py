@@ -234,6 +234,7 @@ class Pruner(nn.Module):
     def _advance(self, *, in_step: bool = False) -> None:
         self._check_active("step")
         self._losses_since_step = 0
+        self._reshard()
         if self._step >= self.total_steps:
             self.sparse_weights.catch_up(in_step=in_step)
             self._warn_once(
@@ -557,6 +558,7 @@ class Pruner(nn.Module):
                 or (with `method="paper"`) the target was missed.
         """
         self._check_active("finalize")
+        self._reshard()
         self._check_layers()
         if any(layer.sharded for layer in self.layers):
             raise RuntimeError(
@@ -668,8 +670,18 @@ class Pruner(nn.Module):
                 f"apply_adapmtl to prune it further."
             )
 
+    def _reshard(self) -> None:
+        """Shard parameters again, which `fully_shard` leaves whole after an evaluation."""
+        if self.sparse_weights.sharded:
+            from torch.distributed.fsdp import FSDPModule
+
+            for module in self._model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+
     def _check_layers(self) -> None:
         """Raise an error unless the model computes with exactly the layers that are pruned."""
+        self._reshard()
         parameters = {id(parameter) for parameter in self._model.parameters()}
         for layer in self.layers:
             if problem := layer.problem(parameters):

@@ -60,11 +60,12 @@ class SparseWeights(nn.Module):
     Attributes:
         layers: The layers, without those whose threshold is trained.
         fixed: Whether the zeros are fixed. Masks hold them then, and all residuals are zero.
+        sharded: Whether residuals are sharded, as their parameters are (`fully_shard`).
     """
 
     def __init__(self, layers: Layers, *, fixed: bool = False) -> None:
         super().__init__()
-        self.fixed = fixed
+        self.fixed, self.sharded = fixed, False
         self.layers = [layer for layer in layers if not layer.threshold.trained]
         # As submodules, the thresholds move to other devices with the model.
         self.thresholds = nn.ModuleList(layer.threshold for layer in self.layers)
@@ -168,6 +169,7 @@ class SparseWeights(nn.Module):
         if is_sharded(weight) and not is_sharded(residual):  # `fully_shard` was called in between
             with torch.inference_mode(False), torch.no_grad():
                 residual = self._buffers[name] = sharded_like(weight, residual)
+            self.sharded = True
         return residual
 
     @contextmanager
