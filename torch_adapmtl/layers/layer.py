@@ -85,11 +85,6 @@ class Layer:
                 f"is no longer in the model: its module was replaced or removed after "
                 f"apply_adapmtl, or the model computes with a copy of it: {remedy}"
             )
-        if self.key != self._attached_key:
-            return (
-                "is made by a parametrization that was added or removed after apply_adapmtl, so "
-                f"that the model computes with another weight than the one that is pruned: {remedy}"
-            )
         for module, name in self.owners:
             if self.threshold.trained:
                 if attached_threshold(module, name) is not self.threshold:
@@ -104,6 +99,11 @@ class Layer:
                     "zero than is counted: remove that mask (torch.nn.utils.prune.remove), or "
                     "prune before apply_adapmtl, which keeps the zeros"
                 )
+        if self.key != self._attached_key:
+            return (
+                "is made by a parametrization that was added or removed after apply_adapmtl, so "
+                f"that the model computes with another weight than the one that is pruned: {remedy}"
+            )
         return ""
 
     @property
