@@ -45,7 +45,6 @@ class Layer:
     initial_mask: Tensor | None = None
     threshold: SoftThreshold = field(default_factory=SoftThreshold)
     dense: bool = True
-    _attached_key: str = ""
 
     @property
     def weight(self) -> nn.Parameter:
@@ -99,11 +98,6 @@ class Layer:
                     "zero than is counted: remove that mask (torch.nn.utils.prune.remove), or "
                     "prune before apply_adapmtl, which keeps the zeros"
                 )
-        if self.key != self._attached_key:
-            return (
-                "is made by a parametrization that was added or removed after apply_adapmtl, so "
-                f"that the model computes with another weight than the one that is pruned: {remedy}"
-            )
         return ""
 
     @property
@@ -134,7 +128,6 @@ class Layer:
         for module, name in self.owners:
             attach(module, name, self.threshold)
         self.threshold.mask = self.initial_mask
-        self._attached_key = self.key
 
     def remove(self, *, bake: bool = True) -> None:
         """Remove the threshold, and restore an earlier mask of `torch.nn.utils.prune`.
