@@ -16,7 +16,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
 from torch_adapmtl._distributed import is_sharded, local, local_mask, sharded_like
 from torch_adapmtl.layers.collection import Layers
@@ -43,7 +43,8 @@ class SparseWeights(nn.Module):
     forward and backward passes included, sees the sparse weight. No rounding error arises.
 
     The gradient of the sparse weight is used for the dense weight (it is straight-through). Hooks
-    on the parameters set the gradients of pruned weights to zero if these must not be trained.
+    on the parameters set the gradients of pruned weights to zero if these must not be trained; just
+    before an optimiser's step this is done for gradients that no backward pass has accumulated.
 
     Torch calls hooks before and after the step of any `torch.optim.Optimizer`. If a loop updates
     the parameters in another way, `catch_up` applies the thresholds later. Such an update is one of
@@ -99,6 +100,8 @@ class SparseWeights(nn.Module):
         self._used: dict[int, weakref.ref[nn.Parameter]] = {}
         # Layers that no optimiser has updated since the last call of `catch_up`.
         self._behind = self._all()
+        # The gradient of each layer that was masked last.
+        self._masked: dict[int, TensorWeakRef] = {}
         self._hooks = GradientHooks(self.layers, self._mask_gradient)
 
     # --- dense and sparse weights -----------------------------------------------------------------
@@ -247,6 +250,7 @@ class SparseWeights(nn.Module):
         if indices:
             if not self._hooks.registered:  # in a copy
                 self.renew_hooks()
+            self._mask_gradients(indices)
             changed, steps = self.to_dense(indices), self._stepping.setdefault(optimizer, [])
             if steps:
                 outer = _running(optimizer) - 1
@@ -270,6 +274,7 @@ class SparseWeights(nn.Module):
         try:
             yield
         finally:
+            self._mask_gradients(indices)
             self.to_dense(indices)
 
     # --- gradients of pruned weights --------------------------------------------------------------
@@ -277,6 +282,16 @@ class SparseWeights(nn.Module):
     def renew_hooks(self) -> None:
         """Register the hooks on the gradients again if parameters were replaced or unfrozen."""
         self._hooks.listen(True)
+
+    def _mask_gradients(self, indices: Iterable[int]) -> None:
+        """Mask the gradients that no hook has masked, because a loop has put them into `grad`."""
+        for i in indices:
+            weight, masked = self._parameter(i), self._masked.get(i)
+            if weight is None or weight.grad is None or self.layers[i].dense:
+                continue
+            if masked is None or masked() is not weight.grad:
+                with torch.set_grad_enabled(weight.grad.requires_grad):
+                    self._mask_gradient(i, weight)
 
     def _mask_gradient(self, index: int, weight: nn.Parameter) -> None:
         # This runs between the kernels of the backward pass, where each operation counts.
@@ -293,11 +308,12 @@ class SparseWeights(nn.Module):
         kept = local_mask(mask, weight) if regrows else None
         if gradient.requires_grad:  # backward(create_graph=True)
             keep = weight.detach() != 0 if kept is None else kept
-            weight.grad = torch.where(keep, gradient, 0.0)
+            weight.grad = gradient = torch.where(keep, gradient, 0.0)
         elif kept is None:
             drop_zeros_(local(gradient), local(weight))
         else:
             mask_(local(gradient), kept)
+        self._masked[index] = TensorWeakRef(gradient)
 
     def _forget(self, module: nn.Module, name: str) -> None:
         for i, layer in enumerate(self.layers):
@@ -329,7 +345,8 @@ class SparseWeights(nn.Module):
                 destination[key] = torch.zeros_like(destination[key])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_stepping": None, "_hooks": None, "_used": {}}
+        own = {"_stepping": None, "_masked": None, "_hooks": None, "_used": {}}
+        return {**self.__dict__, **own}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
