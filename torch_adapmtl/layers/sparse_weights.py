@@ -345,7 +345,7 @@ class SparseWeights(nn.Module):
                 destination[key] = torch.zeros_like(destination[key])
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"_stepping": None, "_masked": None, "_hooks": None, "_used": {}}
+        own: dict[str, Any] = {"_stepping": None, "_masked": None, "_hooks": None, "_used": {}}
         return {**self.__dict__, **own}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
