@@ -7,6 +7,7 @@ import math
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -156,6 +157,26 @@ def test_attach_saves_the_third_line() -> None:
     pruner.attach(optimizer)  # the hook of before is gone
     optimizer.step()
     assert pruner.report().step == 1
+
+
+class _Derived(torch.optim.SGD):
+    """Calls the step of its base class, which torch hooks too if there is an optimiser of it."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+def test_a_step_that_calls_the_one_of_the_base_class_counts_once() -> None:
+    torch.optim.SGD(TwoTasks().parameters(), lr=0.1)
+    model = TwoTasks()
+    pruner = prepare(model)
+    optimizer = _Derived(model.parameters(), lr=0.1)
+    pruner.attach(optimizer)
+    for step in range(5):
+        pruner.loss(losses(model, step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert pruner.step_count == step + 1
 
 
 def test_attaching_ends_with_finalize() -> None:

@@ -27,6 +27,7 @@ __all__ = [
     "SparseWeights",
     "forget_residual",
     "pruned_parameter",
+    "running_steps",
     "stop_watching",
     "watch_forward",
     "watch_zeros",
@@ -253,7 +254,7 @@ class SparseWeights(nn.Module):
             self._mask_gradients(indices)
             changed, steps = self.to_dense(indices), self._stepping.setdefault(optimizer, [])
             if steps:
-                outer = _running(optimizer) - 1
+                outer = running_steps(optimizer) - 1
                 changed = changed.union(*steps[outer:])  # of steps that have raised an error
                 del steps[outer:]
             steps.append(changed)
@@ -437,7 +438,7 @@ def _register(weights: SparseWeights) -> None:
 _STEP = Optimizer.profile_hook_step(Optimizer.step).__code__
 
 
-def _running(optimizer: Optimizer) -> int:
+def running_steps(optimizer: Optimizer) -> int:
     """The number of running steps of an optimiser, one inside the other."""
     count, frame = 0, inspect.currentframe()
     while frame is not None:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_adapmtl.layers.sparse_weights import running_steps
+
 __all__ = ["StepHook"]
 
 
@@ -39,6 +41,8 @@ class StepHook:
         self._hook = inner.register_step_post_hook(self._after_step)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if running_steps(optimizer) > 1:  # the step of the base class, in that of the subclass
+            return
         skipped: Tensor | None = getattr(optimizer, "found_inf", None)
         if skipped is not None:
             self._skipped = self._skipped + skipped.detach()
