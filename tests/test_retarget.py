@@ -124,6 +124,7 @@ def test_steps_that_a_scaler_skipped_do_not_count_in_the_next_run() -> None:
     assert pruner.report().step == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*was called more than total_steps")
 def test_an_attached_optimizer_goes_on() -> None:
     model = TwoTasks()
     pruner = prepare(model)
