@@ -233,9 +233,9 @@ class Pruner(nn.Module):
 
     def _advance(self, *, in_step: bool = False) -> None:
         self._check_active("step")
-        self._losses_since_step = 0
         self._reshard()
         if self._step >= self.total_steps:
+            self._losses_since_step = 0
             self.sparse_weights.catch_up(in_step=in_step)
             self._warn_once(
                 "end",
@@ -257,6 +257,7 @@ class Pruner(nn.Module):
             if self._subtract_skipped(uncounted=1):
                 return  # the step count went back, so the due step comes later
             self.weighting.check_finite()
+        self._losses_since_step = 0
         self.sparse_weights.catch_up(in_step=in_step)
         # In other steps the controller needs no dense weights.
         with self.sparse_weights.dense() if due or last else nullcontext():
