@@ -139,9 +139,7 @@ class SparseWeights(nn.Module):
         if torch._C._functorch.is_functorch_wrapped_tensor(weight):
             return False
         used = self._used.get(index)
-        if used is None:  # a copy that was not used yet
-            return not torch._C._functorch.is_functorch_wrapped_tensor(weight)
-        return used() is weight
+        return used is None or used() is weight
 
     def _all(self) -> set[int]:
         return set(range(len(self.layers)))

@@ -41,8 +41,8 @@ class StepHook:
         self._hook = inner.register_step_post_hook(self._after_step)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if running_steps(optimizer) > 1:  # the step of the base class, in that of the subclass
-            return
+        if not torch.compiler.is_compiling() and running_steps(optimizer) > 1:
+            return  # this is the step of the base class, in that of the subclass
         skipped: Tensor | None = getattr(optimizer, "found_inf", None)
         if skipped is not None:
             self._skipped = self._skipped + skipped.detach()
