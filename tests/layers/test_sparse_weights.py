@@ -314,6 +314,7 @@ def assert_same(subject: Subject, oracle: Oracle) -> None:
         assert all(map(torch.equal, found, expected))
 
 
+@pytest.mark.filterwarnings("ignore:grad and param do not obey")  # of layouts, told once
 @given(
     kinds=st.tuples(
         st.sampled_from(list(OPTIMIZERS)), st.sampled_from([k for k in OPTIMIZERS if k != "LBFGS"])
@@ -324,7 +325,7 @@ def assert_same(subject: Subject, oracle: Oracle) -> None:
     straight_through=SWITCH,
     events=st.lists(EVENTS, min_size=1, max_size=8),
 )
-@settings(max_examples=150)
+@settings(max_examples=100)
 def test_the_run_is_that_of_dense_weights(
     kinds: tuple[str, str],
     split: int,
