@@ -137,12 +137,16 @@ def test_a_nan_in_one_process_is_told_in_all(tmp_path: Path) -> None:
 # --- sharded ------------------------------------------------------------------------------------
 
 
-def _shard(**options: Any) -> tuple[nn.Module, Pruner, torch.optim.Optimizer]:
+def _shard(
+    state: dict[str, Any] | None = None, **options: Any
+) -> tuple[nn.Module, Pruner, torch.optim.Optimizer]:
     from torch.distributed.fsdp import fully_shard
 
     torch.manual_seed(0)
     model = TwoTasks()
     pruner = prepare(model, schedule=EARLY, **options)
+    if state is not None:
+        model.load_state_dict(state)
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
     fully_shard(model.body, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -175,6 +179,10 @@ def _one_shard(rank: int, folder: str) -> None:
         _train(model, pruner, optimizer, range(start, stop), rank)
         now = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
         checkpoint.save(now, checkpoint_id=f"{folder}/{stop}")
+        # A state of the whole model may be loaded before the model is sharded.
+        full = get_model_state_dict(model, options=gathered)
+        again = get_model_state_dict(_shard(full)[0], options=gathered)
+        assert all(torch.equal(value, full[key]) for key, value in again.items())
     assert pruner.sparsity() == round(0.8 * 168) / 168
     full = get_model_state_dict(model, options=gathered)
     with pytest.raises(RuntimeError, match=r"sharded.*get_model_state_dict.*finalize this one"):

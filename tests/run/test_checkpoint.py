@@ -112,8 +112,12 @@ STATES = [
          "weighting.name='StabilityWeighting'", ALIKE),
         ("another direction", foreign(weighting="deviation"), "weighting.direction='deviating'",
          "weighting.direction='stable'", ALIKE),
-        ("another version", load(header(version=99)), "adapmtl state", "version 99",
-         "the version that it was saved with"),
+        *(
+            (f"version {version}", load(header(version=version)), "adapmtl state",
+             f"version {version}, this version of torch-adapmtl reads 3",
+             "the version that it was saved with")
+            for version in (2, 99)
+        ),
         ("another width", load(shaped("body.weight", 9, 6)), "body.weight", "shape (9, 6)",
          "make the model alike"),
         ("a residual of another width", load(shaped("adapmtl.sparse_weights.residual_1", 5, 11)),
