@@ -86,9 +86,10 @@ def test_plain_weights_are_loaded_entirely_or_not_at_all(part: bool, steps: int)
             with pytest.raises(ValueError, match=r"'body\.weight' of the model without apply_adap"):
                 model.load_state_dict(other.state_dict(), strict=strict)
         return
-    x = torch.randn(4, 6)
-    expected, found = other(x), model(x)
-    assert all(torch.equal(found[task], expected[task]) for task in expected)
+    if not pruner.zeros_fixed:  # fixed zeros are written into what was loaded
+        x = torch.randn(4, 6)
+        expected, found = other(x), model(x)
+        assert all(torch.equal(found[task], expected[task]) for task in expected)
     train(model, pruner, optimizer, range(steps, 20))
     pruner.finalize()
     used = [model.body.weight, *(head.weight for head in model.heads.values())]

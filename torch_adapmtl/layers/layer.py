@@ -45,7 +45,6 @@ class Layer:
     initial_mask: Tensor | None = None
     threshold: SoftThreshold = field(default_factory=SoftThreshold)
     dense: bool = True
-    _attached_key: str = ""
 
     @property
     def weight(self) -> nn.Parameter:
@@ -84,11 +83,6 @@ class Layer:
             return (
                 f"is no longer in the model: its module was replaced or removed after "
                 f"apply_adapmtl, or the model computes with a copy of it: {remedy}"
-            )
-        if self.key != self._attached_key:
-            return (
-                "is made by a parametrization that was added or removed after apply_adapmtl, so "
-                f"that the model computes with another weight than the one that is pruned: {remedy}"
             )
         for module, name in self.owners:
             if self.threshold.trained:
@@ -134,7 +128,6 @@ class Layer:
         for module, name in self.owners:
             attach(module, name, self.threshold)
         self.threshold.mask = self.initial_mask
-        self._attached_key = self.key
 
     def remove(self, *, bake: bool = True) -> None:
         """Remove the threshold, and restore an earlier mask of `torch.nn.utils.prune`.

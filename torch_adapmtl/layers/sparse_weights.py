@@ -132,6 +132,8 @@ class SparseWeights(nn.Module):
 
     def _ours(self, index: int, weight: nn.Parameter) -> bool:
         """Whether this is the parameter that the threshold was applied to last."""
+        if torch._C._functorch.is_functorch_wrapped_tensor(weight):
+            return False
         used = self._used.get(index)
         return used is None or used() is weight
 
