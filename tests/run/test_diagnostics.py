@@ -24,7 +24,7 @@ from torch_adapmtl import (
     apply_adapmtl,
 )
 from torch_adapmtl.run.diagnostics import signs
-from torch_adapmtl.run.report import ComponentRow
+from torch_adapmtl.run.report import ComponentRow, LayerRow
 from torch_adapmtl.weighting._record import LossRecord
 
 STEPS = 40
@@ -328,6 +328,44 @@ def test_an_expert_that_recovers_after_the_last_step_says_nothing(expert: Expert
     model, said, _ = pruned(expert, target=0.95, steps=20, lr=3e-3, after=500)
     assert min(model.scores()) > 0.75
     assert said == []
+
+
+@pytest.mark.parametrize(
+    ("outputs", "trace", "lost"),
+    [  # of pruned nets: digits, their parity, and regressions with targets of variance 1 and 100
+        (10, (0.0170, 0.0053, 0.93, 0.759), False),  # accuracy 97.6 -> 95.4
+        (10, (0.0074, 0.0053, 2.14, 2.140), True),  # 97.6 -> 36.2
+        (10, (0.0700, 0.0680, 1.15, 0.980), False),  # 96.6 -> 96.4
+        (10, (0.0050, 0.0050, 3766.0, 2.35), True),  # 97.6 -> 10.5, by its learning rate
+        (10, (0.0031, 0.0030, 1.91, 1.320), True),  # 99.2 -> 64.4
+        (2, (0.00007, 0.00007, 2.19, 0.019), False),  # 97.8 -> 98.2
+        (2, (0.00056, 0.00056, 22.9, 0.050), False),  # 99.6 -> 97.2
+        (2, (0.0018, 0.0010, 0.484, 0.416), True),  # 98.0 -> 85.3
+        (1, (0.0056, 0.0024, 0.11, 0.0146), False),  # explained variance 0.967 -> 0.958
+        (1, (0.0056, 0.0037, 0.79, 0.696), True),  # 0.967 -> 0.386
+        (1, (0.125, 0.125, 10.5, 1.197), False),  # 0.978 -> 0.961
+        (1, (0.920, 0.920, 78.8, 70.1), True),  # 0.965 -> 0.380
+    ],
+)
+def test_traces_of_runs(outputs: int, trace: tuple[float, ...], lost: bool) -> None:
+    record = LossRecord(["a"])
+    first, lowest, highest, last = trace
+    record.trace.copy_(torch.tensor([[first], [last], [lowest], [highest], [50.0]]))
+    report = Report(
+        components=(ComponentRow("a", 1, 1000, 900),),
+        layers=(
+            LayerRow("body", "a", (64, 8), 400, 0.0),
+            LayerRow("a", "a", (outputs, 64), 1, 0.0),
+        ),
+        target_sparsity=0.9,
+        step=1,
+        total_steps=1,
+        dense=[],
+        task_weights={},
+    )
+    assert [text[:18] for text in signs(report, record, task_weights={})] == (
+        ["the loss of task '"] if lost else []
+    )
 
 
 def test_what_was_learned_and_lost_in_one_run_is_told(expert: Expert) -> None:

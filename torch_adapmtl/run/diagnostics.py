@@ -169,13 +169,14 @@ def _limit(trace: Trace, guess: float) -> float:
 
     It is a multiple of the lowest value, and nearer to what a guess costs than to it: after
     pruning, many times a loss near zero can be as accurate, but not a loss near a guess. A loss
-    that was far above a guess in between has another unit, or has exploded: then its highest value
+    that was far above a guess in between has a larger unit, or has exploded: then its highest value
     stands for the guess, unless it ends at a large multiple of its lowest.
     """
     guess = max(guess, trace.first)
     limit = (trace.lowest + guess) / 2
     if trace.highest > 2 * guess:
-        limit = min((trace.lowest + trace.highest) / 2, _LARGE_MULTIPLE * trace.lowest)
+        middle = (trace.lowest + trace.highest) / 2
+        limit = max(limit, min(middle, _LARGE_MULTIPLE * trace.lowest))
     return max(_MULTIPLE * trace.lowest, limit)
 
 
