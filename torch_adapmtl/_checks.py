@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import cast
 
@@ -19,6 +19,7 @@ __all__ = [
     "check_count",
     "check_flag",
     "check_fraction",
+    "check_keys",
     "check_mask",
     "check_numbers",
     "check_place",
@@ -71,6 +72,24 @@ def check_choice(name: str, value: object, choices: tuple[str, ...], besides: st
     if not isinstance(value, str) or value not in choices:
         listed = ", ".join([*map(repr, choices), *([f"or {besides}"] if besides else [])])
         raise ValueError(f"{name} must be one of {listed}, got {value!r}")
+
+
+def check_keys(name: str, values: Mapping[str, object], kind: str, keys: Sequence[str]) -> None:
+    """Raise a `ValueError` unless a mapping has exactly these keys.
+
+    Args:
+        name: The name of the argument, for the error.
+        values: The mapping.
+        kind: What the keys are, in the plural, for the error.
+        keys: The keys.
+    """
+    if set(values) != set(keys):
+        missing = [key for key in keys if key not in values]
+        unknown = [key for key in values if key not in keys]
+        raise ValueError(
+            f"{name} must be for exactly the {kind} {list(keys)}: missing {missing}, unknown "
+            f"{unknown}"
+        )
 
 
 def check_flag(name: str, value: object) -> None:

@@ -14,7 +14,8 @@ from torch_adapmtl._checks import check_choice, check_fraction, check_steps
 from torch_adapmtl.components.find import FROZEN, UNUSED, Components
 from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.layers.layer import count_zeros
-from torch_adapmtl.layers.sparse_weights import SparseWeights, stop_watching, watch_zeros
+from torch_adapmtl.layers.optimizer_hooks import watch_zeros
+from torch_adapmtl.layers.sparse_weights import SparseWeights, stop_watching
 from torch_adapmtl.methods._base import Controller
 from torch_adapmtl.run._graph_module import is_graph, let_pruner_go
 from torch_adapmtl.run._model_watch import ModelWatch
@@ -162,7 +163,8 @@ class Pruner(nn.Module):
         """Weight the task losses and sum them (AdapMTL, Section 3, adaptive weighting).
 
         Args:
-            losses: The loss of each task, a 0-d tensor. A task that is absent or None is skipped.
+            losses: The loss of each task, a 0-d tensor. A task that is absent or None is skipped. A
+                loss of exactly 0 says that the batch has no labels for the task.
 
         Returns:
             The weighted sum, 0-d, differentiable in the losses. The weights are detached and sum
@@ -552,11 +554,11 @@ class Pruner(nn.Module):
                 earlier `finalize`. `method="paper"` has no exact target: it warns instead.
 
         Warns:
-            UserWarning: If the run went wrong: all components are equally sparse although the
-                method could prune them differently, a layer has no nonzero weight, one task has
-                more than 80 % of the task weights, a task never had a loss or never one that
-                requires grad, a loss at the end is more than three times the loss at the beginning,
-                or (with `method="paper"`) the target was missed.
+            UserWarning: If the run went wrong: a layer has no nonzero weight, one task has more
+                than 80 % of the task weights, a task never had a loss, or only losses of 0 or
+                losses that do not require grad, a loss ended far above its lowest value and near to
+                what a guess costs, weights were frozen, unfrozen or added during the run, or (with
+                `method="paper"`) the target was missed.
         """
         self._check_active("finalize")
         self._reshard()
@@ -653,7 +655,6 @@ class Pruner(nn.Module):
         texts = signs(
             report,
             self.weighting.record,
-            allocated=self.controller.allocates,
             task_weights=report.task_weights if adaptive else {},
         )
         if reason := self.controller.missed(report.sparsity):

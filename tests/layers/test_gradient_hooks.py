@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 from toys import TwoTasks, losses, prepare, train
 
-from torch_adapmtl import SparsitySchedule
+from torch_adapmtl import SparsitySchedule, Taylor
 from torch_adapmtl.layers.gradient_hooks import GradientHooks
 
 EARLY = SparsitySchedule(start=0.0, end=0.1)
@@ -59,3 +60,17 @@ def test_new_parameters_are_listened_to() -> None:
     model.load_state_dict(state, assign=True)
     train(model, pruner, torch.optim.SGD(model.parameters(), lr=0.1), range(45))
     assert pruner.controller.allocator.saliency[1].min() > 0
+
+
+@pytest.mark.parametrize("steps", [7, 16])
+def test_taylor_sees_the_gradients_of_parameters_that_were_assigned(steps: int) -> None:
+    ends = []
+    for assign in (False, True):
+        torch.manual_seed(0)
+        model = TwoTasks()
+        pruner = prepare(model, method=Taylor(), total_steps=450)  # an update in every tenth step
+        train(model, pruner, torch.optim.SGD(model.parameters(), lr=0.1), range(steps))
+        model.load_state_dict(copy.deepcopy(model.state_dict()), assign=assign)
+        train(model, pruner, torch.optim.SGD(model.parameters(), lr=0.1), range(steps, steps + 3))
+        ends.append([value.clone() for value in pruner.controller.stored("saliency")])
+    assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))

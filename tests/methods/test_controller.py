@@ -183,7 +183,6 @@ def test_methods_that_cannot_be_are_refused(method: Any, said: str) -> None:
 
 @pytest.mark.parametrize("method", ["adaptive", Paper(start=-1.0), Magnitude()], ids=str)
 @pytest.mark.filterwarnings("ignore:the run ended at a sparsity", "ignore:no weight is left")
-@pytest.mark.filterwarnings("ignore:all components are equally sparse")
 def test_every_zero_of_a_finalized_model_is_positive(method: Any) -> None:
     """Also in tensors that are masked piece by piece."""
     model = TwoTasks(30_000)

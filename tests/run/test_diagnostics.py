@@ -199,7 +199,7 @@ def test_divergence_is_seen_across_a_resumed_run() -> None:
     pruner = prepare(again, total_steps=STEPS)
     again.load_state_dict(model.state_dict())
     run(again, pruner, scale, range(STEPS // 2, STEPS))
-    before, after = (p.weighting.record.traces()["b"] for p in (half, pruner))
+    before, after = (p.weighting.record.courses()["b"] for p in (half, pruner))
     assert before.first == after.first
     assert before.last < after.last
     assert any("the loss of task 'b' ended" in text for text in finished(pruner))
@@ -297,8 +297,8 @@ def test_a_healthy_finetune_of_an_expert_says_nothing(expert: Expert, unit: floa
     before = expert.scores()
     model, said, pruner = pruned(expert, target=0.9, steps=300, lr=1e-3, unit=unit)
     assert all(now > then - 0.02 for now, then in zip(model.scores(), before, strict=True))
-    traces = pruner.weighting.record.traces().values()
-    assert all(trace.last > 3 * trace.first for trace in traces)
+    courses = pruner.weighting.record.courses().values()
+    assert all(course.last > 3 * course.first for course in courses)
     assert said == []
 
 
@@ -317,7 +317,7 @@ def test_an_expert_that_diverges_is_told(expert: Expert, unit: float) -> None:
     """In the second step already, so that only the first loss shows that it was one."""
     model, said, pruner = pruned(expert, target=0.5, steps=100, lr=1.0, unit=unit, decay=0.95)
     assert max(model.scores()) < 0.6
-    assert pruner.weighting.record.traces()["size"].first < 0.03 * unit
+    assert pruner.weighting.record.courses()["size"].first < 0.03 * unit
     assert len(said) == 2
     assert all("it diverged, or the model lost what it knew" in text for text in said)
 
@@ -331,7 +331,7 @@ def test_an_expert_that_recovers_after_the_last_step_says_nothing(expert: Expert
 
 
 @pytest.mark.parametrize(
-    ("outputs", "trace", "lost"),
+    ("outputs", "course", "lost"),
     [  # of pruned nets: digits, their parity, and regressions with targets of variance 1 and 100
         (10, (0.0170, 0.0053, 0.93, 0.759), False),  # accuracy 97.6 -> 95.4
         (10, (0.0074, 0.0053, 2.14, 2.140), True),  # 97.6 -> 36.2
@@ -347,10 +347,10 @@ def test_an_expert_that_recovers_after_the_last_step_says_nothing(expert: Expert
         (1, (0.920, 0.920, 78.8, 70.1), True),  # 0.965 -> 0.380
     ],
 )
-def test_traces_of_runs(outputs: int, trace: tuple[float, ...], lost: bool) -> None:
+def test_courses_of_runs(outputs: int, course: tuple[float, ...], lost: bool) -> None:
     record = LossRecord(["a"])
-    first, lowest, highest, last = trace
-    record.trace.copy_(torch.tensor([[first], [last], [lowest], [highest], [50.0]]))
+    first, lowest, highest, last = course
+    record.course.copy_(torch.tensor([[first], [last], [lowest], [highest], [50.0]]))
     report = Report(
         components=(ComponentRow("a", 1, 1000, 900),),
         layers=(

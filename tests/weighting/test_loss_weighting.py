@@ -157,7 +157,7 @@ def test_state_lives_in_the_model() -> None:
         "weighting.steps",
         "weighting.seen",
         "weighting.record.latest",
-        "weighting.record.trace",
+        "weighting.record.course",
     ]
     assert not list(model.parameters())
 

@@ -176,7 +176,7 @@ def test_a_run_with_losses_of_0_is_one_without_these_losses(how: str, weighting:
             optimizer.zero_grad()
             pruner.step()
         assert pruner.weighting.counts.tolist() == [45, 30]
-        found.append((pruner.weighting.as_dict(), pruner.weighting.record.traces()))
+        found.append((pruner.weighting.as_dict(), pruner.weighting.record.courses()))
         pruner.finalize()
         found[-1] += (list(model.parameters()),)
     assert found[0][:2] == found[1][:2]

@@ -166,7 +166,7 @@ def test_the_trace_is_that_of_a_plain_one(steps: list[list[float | None]]) -> No
                 first.setdefault(task, value)
                 before = averages[task][-1] if averages[task] else value
                 averages[task].append(0.8 * before + 0.2 * value)
-    traces = weighting.record.traces()
+    traces = weighting.record.courses()
     assert list(traces) == [task for task in "ab" if averages[task]]
     for task, trace in traces.items():
         expected = (first[task], min(averages[task]), max(averages[task]), averages[task][-1])
@@ -180,10 +180,10 @@ def test_a_reading_has_what_came_since_the_last() -> None:
         weighting({"abc"[step % 3]: torch.tensor(1.0 + step)})
         if step % 6 == 4:  # always after a "b"
             weighting.record.read()
-    assert weighting.record.trace[4].tolist() == [2 + 2, 2 + 2, 1 + 2]
+    assert weighting.record.course[4].tolist() == [2 + 2, 2 + 2, 1 + 2]
     weighting.record.read()
-    assert weighting.record.trace[4].tolist() == [2 + 2, 2 + 2, 1 + 2]
-    traces = weighting.record.traces()
+    assert weighting.record.course[4].tolist() == [2 + 2, 2 + 2, 1 + 2]
+    traces = weighting.record.courses()
     assert [trace.first for trace in traces.values()] == [1, 2, 3]
     assert traces["c"].last == pytest.approx(3 * 0.64 + 9 * 0.16 + 15 * 0.2)
 
@@ -199,5 +199,5 @@ def test_a_record_that_was_loaded_goes_on_reading_as_it_would_have() -> None:
     again.record.forget()  # as the pruner does
     for step in range(3, 9):
         again({"a": torch.tensor(1.0 + step)})
-    assert torch.equal(again.record.trace, whole.record.trace)
+    assert torch.equal(again.record.course, whole.record.course)
     assert torch.equal(again.record.latest, whole.record.latest)

@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-import inspect
-import warnings
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
-from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
+from torch.utils.weak import TensorWeakRef
 
 from torch_adapmtl._distributed import is_sharded, local, local_mask, sharded_like
 from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.layers.gradient_hooks import GradientHooks
+from torch_adapmtl.layers.optimizer_hooks import (
+    follow,
+    followers,
+    kept_parameters,
+    running_steps,
+    unfollow,
+)
 from torch_adapmtl.tensor._kernels import drop_zeros_, mask_, shrink_
 
 __all__ = [
     "SparseWeights",
     "forget_residual",
     "pruned_parameter",
-    "running_steps",
     "stop_watching",
     "watch_forward",
-    "watch_zeros",
 ]
 
 
@@ -80,7 +79,7 @@ class SparseWeights(nn.Module):
 
     def attach(self) -> None:
         """Apply the thresholds from now on."""
-        _register(self)
+        follow(self)
         self.to_sparse()
         self.renew_hooks()  # before other hooks, which see the gradients that the optimiser uses
 
@@ -241,6 +240,10 @@ class SparseWeights(nn.Module):
 
     # --- optimisers -------------------------------------------------------------------------------
 
+    def kept(self) -> set[int]:
+        """Return the `id` of each parameter that is kept sparse."""
+        return {id(self._parameter(i)) for i in self._all()}
+
     def begin_step(self, optimizer: Optimizer, parameters: Collection[int]) -> bool:
         """Make the layers dense whose parameters, given by `id`, the optimiser is about to update.
 
@@ -316,7 +319,8 @@ class SparseWeights(nn.Module):
             mask_(local(gradient), kept)
         self._masked[index] = TensorWeakRef(gradient)
 
-    def _forget(self, module: nn.Module, name: str) -> None:
+    def forget(self, module: nn.Module, name: str) -> None:
+        """Set the residual of `module.<name>` to zero."""
         for i, layer in enumerate(self.layers):
             held = any(owner is module and tensor == name for owner, tensor in layer.owners)
             if held and f"residual_{i}" in self._buffers:
@@ -327,7 +331,7 @@ class SparseWeights(nn.Module):
     def detach(self) -> None:
         """Undo `attach`."""
         self._hooks.remove()
-        _ALL.discard(self)
+        unfollow(self)
 
     # --- copies -----------------------------------------------------------------------------------
 
@@ -352,54 +356,19 @@ class SparseWeights(nn.Module):
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._start()
-        _register(self)
-
-
-def _kept() -> set[int]:
-    """The `id` of each parameter that is kept sparse."""
-    return {id(weights._parameter(i)) for weights in list(_ALL) for i in weights._all()}
+        follow(self)
 
 
 def pruned_parameter(model: nn.Module) -> str | None:
     """Return the name of the first parameter of a model that is kept sparse, or None."""
-    kept = _kept()
+    kept = kept_parameters()
     return next((name for name, p in model.named_parameters() if id(p) in kept), None)
 
 
 def forget_residual(module: nn.Module, name: str) -> None:
     """Set the residual of `module.<name>` to zero, because the tensor gets a new dense weight."""
-    for weights in list(_ALL):
-        weights._forget(module, name)
-
-
-def watch_zeros(layers: Layers) -> None:
-    """Warn, once, if an optimiser trains these weights, so that their zeros get lost."""
-    for layer in layers:
-        if layer.threshold.earlier_mask is None:  # else torch.nn.utils.prune holds zeros
-            _finalized[layer.weight] = layer.name
-
-
-def _warn_of_lost_zeros(parameters: Mapping[int, Tensor]) -> None:
-    kept = _kept()
-    trained = [
-        (weight, name)
-        for weight, name in list(_finalized.items())
-        if id(weight) in parameters and weight.grad is not None
-    ]
-    for weight, _ in trained:
-        del _finalized[weight]
-    lost = [name for weight, name in trained if id(weight) not in kept]
-    if lost:
-        warnings.warn(
-            f"an optimizer trains {lost[0]!r} after finalize(): its zeros, and those of "
-            f"{len(lost) - 1} other tensors, do not stay zero. To finetune with zeros, train "
-            f"before finalize(), or call keep_zeros(model) first",
-            stacklevel=4,  # the caller of optimizer.step()
-        )
-
-
-# The names of weights that `finalize` has made sparse, and that no optimiser has trained since.
-_finalized = WeakIdKeyDictionary()
+    for weights in followers():
+        weights.forget(module, name)
 
 
 def _before_forward(model: nn.Module, args: object) -> None:
@@ -421,56 +390,3 @@ def stop_watching(model: nn.Module) -> None:
     hooks = model._forward_pre_hooks
     for key in [key for key, hook in hooks.items() if hook is _before_forward]:
         del hooks[key]
-
-
-_ALL: weakref.WeakSet[SparseWeights] = weakref.WeakSet()
-_registered: list[Any] = []
-
-
-def _register(weights: SparseWeights) -> None:
-    _ALL.add(weights)
-    if not _registered:
-        _registered.append(register_optimizer_step_pre_hook(_before_step))
-        _registered.append(register_optimizer_step_post_hook(_after_step))
-
-
-# The code of the function by which torch wraps the steps of optimisers.
-_STEP = Optimizer.profile_hook_step(Optimizer.step).__code__
-
-
-def running_steps(optimizer: Optimizer) -> int:
-    """The number of running steps of an optimiser, one inside the other."""
-    count, frame = 0, inspect.currentframe()
-    while frame is not None:
-        count += frame.f_code is _STEP and frame.f_locals["args"][0] is optimizer
-        frame = frame.f_back
-    return count
-
-
-def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[Any, Any]) -> Any:
-    """Make the weights dense that the optimiser updates, and sparse in the optimiser's closure."""
-    if torch.compiler.is_compiling():
-        return None  # a compiled step cannot call this; `catch_up` does it later
-    parameters = {id(p): p for group in optimizer.param_groups for p in group["params"]}
-    if _finalized:
-        _warn_of_lost_zeros(parameters)
-    stepping = [weights for weights in list(_ALL) if weights.begin_step(optimizer, parameters)]
-    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-    if not stepping or not callable(closure):
-        return None
-
-    def paused(*arguments: Any, **options: Any) -> Any:
-        with ExitStack() as stack:
-            for weights in stepping:
-                stack.enter_context(weights.paused_step())
-            return closure(*arguments, **options)
-
-    if "closure" in kwargs:
-        return args, {**kwargs, "closure": paused}
-    return (args[0], paused, *args[2:]), kwargs
-
-
-def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[Any, Any]) -> None:
-    if not torch.compiler.is_compiling():
-        for weights in list(_ALL):
-            weights.end_step(optimizer)

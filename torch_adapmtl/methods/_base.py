@@ -74,8 +74,6 @@ class Controller(KeepsPrecision, ABC):
         interval: Approximate number of steps between two updates.
         exact: Whether the run ends with exactly `zeros` zeros, fixed by masks.
         fixed: Whether the zeros are fixed.
-        allocates: Whether components should differ in their sparsity; `finalize` warns if they are
-            equal.
         threshold_decay: Weight decay of thresholds that the optimiser trains.
         initial: The sparsity that the schedule starts from, as a fraction.
         synchronize: Whether processes that train together prune the same weights.
@@ -84,7 +82,6 @@ class Controller(KeepsPrecision, ABC):
 
     exact = True
     fixed = False
-    allocates = False
     threshold_decay = 0.0
     initial = 0.0
     synchronize = True

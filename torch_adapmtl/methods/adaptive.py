@@ -162,8 +162,6 @@ class AdaptiveController(Controller):
         self.method, self.allocation = method, method.allocation
         super().__init__(layers, target_sparsity, total_steps)
         self.shardable = self.allocation.shardable
-        unbounded = method.min_density is None and method.max_density is None
-        self.allocates = unbounded and not isinstance(self.allocation, CommonAllocation)
         self._bound(layers.initial_zeros, target_sparsity)
         share = sum(self._density.masked) / layers.total
         self.initial = max(min(method.schedule.initial, target_sparsity), share)

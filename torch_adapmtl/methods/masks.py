@@ -158,7 +158,8 @@ class MaskController(Controller):
         self.fix_zeros([~flat for flat in self._agreed(self.zeros)])
 
     def refresh(self) -> None:
-        """Count the initial zeros of the loaded state."""
+        """Count the initial zeros of the loaded state; its parameters may be new ones."""
+        self._hooks.remove()  # `prepare` registers them again
         self._initial_zeros = sum(self.layers.initial_zeros)
 
     def store(self, name: str) -> None:

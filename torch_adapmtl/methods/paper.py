@@ -111,7 +111,6 @@ class PaperController(Controller):
 
     reached: Tensor
     exact = False
-    allocates = True
 
     def __init__(
         self, method: Paper, layers: Layers, target_sparsity: float, total_steps: int

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_adapmtl.layers.sparse_weights import running_steps
+from torch_adapmtl.layers.optimizer_hooks import running_steps
 
 __all__ = ["StepHook"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.layers.sampling import take
 from torch_adapmtl.run.report import Report
-from torch_adapmtl.weighting._record import LossRecord, Trace
+from torch_adapmtl.weighting._record import LossCourse, LossRecord
 
 __all__ = ["Watch", "signs"]
 
@@ -32,7 +32,7 @@ class _Idleness:
     A few values of each dense weight are compared.
 
     Args:
-        layers: The layers before the first step.
+        layers: The layers, with dense weights, after the first step.
     """
 
     def __init__(self, layers: Layers) -> None:
@@ -108,7 +108,6 @@ def signs(
     record: LossRecord,
     *,
     task_weights: Mapping[str, float],
-    allocated: bool = False,
 ) -> list[str]:
     """Return warnings of everything that went wrong in a run; an empty list if nothing did.
 
@@ -116,7 +115,6 @@ def signs(
         report: The report at the end of the run.
         record: The record of the losses.
         task_weights: The weights of the tasks; empty if the user chose them.
-        allocated: Not used.
     """
     warnings = []
     emptied = [row.name for row in report.layers if row.weights == row.zeros > 0]
@@ -137,11 +135,11 @@ def signs(
                 f"StabilityWeighting, or weighting='equal'"
             )
     warnings += [
-        f"the loss of task {task!r} ended at {trace.last:.3g}, after {trace.first:.3g} at the "
-        f"beginning and {trace.lowest:.3g} at best: it diverged, or the model lost what it knew. "
+        f"the loss of task {task!r} ended at {course.last:.3g}, after {course.first:.3g} at the "
+        f"beginning and {course.lowest:.3g} at best: it diverged, or the model lost what it knew. "
         f"Lower the learning rate, prune to less, or give the schedule more steps"
-        for task, trace in record.traces().items()
-        if trace.last > _limit(trace, _guess(report, task))
+        for task, course in record.courses().items()
+        if course.last > _limit(course, _guess(report, task))
     ]
     for task in record.absent():
         warnings.append(
@@ -164,7 +162,7 @@ def signs(
     return warnings
 
 
-def _limit(trace: Trace, guess: float) -> float:
+def _limit(course: LossCourse, guess: float) -> float:
     """The loss at the end beyond which a task has lost most of what it knew, or has diverged.
 
     It is a multiple of the lowest value, and nearer to what a guess costs than to it: after
@@ -172,12 +170,12 @@ def _limit(trace: Trace, guess: float) -> float:
     that was far above a guess in between has a larger unit, or has exploded: then its highest value
     stands for the guess, unless it ends at a large multiple of its lowest.
     """
-    guess = max(guess, trace.first)
-    limit = (trace.lowest + guess) / 2
-    if trace.highest > 2 * guess:
-        middle = (trace.lowest + trace.highest) / 2
-        limit = max(limit, min(middle, _LARGE_MULTIPLE * trace.lowest))
-    return max(_MULTIPLE * trace.lowest, limit)
+    guess = max(guess, course.first)
+    limit = (course.lowest + guess) / 2
+    if course.highest > 2 * guess:
+        middle = (course.lowest + course.highest) / 2
+        limit = max(limit, min(middle, _LARGE_MULTIPLE * course.lowest))
+    return max(_MULTIPLE * course.lowest, limit)
 
 
 def _guess(report: Report, task: str) -> float:

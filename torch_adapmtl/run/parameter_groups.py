@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from torch_adapmtl._checks import check_rate
+from torch_adapmtl._checks import check_keys, check_rate
 from torch_adapmtl.components.find import Components
 
 __all__ = ["parameter_groups"]
@@ -59,13 +59,7 @@ def _by_component(
     options: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     names = components.names
-    if set(rates) != set(names):
-        missing = [name for name in names if name not in rates]
-        unknown = [name for name in rates if name not in names]
-        raise ValueError(
-            f"lr must have a rate for each of the components {list(names)}: missing {missing}, "
-            f"unknown {unknown}"
-        )
+    check_keys("lr", rates, "components", names)
     for name, rate in rates.items():
         check_rate(f"lr[{name!r}]", rate)
     members: dict[str, list[nn.Parameter]] = {name: [] for name in names}

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from torch_adapmtl._checks import check_numbers
+from torch_adapmtl._checks import check_keys, check_numbers
 from torch_adapmtl._precision import KeepsPrecision
 from torch_adapmtl.weighting._record import LossRecord
 
@@ -169,13 +169,7 @@ def check_names(name: str, weights: Mapping[str, object], tasks: tuple[str, ...]
     """Raise an error unless the keys of `weights` are exactly the `tasks`."""
     if not isinstance(weights, Mapping):
         raise TypeError(f"{name} must be a mapping from task to weight, got {weights!r}")
-    if set(weights) != set(tasks):
-        missing = [task for task in tasks if task not in weights]
-        unknown = [task for task in weights if task not in tasks]
-        raise ValueError(
-            f"{name} must be for exactly the tasks {list(tasks)}: missing {missing}, "
-            f"unknown {unknown}"
-        )
+    check_keys(name, weights, "tasks", tasks)
 
 
 def check_weight(name: str, weight: object) -> None:

@@ -13,7 +13,7 @@ from torch_adapmtl._checks import outputs_named_like
 from torch_adapmtl._distributed import mean_over_processes, sum_over_processes
 from torch_adapmtl._precision import KeepsPrecision
 
-__all__ = ["LossRecord", "Trace"]
+__all__ = ["LossCourse", "LossRecord"]
 
 # Losses are clamped to this, so that the difference of two stays finite.
 _HUGE = torch.finfo(torch.float32).max / 4
@@ -26,7 +26,7 @@ _UNREAD = 20
 _DECAY = 0.8
 
 
-class Trace(NamedTuple):
+class LossCourse(NamedTuple):
     """The course of a task's loss: the first one, and three values of its running average."""
 
     first: float
@@ -52,14 +52,14 @@ class LossRecord(KeepsPrecision):
             of shape (T,); not part of the state dict.
         latest: The last observed loss of each task, and whether it came after the last `read`, as 1
             or 0; float32 (2, T).
-        trace: Of each task, the first reading, the exponential average of the readings, its lowest
+        course: Of each task, the first reading, the exponential average of the readings, its lowest
             and its highest value, and the number of readings; float32 (5, T).
         with_grad: The tasks that have had a loss that requires grad.
         without_grad: The tasks that have had a loss that does not require grad.
     """
 
     latest: Tensor
-    trace: Tensor
+    course: Tensor
 
     def __init__(self, tasks: Sequence[str]) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class LossRecord(KeepsPrecision):
         # Not a buffer: DistributedDataParallel would copy it from the first process to all others.
         self.nonfinite = torch.zeros(len(self.tasks), dtype=torch.int64)
         self.register_buffer("latest", torch.zeros(2, len(self.tasks)))
-        self.register_buffer("trace", torch.zeros(5, len(self.tasks)))
+        self.register_buffer("course", torch.zeros(5, len(self.tasks)))
         self._early = _FIRST  # number of steps from now on after which to read
         self._unread = 0  # number of steps since the last reading
         self.with_grad: set[str] = set()
@@ -188,9 +188,9 @@ class LossRecord(KeepsPrecision):
 
     @torch.no_grad()
     def read(self) -> None:
-        """Add the losses that were observed since the last reading to the trace."""
+        """Add the losses that were observed since the last reading to the course."""
         losses, fresh = self.latest[0], self.latest[1] > 0
-        first, average, lowest, highest, count = self.trace
+        first, average, lowest, highest, count = self.course
         new = count == 0
         average = torch.where(new, losses, average.lerp(losses, 1 - _DECAY))
         moved = [
@@ -200,14 +200,14 @@ class LossRecord(KeepsPrecision):
             torch.where(new, losses, torch.maximum(highest, average)),
             count + 1,
         ]
-        torch.where(fresh, torch.stack(moved), self.trace, out=self.trace)
+        torch.where(fresh, torch.stack(moved), self.course, out=self.course)
         self.latest[1].zero_()
         self._unread = 0
 
     def forget(self) -> None:
         """Reset what the state dict does not hold, after it was loaded; reads the counts."""
         self.nonfinite.zero_()
-        self._early = max(_FIRST - int(self.trace[4].max()), 0)
+        self._early = max(_FIRST - int(self.course[4].max()), 0)
 
     # --- results ----------------------------------------------------------------------------------
 
@@ -232,12 +232,12 @@ class LossRecord(KeepsPrecision):
             "at the learning rate and at mixed precision, and resume from a checkpoint"
         )
 
-    def traces(self) -> dict[str, Trace]:
+    def courses(self) -> dict[str, LossCourse]:
         """Return the course of the loss of each task that has had one; reads it from the device."""
         self.read()
-        columns = self.trace.T.tolist()
+        columns = self.course.T.tolist()
         return {
-            task: Trace(first, lowest, highest, last)
+            task: LossCourse(first, lowest, highest, last)
             for task, (first, last, lowest, highest, count) in zip(self.tasks, columns, strict=True)
             if count
         }
@@ -253,7 +253,7 @@ class LossRecord(KeepsPrecision):
 
     def unlabelled(self) -> list[str]:
         """The tasks whose losses were all exactly 0; reads the counts from the device."""
-        seen = self.traces()
+        seen = self.courses()
         return [task for task in self.tasks if task in self.with_grad and task not in seen]
 
     def had_losses(self) -> list[int]:
