@@ -7,6 +7,7 @@ import copy
 import io
 import math
 import pickle
+import random
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from torch_adapmtl import Layer, Layers, SoftThreshold, soft_threshold
 from torch_adapmtl.layers.sparse_weights import SparseWeights
-from torch_adapmtl.tensor._kernels import shrink_
+from torch_adapmtl.tensor._kernels import Shrinkage, shrink_
 
 SHAPES = [(4, 6), (5, 3), (3, 4, 2, 2)]
 
@@ -238,7 +239,8 @@ class Oracle(Run):
         if self.fixed and mask is not None:
             weight.copy_(torch.where(mask, weight, 0.0))
         sparse, residual = weight.detach().clone(), torch.zeros_like(weight)
-        shrink_(sparse, residual, torch.tensor(alpha, dtype=weight.dtype).item(), self.reach, mask)
+        alpha = torch.tensor(alpha, dtype=weight.dtype).item()
+        shrink_([Shrinkage(sparse, residual, alpha, self.reach, mask)])
         return sparse, residual
 
     def backward(self, step: int) -> Tensor:
@@ -427,7 +429,7 @@ def assert_shrunk(dense: Tensor, alpha: float, reach: float, mask: Tensor | None
     alpha = torch.tensor(alpha, dtype=dense.dtype).item()
     weight = torch.empty_strided(dense.shape, dense.stride(), dtype=dense.dtype).copy_(dense)
     residual = torch.full_like(weight, torch.nan)
-    shrink_(weight, residual, alpha, reach, mask)
+    shrink_([Shrinkage(weight, residual, alpha, reach, mask)])
     assert torch.equal(weight + residual, dense)
     kept = torch.ones_like(dense, dtype=torch.bool) if mask is None else mask
     assert torch.equal(weight == 0, ~(kept & (dense.abs() > alpha)) | (dense == 0))
@@ -470,3 +472,27 @@ def test_large_weights_are_computed_in_pieces(dtype: torch.dtype, layout: str) -
     for kept in (None, mask, mask.contiguous()):
         for reach in (math.inf, 1.1):
             assert_shrunk(dense, 0.7, reach, kept)
+
+
+@given(
+    sizes=st.lists(st.sampled_from([1, 7, 5000, 2**16, 2**17, 2**17 + 1]), min_size=1, max_size=6),
+    seed=SEEDS,
+)
+@settings(max_examples=30)
+def test_weights_that_are_computed_together_are_as_if_computed_alone(
+    sizes: list[int], seed: int
+) -> None:
+    choice, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    shrinkages = []
+    for size in sizes:
+        weight = torch.randn(size, generator=generator).to(choice.choice(DTYPES))
+        mask = torch.rand(size, generator=generator) > 0.5 if choice.random() < 0.5 else None
+        alpha, reach = choice.choice([0.0, 0.25, 1.0]), choice.choice([math.inf, 1.1])
+        residual = torch.full_like(weight, torch.nan)
+        shrinkages.append(Shrinkage(weight, residual, alpha, reach, mask))
+    alone = [s._replace(weight=s.weight.clone(), residual=s.residual.clone()) for s in shrinkages]
+    shrink_(shrinkages)
+    for together, single in zip(shrinkages, alone, strict=True):
+        shrink_([single])
+        assert torch.equal(together.weight, single.weight)
+        assert torch.equal(together.residual, single.residual)

@@ -22,7 +22,7 @@ from torch_adapmtl.layers.optimizer_hooks import (
     running_steps,
     unfollow,
 )
-from torch_adapmtl.tensor._kernels import drop_zeros_, mask_, shrink_
+from torch_adapmtl.tensor._kernels import Shrinkage, drop_zeros_, mask_, shrink_
 
 __all__ = [
     "SparseWeights",
@@ -128,10 +128,13 @@ class SparseWeights(nn.Module):
         """Apply the thresholds and masks to the dense weights of these layers, or of all."""
         wanted = self._all() if indices is None else set(indices)
         self.to_dense(wanted)
-        for i in sorted(wanted):
-            if self._parameter(i) is not None:
-                self._apply_threshold(i)
-                self.layers[i].dense = False
+        present = [i for i in sorted(wanted) if self._parameter(i) is not None]
+        shrink_([s for i in present if (s := self._shrinkage(i)) is not None])
+        for i in present:
+            layer = self.layers[i]
+            layer.dense = False
+            if self.fixed and (mask := layer.threshold.mask) is not None:
+                mask_(local(layer.weight), local_mask(mask, layer.weight))
 
     def _ours(self, index: int, weight: nn.Parameter) -> bool:
         """Whether this is the parameter that the threshold was applied to last."""
@@ -150,22 +153,22 @@ class SparseWeights(nn.Module):
         except ValueError:
             return None
 
-    def _apply_threshold(self, index: int) -> None:
-        layer = self.layers[index]
-        threshold, weight = layer.threshold, layer.weight
-        alpha, mask = threshold.known(), threshold.mask
-        if mask is not None:
-            mask = local_mask(mask, weight)
+    def _shrinkage(self, index: int) -> Shrinkage | None:
+        """What the threshold and the mask do with a layer; None for nothing, or a fixed mask."""
+        threshold, weight = self.layers[index].threshold, self.layers[index].weight
         self._used[index] = weakref.ref(weight)
         if self.fixed:
-            if mask is not None:
-                mask_(local(weight), mask)
-        elif alpha > 0.0 or mask is not None:
-            shrink_(local(weight), local(self._residual(index)), alpha, threshold.reach, mask)
+            return None
+        alpha, mask = threshold.known(), threshold.mask
+        residual = local(self._residual(index))
+        if alpha > 0.0 or mask is not None:
             self._shrunk.add(index)
-        elif index in self._shrunk:
-            local(self._residual(index)).zero_()
+            mask = None if mask is None else local_mask(mask, weight)
+            return Shrinkage(local(weight), residual, alpha, threshold.reach, mask)
+        if index in self._shrunk:
+            residual.zero_()
             self._shrunk.remove(index)
+        return None
 
     def _residual(self, index: int) -> Tensor:
         name, weight = f"residual_{index}", self.layers[index].weight

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["drop_zeros_", "firm", "mask_", "masked", "masked_gradient", "shrink_", "to_firm"]
+__all__ = [
+    "Shrinkage",
+    "drop_zeros_",
+    "firm",
+    "mask_",
+    "masked",
+    "masked_gradient",
+    "shrink_",
+    "to_firm",
+]
 
 _PIECE = 2**17
 # The integers of the size of a floating-point number, in bytes.
@@ -86,10 +96,11 @@ def mask_(tensor: Tensor, mask: Tensor) -> None:
     """Set the entries where a boolean mask is False to +0.0, in place."""
     # As in `masked`: whole numbers, so that zeros are +0.0 whatever is masked.
     bits = _BITS[tensor.element_size()]
-    if tensor.device.type != "cpu":
-        tensor.masked_fill_(mask.logical_not(), 0.0)
-        return
-    if tensor.numel() <= _PIECE or (flat := _flat(tensor, mask)) is None:
+    if (
+        tensor.device.type != "cpu"
+        or tensor.numel() <= _PIECE
+        or (flat := _flat(tensor, mask)) is None
+    ):
         tensor.view(bits).mul_(mask.view(torch.uint8))
         return
     parts = flat[0].view(bits).split(_PIECE)
@@ -102,46 +113,93 @@ def drop_zeros_(gradient: Tensor, weight: Tensor) -> None:
     torch.ops.aten.softshrink_backward.grad_input(gradient, weight, 0.0, grad_input=gradient)
 
 
-def shrink_(
-    weight: Tensor, residual: Tensor, alpha: float, reach: float, mask: Tensor | None
-) -> None:
-    """Replace a dense weight by its sparse weight, and write the difference into `residual`.
+class Shrinkage(NamedTuple):
+    """What `shrink_` does with one weight.
 
-    The sum of the two is the dense weight again, without any rounding error: the sparse weight is
-    the weight minus the residual, and the residual is so large or so small that this difference or
-    the one before it is exact (Sterbenz).
-
-    Args:
-        weight: The dense weight; changed in place.
-        residual: A tensor of the same shape; overwritten.
+    Attributes:
+        weight: The dense weight; becomes the sparse weight.
+        residual: A tensor of the same shape; becomes their difference.
         alpha: The threshold.
         reach: See `soft_threshold`.
         mask: False where the sparse weight is zero; None for no mask.
     """
-    alpha = min(alpha, torch.finfo(weight.dtype).max)
+
+    weight: Tensor
+    residual: Tensor
+    alpha: float
+    reach: float
+    mask: Tensor | None = None
+
+
+def shrink_(shrinkages: Iterable[Shrinkage]) -> None:
+    """Replace dense weights by their sparse weights, and write the differences into `residual`.
+
+    The sum of the two is the dense weight again, without any rounding error: the sparse weight is
+    the weight minus the residual, and the residual is so large or so small that this difference or
+    the one before it is exact (Sterbenz).
+    """
+    # Together, because a GPU would wait for the host to start a kernel for each small weight.
+    by_reach: dict[float, list[Shrinkage]] = {}
+    for shrinkage in shrinkages:
+        by_reach.setdefault(shrinkage.reach, []).append(shrinkage)
+    for same in by_reach.values():
+        for group in _groups(same):
+            _shrink(group)
+
+
+def _groups(shrinkages: Iterable[Shrinkage]) -> Iterator[list[Shrinkage]]:
+    """Yield what to compute at once; on a CPU, groups of small weights and pieces of large ones."""
+    group: list[Shrinkage] = []
+    size = 0
+    for shrinkage in shrinkages:
+        for piece in _pieces(shrinkage):
+            numel = piece.weight.numel() if piece.weight.device.type == "cpu" else 0
+            if group and size + numel > _PIECE:
+                yield group
+                group, size = [], 0
+            group.append(piece)
+            size += numel
+    if group:
+        yield group
+
+
+def _pieces(shrinkage: Shrinkage) -> list[Shrinkage]:
+    weight, residual, alpha, reach, mask = shrinkage
     tensors = (weight, residual) if mask is None else (weight, residual, mask)
     if weight.device.type != "cpu" or weight.numel() <= _PIECE or (flat := _flat(*tensors)) is None:
-        _shrink(weight, residual, alpha, reach, mask)
-        return
-    for part, rest, *kept in zip(*(tensor.split(_PIECE) for tensor in flat), strict=True):
-        _shrink(part, rest, alpha, reach, kept[0] if kept else None)
+        return [shrinkage]
+    return [
+        Shrinkage(part, rest, alpha, reach, *kept)
+        for part, rest, *kept in zip(*(tensor.split(_PIECE) for tensor in flat), strict=True)
+    ]
 
 
-def _shrink(
-    weight: Tensor, residual: Tensor, alpha: float, reach: float, mask: Tensor | None
-) -> None:
-    if alpha == 0.0:
-        residual.zero_()
-    else:
-        sparse = F.softshrink(weight, alpha)
+def _shrink(group: Sequence[Shrinkage]) -> None:
+    """Apply `shrink_` to weights of the same reach."""
+    moved = []
+    for shrinkage in group:
+        if shrinkage.alpha == 0.0:
+            shrinkage.residual.zero_()
+        else:
+            moved.append(shrinkage)
+    if moved:
+        alphas = [min(s.alpha, torch.finfo(s.weight.dtype).max) for s in moved]
+        weights, residuals = [s.weight for s in moved], [s.residual for s in moved]
+        for weight, residual, alpha in zip(weights, residuals, alphas, strict=True):
+            torch.ops.aten.softshrink.out(weight, alpha, out=residual)
+        reach = moved[0].reach
         if reach != math.inf:
-            limit = alpha * (reach - 1)
-            sparse.add_(torch.clamp(sparse, -limit, limit, out=residual), alpha=1 / (reach - 1))
-        torch.sub(weight, sparse, out=residual)
-    if mask is not None:
+            limits = [alpha * (reach - 1) for alpha in alphas]
+            back = torch._foreach_clamp_max(residuals, limits)
+            torch._foreach_clamp_min_(back, [-limit for limit in limits])
+            torch._foreach_add_(residuals, back, alpha=1 / (reach - 1))
+        torch._foreach_sub_(residuals, weights)
+        torch._foreach_neg_(residuals)
+    masked = [(s.weight, s.residual, s.mask) for s in group if s.mask is not None]
+    for weight, residual, mask in masked:
         torch.where(mask, residual, weight, out=residual)
-    weight.sub_(residual)
-    if mask is not None:
+    torch._foreach_sub_([s.weight for s in group], [s.residual for s in group])
+    for weight, _, mask in masked:
         mask_(weight, mask)  # infinity minus infinity is NaN
 
 
