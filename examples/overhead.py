@@ -158,11 +158,11 @@ def make_step(variant: str, args: argparse.Namespace) -> Callable[[], None]:
         optimizer.zero_grad()
         finish()
 
-    # The first steps train all weights, as in a run, so that no second moment of Adam is zero: on
+    # The first step trains all weights, as in a run, so that no second moment of Adam is zero: on
     # some processors the square root of zero takes many times as long as that of other numbers.
     step()
-    while variant in PARTS and not pruner.sparsity() > 0.85:
-        step()
+    while variant in PARTS and not pruner.sparsity() > 0.85:  # until the first update
+        finish()
     return step
 
 
@@ -311,7 +311,8 @@ def main() -> None:
         print(line)
     if args.json:
         record = {
-            **vars(args), "torch": torch.__version__, "parameters": weights,
+            **{name: value for name, value in vars(args).items() if name != "json"},
+            "torch": torch.__version__, "parameters": weights,
             "threads": torch.get_num_threads(), "times": times, "peak_mib": memory,
         }  # fmt: skip
         with open(args.json, "a") as file:

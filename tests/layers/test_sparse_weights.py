@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from torch_adapmtl import Layer, Layers, SoftThreshold, soft_threshold
 from torch_adapmtl.layers.sparse_weights import SparseWeights
-from torch_adapmtl.tensor._kernels import Shrinkage, shrink_
+from torch_adapmtl.tensor import _kernels
+from torch_adapmtl.tensor._kernels import Shrinkage, batches, shrink_
 
 SHAPES = [(4, 6), (5, 3), (3, 4, 2, 2)]
 
@@ -491,8 +492,37 @@ def test_weights_that_are_computed_together_are_as_if_computed_alone(
         residual = torch.full_like(weight, torch.nan)
         shrinkages.append(Shrinkage(weight, residual, alpha, reach, mask))
     alone = [s._replace(weight=s.weight.clone(), residual=s.residual.clone()) for s in shrinkages]
-    shrink_(shrinkages)
+    for batch in batches(dict(enumerate(shrinkages))):
+        shrink_(list(batch.values()))
     for together, single in zip(shrinkages, alone, strict=True):
         shrink_([single])
         assert torch.equal(together.weight, single.weight)
         assert torch.equal(together.residual, single.residual)
+
+
+def test_an_interruption_between_layers_loses_no_dense_weight(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Layers that are sparse by then are not taken for dense ones, and so not shrunk twice."""
+    model = nn.Sequential(nn.Linear(400, 400), nn.Linear(400, 400), nn.Linear(3, 3))
+    dense = [layer.weight.detach().clone() for layer in model]
+    layers = [Layer(str(i), "shared", ((layer, "weight"),)) for i, layer in enumerate(model)]
+    weights = SparseWeights(Layers(layers))
+    for layer in layers:
+        layer.threshold.set_threshold(0.02)
+    shrink, calls = _kernels._shrink, []
+
+    def interrupted(group: Any) -> None:
+        calls.append(group)
+        if len(calls) == 3:  # in the second layer, each of which takes two
+            raise KeyboardInterrupt
+        shrink(group)
+
+    monkeypatch.setattr(_kernels, "_shrink", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        weights.to_sparse()
+    monkeypatch.undo()
+    weights.to_sparse()
+    assert all((layer.weight == 0).any() for layer in model[:2])
+    weights.to_dense()
+    assert all(torch.equal(layer.weight, w) for layer, w in zip(model, dense, strict=True))

@@ -166,11 +166,11 @@ def test_the_trace_is_that_of_a_plain_one(steps: list[list[float | None]]) -> No
                 first.setdefault(task, value)
                 before = averages[task][-1] if averages[task] else value
                 averages[task].append(0.8 * before + 0.2 * value)
-    traces = weighting.record.courses()
-    assert list(traces) == [task for task in "ab" if averages[task]]
-    for task, trace in traces.items():
+    courses = weighting.record.courses()
+    assert list(courses) == [task for task in "ab" if averages[task]]
+    for task, course in courses.items():
         expected = (first[task], min(averages[task]), max(averages[task]), averages[task][-1])
-        assert trace == pytest.approx(expected, rel=1e-5)
+        assert course == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_reading_has_what_came_since_the_last() -> None:
@@ -183,9 +183,9 @@ def test_a_reading_has_what_came_since_the_last() -> None:
     assert weighting.record.course[4].tolist() == [2 + 2, 2 + 2, 1 + 2]
     weighting.record.read()
     assert weighting.record.course[4].tolist() == [2 + 2, 2 + 2, 1 + 2]
-    traces = weighting.record.courses()
-    assert [trace.first for trace in traces.values()] == [1, 2, 3]
-    assert traces["c"].last == pytest.approx(3 * 0.64 + 9 * 0.16 + 15 * 0.2)
+    courses = weighting.record.courses()
+    assert [course.first for course in courses.values()] == [1, 2, 3]
+    assert courses["c"].last == pytest.approx(3 * 0.64 + 9 * 0.16 + 15 * 0.2)
 
 
 def test_a_record_that_was_loaded_goes_on_reading_as_it_would_have() -> None:

@@ -67,7 +67,7 @@ def unfollow(follower: Follower) -> None:
 
 
 def followers() -> list[Any]:
-    """Return the objects that are told."""
+    """Return the objects that are told of the steps."""
     return list(_followers)
 
 
@@ -96,15 +96,15 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[Any, 
     parameters = {id(p): p for group in optimizer.param_groups for p in group["params"]}
     if _finalized:
         _warn_of_lost_zeros(parameters)
-    stepping = [weights for weights in followers() if weights.begin_step(optimizer, parameters)]
+    stepping = [each for each in followers() if each.begin_step(optimizer, parameters)]
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if not stepping or not callable(closure):
         return None
 
     def paused(*arguments: Any, **options: Any) -> Any:
         with ExitStack() as stack:
-            for weights in stepping:
-                stack.enter_context(weights.paused_step())
+            for follower in stepping:
+                stack.enter_context(follower.paused_step())
             return closure(*arguments, **options)
 
     if "closure" in kwargs:
@@ -114,8 +114,8 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[Any, 
 
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[Any, Any]) -> None:
     if not torch.compiler.is_compiling():
-        for weights in followers():
-            weights.end_step(optimizer)
+        for follower in followers():
+            follower.end_step(optimizer)
 
 
 def watch_zeros(layers: Layers) -> None:

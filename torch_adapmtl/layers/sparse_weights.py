@@ -22,7 +22,7 @@ from torch_adapmtl.layers.optimizer_hooks import (
     running_steps,
     unfollow,
 )
-from torch_adapmtl.tensor._kernels import Shrinkage, drop_zeros_, mask_, shrink_
+from torch_adapmtl.tensor._kernels import Shrinkage, batches, drop_zeros_, mask_, shrink_
 
 __all__ = [
     "SparseWeights",
@@ -129,7 +129,11 @@ class SparseWeights(nn.Module):
         wanted = self._all() if indices is None else set(indices)
         self.to_dense(wanted)
         present = [i for i in sorted(wanted) if self._parameter(i) is not None]
-        shrink_([s for i in present if (s := self._shrinkage(i)) is not None])
+        shrinkages = {i: s for i in present if (s := self._shrinkage(i)) is not None}
+        for batch in batches(shrinkages):
+            shrink_(list(batch.values()))
+            for i in batch:  # at once: the next batch may be interrupted
+                self.layers[i].dense = False
         for i in present:
             layer = self.layers[i]
             layer.dense = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 __all__ = [
     "Shrinkage",
+    "batches",
     "drop_zeros_",
     "firm",
     "mask_",
@@ -22,6 +23,8 @@ __all__ = [
 ]
 
 _PIECE = 2**17
+# How many numbers a GPU computes at once.
+_BATCH = 2**24
 # The integers of the size of a floating-point number, in bytes.
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -96,16 +99,8 @@ def mask_(tensor: Tensor, mask: Tensor) -> None:
     """Set the entries where a boolean mask is False to +0.0, in place."""
     # As in `masked`: whole numbers, so that zeros are +0.0 whatever is masked.
     bits = _BITS[tensor.element_size()]
-    if (
-        tensor.device.type != "cpu"
-        or tensor.numel() <= _PIECE
-        or (flat := _flat(tensor, mask)) is None
-    ):
-        tensor.view(bits).mul_(mask.view(torch.uint8))
-        return
-    parts = flat[0].view(bits).split(_PIECE)
-    for part, kept in zip(parts, flat[1].view(torch.uint8).split(_PIECE), strict=True):
-        part.mul_(kept)
+    for part, kept in _pieces(tensor, mask):
+        part.view(bits).mul_(kept.view(torch.uint8))
 
 
 def drop_zeros_(gradient: Tensor, weight: Tensor) -> None:
@@ -131,51 +126,44 @@ class Shrinkage(NamedTuple):
     mask: Tensor | None = None
 
 
-def shrink_(shrinkages: Iterable[Shrinkage]) -> None:
+def batches(shrinkages: Mapping[int, Shrinkage]) -> Iterator[dict[int, Shrinkage]]:
+    """Yield what `shrink_` does at once: weights of the same reach that are small together."""
+    # A GPU would wait for the host to start a kernel for each small weight. The temporary copy of a
+    # batch is limited; on a CPU it stays in the cache.
+    batch: dict[int, Shrinkage] = {}
+    size, reach = 0, 0.0
+    for key, shrinkage in shrinkages.items():
+        numel = shrinkage.weight.numel()
+        limit = _PIECE if shrinkage.weight.device.type == "cpu" else _BATCH
+        if batch and (size + numel > limit or shrinkage.reach != reach):
+            yield batch
+            batch, size = {}, 0
+        batch[key] = shrinkage
+        size, reach = size + numel, shrinkage.reach
+    if batch:
+        yield batch
+
+
+def shrink_(batch: Sequence[Shrinkage]) -> None:
     """Replace dense weights by their sparse weights, and write the differences into `residual`.
 
     The sum of the two is the dense weight again, without any rounding error: the sparse weight is
     the weight minus the residual, and the residual is so large or so small that this difference or
     the one before it is exact (Sterbenz).
+
+    Args:
+        batch: The weights, of the same reach.
     """
-    # Together, because a GPU would wait for the host to start a kernel for each small weight.
-    by_reach: dict[float, list[Shrinkage]] = {}
-    for shrinkage in shrinkages:
-        by_reach.setdefault(shrinkage.reach, []).append(shrinkage)
-    for same in by_reach.values():
-        for group in _groups(same):
-            _shrink(group)
-
-
-def _groups(shrinkages: Iterable[Shrinkage]) -> Iterator[list[Shrinkage]]:
-    """Yield what to compute at once; on a CPU, groups of small weights and pieces of large ones."""
-    group: list[Shrinkage] = []
-    size = 0
-    for shrinkage in shrinkages:
-        for piece in _pieces(shrinkage):
-            numel = piece.weight.numel() if piece.weight.device.type == "cpu" else 0
-            if group and size + numel > _PIECE:
-                yield group
-                group, size = [], 0
-            group.append(piece)
-            size += numel
-    if group:
-        yield group
-
-
-def _pieces(shrinkage: Shrinkage) -> list[Shrinkage]:
-    weight, residual, alpha, reach, mask = shrinkage
+    if len(batch) > 1:
+        _shrink(batch)
+        return
+    weight, residual, alpha, reach, mask = batch[0]
     tensors = (weight, residual) if mask is None else (weight, residual, mask)
-    if weight.device.type != "cpu" or weight.numel() <= _PIECE or (flat := _flat(*tensors)) is None:
-        return [shrinkage]
-    return [
-        Shrinkage(part, rest, alpha, reach, *kept)
-        for part, rest, *kept in zip(*(tensor.split(_PIECE) for tensor in flat), strict=True)
-    ]
+    for part, rest, *kept in _pieces(*tensors):
+        _shrink([Shrinkage(part, rest, alpha, reach, *kept)])
 
 
 def _shrink(group: Sequence[Shrinkage]) -> None:
-    """Apply `shrink_` to weights of the same reach."""
     moved = []
     for shrinkage in group:
         if shrinkage.alpha == 0.0:
@@ -201,6 +189,14 @@ def _shrink(group: Sequence[Shrinkage]) -> None:
     torch._foreach_sub_([s.weight for s in group], [s.residual for s in group])
     for weight, _, mask in masked:
         mask_(weight, mask)  # infinity minus infinity is NaN
+
+
+def _pieces(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Cut large tensors on a CPU into pieces that stay in its cache; others stay whole."""
+    first = tensors[0]
+    if first.device.type != "cpu" or first.numel() <= _PIECE or (flat := _flat(*tensors)) is None:
+        return [tensors]
+    return list(zip(*(tensor.split(_PIECE) for tensor in flat), strict=True))
 
 
 def _flat(*tensors: Tensor) -> list[Tensor] | None:
