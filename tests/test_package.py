@@ -30,6 +30,7 @@ WITHOUT_EXAMPLE = {
         "ComponentRow",
         "Components",
         "Layer",
+        "LayerChoice",
         "LayerRow",
         "ModelSize",
         "PrunableTensor",

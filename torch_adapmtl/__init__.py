@@ -6,6 +6,12 @@ from torch_adapmtl.allocation import GradientAllocation, LAMPAllocation, Sensiti
 from torch_adapmtl.budget import SparsitySchedule
 from torch_adapmtl.components import Components, PrunableTensor, find_components
 from torch_adapmtl.finetune import keep_zeros, release_zeros
+from torch_adapmtl.inference import (
+    AcceleratedModel,
+    AccelerationReport,
+    LayerChoice,
+    accelerate,
+)
 from torch_adapmtl.layers import Layer, Layers
 from torch_adapmtl.methods import (
     SNIP,
@@ -50,6 +56,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SNIP",
+    "AcceleratedModel",
+    "AccelerationReport",
     "Adaptive",
     "CallableWeighting",
     "ComponentRow",
@@ -62,6 +70,7 @@ __all__ = [
     "IterativeMagnitude",
     "LAMPAllocation",
     "Layer",
+    "LayerChoice",
     "LayerRow",
     "Layers",
     "LossWeighting",
@@ -80,6 +89,7 @@ __all__ = [
     "SparsitySchedule",
     "StabilityWeighting",
     "Taylor",
+    "accelerate",
     "apply_adapmtl",
     "find_components",
     "keep_zeros",

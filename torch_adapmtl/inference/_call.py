@@ -1,0 +1,134 @@
+"""Calls of the kernels."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from ._compile import Kernels, host_width, kernels
+from ._kernels import FIELD, FIELDS
+from ._maps import Map
+
+# Multiply-adds, or floats to copy, below which a second thread costs more than it saves.
+SMALL = 400_000
+
+Fields = ctypes.c_int64 * len(FIELDS)
+NEXT, THREADS, LEAD, TAIL = (FIELD[name] for name in ("next", "threads", "lead", "tail"))
+X, Y, RESIDUAL = FIELD["x"], FIELD["y"], FIELD["residual"]
+
+
+def engine() -> Kernels:
+    """The kernels for this processor."""
+    return kernels(host_width())
+
+
+def clock() -> float:
+    """Seconds; of this thread if torch has one, so that other programs do not count."""
+    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def threads(work: int) -> int:
+    """How many threads so much work is worth."""
+    return torch.get_num_threads() if work > SMALL else 1
+
+
+def run(call: ctypes.Array[ctypes.c_int64]) -> None:
+    """Do what a call describes, in as many threads as it says."""
+    kernels, count = engine(), call[THREADS]
+    if count > 1 and not kernels.parallel:  # no OpenMP that we know: threads of Python's
+        call[THREADS] = 1
+        others = [_pool().submit(kernels.run, call) for _ in range(count - 1)]
+        kernels.run(call)
+        for other in others:
+            other.result()
+    else:
+        kernels.run(call)
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(thread_name_prefix="torch_adapmtl")
+
+
+def fields(**values: int) -> ctypes.Array[ctypes.c_int64]:
+    """The fields of a call, by name; the others are 0."""
+    result = Fields()
+    for name, value in values.items():
+        result[FIELD[name]] = value
+    return result
+
+
+def copy_into(
+    x: Tensor,
+    layout: Map,
+    buffer: Tensor,
+    channel: int,
+    place: tuple[int, int, int, int],
+    step: int = 1,
+    fill: float = 0,
+) -> None:
+    """Copy images into channels of a map, from `channel` on.
+
+    Args:
+        x: Shape ``(batch, channels, height, width)``; the last stride is 1.
+        layout: The layout of the map.
+        buffer: The memory of the map.
+        channel: The first channel that is written.
+        place: In each image of the map, the first row that is written and the end of the rows, and
+            the same of the columns.
+        step: Every so many columns of `x` are read, 1 or 2.
+        fill: What the rest of the channels becomes.
+    """
+    kernels, (first_row, last_row, first_column, last_column) = engine(), place
+    bits = int(torch.tensor(fill, dtype=torch.float32).view(torch.int32)) if fill else 0
+    call = fields(
+        work=kernels.works["copy"],
+        parallel=kernels.parallel,
+        threads=threads(x.shape[1] * layout.pitch),
+        x=x.data_ptr(),
+        y=buffer.data_ptr() + 4 * (layout.lead + channel * layout.pitch),
+        pitch=layout.pitch,
+        channels=x.shape[1],
+        batch=layout.batch,
+        rows=layout.rows,
+        columns=layout.columns,
+        first_row=first_row,
+        last_row=last_row,
+        first_column=first_column,
+        last_column=last_column,
+        x_channel=x.stride(1),
+        x_image=x.stride(0),
+        x_row=x.stride(2),
+        x_step=step,
+        fill=bits,
+        lead=buffer.data_ptr(),
+        lead_bytes=4 * layout.lead,
+        tail=buffer.data_ptr() + 4 * (layout.size - layout.lead),
+        tail_bytes=4 * layout.lead,
+    )
+    run(call)
+
+
+def transpose_into(x: Tensor, buffer: Tensor, pitch: int) -> None:
+    """Write the transpose of a matrix to rows that lie `pitch` floats apart."""
+    kernels, (rows, columns) = engine(), x.shape
+    if min(rows, columns) < kernels.width or x.stride(1) != 1:
+        buffer.as_strided((columns, rows), (pitch, 1)).copy_(x.t())
+        return
+    call = fields(
+        work=kernels.works["transpose"],
+        parallel=kernels.parallel,
+        threads=threads(rows * columns),
+        x=x.data_ptr(),
+        y=buffer.data_ptr(),
+        pitch=pitch,
+        rows=rows,
+        columns=columns,
+        x_row=x.stride(0),
+    )
+    run(call)

@@ -1,0 +1,146 @@
+"""Operations of torch on tensors that show maps: on the memory as a whole, and maps again.
+
+Each computes what torch does if its arguments show no maps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._call import copy_into
+from ._maps import Held, Map, held, padded, show
+
+
+def _image(x: Any) -> Held | None:
+    return held(x) if isinstance(x, Tensor) and x.dim() == 4 else None
+
+
+def _empty(layout: Map) -> Tensor:
+    """Memory for a map, with zeros before and after the channels."""
+    buffer = torch.empty(layout.size)
+    buffer[: layout.lead] = 0
+    buffer[layout.size - layout.lead :] = 0
+    return buffer
+
+
+def _show(layout: Map, buffer: Tensor, *given: Held) -> Tensor:
+    return show(layout, buffer, layout.shape, layout.strides, _Makers(given))
+
+
+class _Makers:
+    """All who made the maps that a result has its layout from."""
+
+    def __init__(self, maps: Sequence[Held]) -> None:
+        self.makers = [found.maker for found in maps if found.maker is not None]
+
+    def ask(self, rows: int, columns: int) -> None:
+        for maker in self.makers:
+            maker.ask(rows, columns)
+
+
+def _alike(a: Map, b: Map) -> bool:
+    """Whether a position has the same place in a channel."""
+    return (a.batch, a.height, a.width, a.rows, a.columns) == (
+        b.batch,
+        b.height,
+        b.width,
+        b.rows,
+        b.columns,
+    )
+
+
+def add(x: Any, y: Any) -> Any:
+    """``x + y``."""
+    a, b = _image(x), _image(y)
+    if a is None or b is None or not _alike(a.layout, b.layout) or x.shape != y.shape:
+        return x + y
+    buffer = _empty(a.layout)
+    torch.add(a.body, b.body, out=buffer[a.layout.lead : a.layout.size - a.layout.lead])
+    return _show(a.layout, buffer, a, b)
+
+
+def multiply(x: Any, y: Any) -> Any:
+    """``x * y``; one may be a factor for each channel, such as a squeeze-and-excitation gate."""
+    if _image(x) is None and _image(y) is not None:
+        x, y = y, x
+    a = _image(x)
+    if a is None or not isinstance(y, Tensor) or y.shape != (*x.shape[:2], 1, 1):
+        return x * y
+    layout = a.layout
+    buffer = _empty(layout)
+    shape = (layout.channels, layout.batch, layout.rows * layout.columns)
+    strides = (layout.pitch, layout.rows * layout.columns, 1)
+    given, result = (t.as_strided(shape, strides, layout.lead) for t in (a.buffer, buffer))
+    torch.mul(given, y.reshape(*x.shape[:2]).t().unsqueeze(2), out=result)
+    if layout.pitch > layout.positions:
+        slack = (layout.channels, layout.pitch - layout.positions)
+        buffer.as_strided(slack, (layout.pitch, 1), layout.lead + layout.positions).zero_()
+    return _show(layout, buffer, a)
+
+
+def mean(x: Any, dim: Sequence[int] = (-2, -1), keepdim: bool = False) -> Any:
+    """The mean over height and width, which `dim` is if `x` shows a map."""
+    a = _image(x)
+    if a is None:
+        return x.mean(dim, keepdim=keepdim)
+    layout = a.layout
+    shape = (layout.channels, layout.batch, layout.rows * layout.columns)
+    strides = (layout.pitch, layout.rows * layout.columns, 1)
+    total = a.buffer.as_strided(shape, strides, layout.lead).sum(2).t()
+    result = total / (layout.height * layout.width)
+    return result[:, :, None, None] if keepdim else result
+
+
+def concatenate(tensors: Sequence[Any]) -> Any:
+    """``torch.cat(tensors, 1)``."""
+    maps = [_image(x) for x in tensors]
+    given = [found for found in maps if found is not None]
+    if not given or any(x.shape[2:] != tensors[0].shape[2:] for x in tensors if x.dim() == 4):
+        return torch.cat(list(tensors), 1)
+    if any(x.dim() != 4 or x.dtype != torch.float32 for x in tensors):
+        return torch.cat(list(tensors), 1)
+    batch, _, height, width = tensors[0].shape
+    rows, columns = (
+        max(getattr(found.layout, name) for found in given) for name in ("rows", "columns")
+    )
+    layout = padded(batch, sum(x.shape[1] for x in tensors), height, width, rows, columns)
+    buffer, channel = _empty(layout), 0
+    for x, found in zip(tensors, maps, strict=True):
+        if found is not None and _alike(found.layout, layout):
+            begin = layout.lead + channel * layout.pitch
+            buffer[begin : begin + found.layout.channels * layout.pitch] = found.body
+        else:
+            part = x if x.stride(3) == 1 else x.contiguous()
+            copy_into(part, layout, buffer, channel, (0, height, 0, width))
+        channel += x.shape[1]
+    return _show(layout, buffer, *given)
+
+
+class MapActivation(nn.Module):
+    """An elementwise module that maps 0 to 0."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = _image(x)
+        if a is None:
+            y: Tensor = self.module(x)
+            return y
+        if getattr(self.module, "inplace", False):
+            self.module(a.buffer)
+            return x
+        return _show(a.layout, self.module(a.buffer), a)
+
+
+class MapMean(nn.Module):
+    """The mean over height and width, which stay as 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = mean(x, keepdim=True)
+        return y

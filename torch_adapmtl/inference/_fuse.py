@@ -1,0 +1,375 @@
+"""Layers of a traced model and what follows them, as one module each."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from . import _elementwise
+from ._fused_layer import FusedLayer
+from ._layers import SparseLinear
+from ._windows import MapMaxPool2d
+
+_LAYERS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+_ZERO_TO_ZERO = (
+    nn.ReLU,
+    nn.Hardtanh,  # and ReLU6
+    nn.Hardswish,
+    nn.SiLU,
+    nn.GELU,
+    nn.Mish,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.Tanh,
+)
+_FUNCTIONS: dict[Any, type[nn.Module]] = {
+    F.relu: nn.ReLU,
+    torch.relu: nn.ReLU,
+    torch.relu_: nn.ReLU,
+    F.relu6: nn.ReLU6,
+    F.hardswish: nn.Hardswish,
+    F.silu: nn.SiLU,
+    F.mish: nn.Mish,
+    F.gelu: nn.GELU,
+}
+_ADD = (operator.add, operator.iadd, torch.add)
+_NOTHING = ("dropout", "stochastic_depth", "drop_path")  # functions that do nothing in evaluation
+_PURE = {getattr, operator.getitem, operator.eq, operator.le, operator.ge, operator.mod}
+_PURE |= {operator.and_, operator.or_}
+_IN_PLACE = {
+    getattr(operator, f"i{name}")
+    for name in [
+        "add",
+        "sub",
+        "mul",
+        "matmul",
+        "truediv",
+        "floordiv",
+        "mod",
+        "pow",
+        "lshift",
+        "rshift",
+        "and",
+        "or",
+        "xor",
+    ]
+} | {operator.setitem, operator.delitem}
+
+
+class _Norm(NamedTuple):
+    """What a batch norm computes with."""
+
+    mean: Tensor
+    variance: Tensor
+    eps: float
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def fuse_layers(module: nn.Module) -> nn.Module:
+    """Replace each layer by a fused one, with what follows it where a graph shows that.
+
+    Weights of layers change where a batch norm is folded in: `module` must be a copy.
+    """
+    names = {id(part): name for name, part in module.named_modules()}
+    for part in list(module.modules()):
+        if isinstance(part, fx.GraphModule):
+            prefix = names[id(part)]
+            _fuse(part, prefix + "." if prefix else "")
+    if _is_layer(module):
+        return FusedLayer(module, "")
+    inner = {id(part.dense) for part in module.modules() if isinstance(part, FusedLayer)}
+    done: dict[int, FusedLayer] = {}
+    for name, part in list(module.named_modules(remove_duplicate=False)):
+        if _is_layer(part) and id(part) not in inner:
+            module.set_submodule(name, done.setdefault(id(part), FusedLayer(part, name)))
+    return module
+
+
+def link(model: nn.Module) -> None:
+    """Let a sparse linear layer hand its map to linear layers that follow, if all are sparse."""
+    for graph in model.modules():
+        if not isinstance(graph, fx.GraphModule):
+            continue
+        for node in graph.graph.nodes:
+            layer = _module(graph, node)
+            if isinstance(layer, FusedLayer) and isinstance(layer.sparse, SparseLinear):
+                users = [_module(graph, user) for user in node.users]
+                layer.sparse.keeps_map = bool(users) and all(
+                    isinstance(user, FusedLayer)
+                    and user.choice == "sparse"
+                    and isinstance(user.sparse, SparseLinear)
+                    for user in users
+                )
+
+
+def _fuse(graph: fx.GraphModule, prefix: str) -> None:
+    _drop_what_does_nothing(graph)
+    order = {node: i for i, node in enumerate(graph.graph.nodes)}
+    calls = [node.target for node in order if node.op == "call_module"]
+    for node in list(order):
+        dense = _module(graph, node)
+        if dense is None or not _is_layer(dense) or len(node.args) != 1 or node.kwargs:
+            continue
+        name = str(node.target)
+        if calls.count(node.target) > 1 or _appearances(graph, dense) > 1:
+            continue  # what follows differs from call to call
+        fused, residual, activation = [node], None, None
+        following = _only_user(node)
+        norm = None if following is None else _norm(graph, following, node, dense)
+        if following is not None and norm is not None:
+            _fold(dense, norm)
+            fused.append(following)
+            following = _only_user(following)
+        if following is not None and isinstance(dense, nn.Conv2d):
+            other = _other(following, fused[-1])
+            if other is not None and _can_move(graph, order, node, following):
+                fused.append(following)
+                residual, following = other, _only_user(following)
+        if following is not None and following.args[:1] == (fused[-1],):
+            activation = _activation(graph, following)
+            if activation is not None:
+                fused.append(following)
+        graph.set_submodule(name, FusedLayer(dense, prefix + name, activation))
+        with graph.graph.inserting_before(fused[-1]):
+            args = (node.args[0],) if residual is None else (node.args[0], residual)
+            new = graph.graph.call_module(name, args)
+        order[new] = order[fused[-1]]
+        fused[-1].replace_all_uses_with(new)
+        for part in reversed(fused):
+            _erase(graph, part)
+    _use_maps(graph)
+    graph.recompile()
+
+
+def _module(graph: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    return graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _appearances(graph: fx.GraphModule, module: nn.Module) -> int:
+    return sum(part is module for _, part in graph.named_modules(remove_duplicate=False))
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether it is one of torch's layers, or of a subclass that computes the same."""
+    for kind in _LAYERS:
+        if isinstance(module, kind):
+            given = type(module)
+            same = given.forward is kind.forward
+            return same and given.__dict__.get("_conv_forward") in (
+                None,
+                kind.__dict__.get("_conv_forward"),
+            )
+    return False
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _erase(graph: fx.GraphModule, node: fx.Node) -> None:
+    """Erase a node without users, and what was only computed for it."""
+    inputs = node.all_input_nodes
+    graph.graph.erase_node(node)
+    for given in inputs:
+        if not given.users and (given.op == "get_attr" or given.target in _PURE):
+            _erase(graph, given)
+
+
+def _drop_what_does_nothing(graph: fx.GraphModule) -> None:
+    """Drop dropout, stochastic depth and identities, and assertions: they held for the examples."""
+    for node in list(graph.graph.nodes):
+        module = _module(graph, node)
+        nothing = isinstance(module, nn.Identity | nn.Dropout | nn.Dropout1d | nn.Dropout2d)
+        if node.op == "call_function" and getattr(node.target, "__name__", "") in _NOTHING:
+            flags = (*node.args[1:], *node.kwargs.values())
+            nothing = any(flag is False for flag in flags) and True not in flags
+        if nothing and node.args and isinstance(node.args[0], fx.Node):
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+        elif node.target is torch._assert:
+            _erase(graph, node)
+    for node in reversed(graph.graph.nodes):  # such as what an assertion's text would have shown
+        if not node.users and node.op == "call_function" and node.target in _PURE:
+            _erase(graph, node)
+
+
+def _attribute(graph: fx.GraphModule, node: Any) -> Tensor | None:
+    """The tensor of the model that a node reads."""
+    value: Any = None
+    if isinstance(node, fx.Node) and node.op == "get_attr":
+        value = graph
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+    return value if isinstance(value, Tensor) else None
+
+
+def _norm(graph: fx.GraphModule, node: fx.Node, given: fx.Node, layer: nn.Module) -> _Norm | None:
+    """The batch norm that `node` applies to what the convolution `layer` computes."""
+    if isinstance(layer, nn.Linear) or node.args[:1] != (given,):
+        return None
+    module = _module(graph, node)
+    if isinstance(module, _NORMS) and type(module).forward is nn.BatchNorm2d.forward:
+        if module.running_mean is None or module.running_var is None:
+            return None
+        return _Norm(
+            module.running_mean, module.running_var, module.eps, module.weight, module.bias
+        )
+    if node.target is not F.batch_norm:
+        return None
+    names = [
+        "input",
+        "running_mean",
+        "running_var",
+        "weight",
+        "bias",
+        "training",
+        "momentum",
+        "eps",
+    ]
+    values: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    mean, variance, weight, bias = (_attribute(graph, values.get(name)) for name in names[1:5])
+    unknown = [
+        name
+        for name, value in (("weight", weight), ("bias", bias))
+        if value is None and values.get(name) is not None
+    ]
+    if values.get("training", False) is not False or mean is None or variance is None or unknown:
+        return None
+    return _Norm(mean, variance, values.get("eps", 1e-5), weight, bias)
+
+
+def _fold(layer: Any, norm: _Norm) -> None:
+    layer.weight, layer.bias = fuse_conv_bn_weights(
+        layer.weight,
+        layer.bias,
+        norm.mean,
+        norm.variance,
+        norm.eps,
+        norm.weight,
+        norm.bias,
+        transpose=isinstance(layer, nn.ConvTranspose2d),
+    )
+    layer.requires_grad_(False)
+
+
+def _maps_zero_to_zero(module: nn.Module | None) -> bool:
+    if not isinstance(module, _ZERO_TO_ZERO) or not type(module).__module__.startswith("torch.nn"):
+        return False
+    return not isinstance(module, nn.Hardtanh) or module.min_val <= 0 <= module.max_val
+
+
+def _activation(graph: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """The activation that a node applies to its first argument."""
+    module = _module(graph, node)
+    if module is not None:
+        if not _maps_zero_to_zero(module):
+            return None
+        own: Any = copy.copy(module)
+        if hasattr(own, "inplace"):
+            own.inplace = True  # what a layer returns is not used elsewhere
+        return cast(nn.Module, own)
+    if node.op == "call_method" and node.target in ("relu", "relu_"):
+        return nn.ReLU(inplace=True)
+    kind = _FUNCTIONS.get(node.target) if node.op == "call_function" else None
+    extra = {name: value for name, value in node.kwargs.items() if name != "inplace"}
+    if kind is None or len(node.args) > 2 or (extra and kind is not nn.GELU):
+        return None
+    return kind(**extra)
+
+
+def _other(node: fx.Node, result: fx.Node) -> fx.Node | None:
+    """What `node` adds to `result`, if that is one other tensor."""
+    adds = node.target in (_ADD if node.op == "call_function" else ("add", "add_"))
+    if not adds or len(node.args) != 2 or node.kwargs:
+        return None
+    first, second = node.args
+    other = second if first is result else first
+    is_computed = isinstance(other, fx.Node) and other is not result and other.op != "get_attr"
+    return other if is_computed and isinstance(other, fx.Node) else None
+
+
+def _writes(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node may change a tensor in place."""
+    if node.op == "call_method":
+        return str(node.target).endswith("_")
+    if node.op == "call_module":
+        module = _module(graph, node)
+        known = type(module).__module__.startswith(("torch.nn.", f"{__package__}."))
+        return not known or bool(getattr(module, "inplace", False))
+    return node.op == "call_function" and (
+        node.target in _IN_PLACE
+        or getattr(node.target, "__name__", "").endswith("_")
+        or "out" in node.kwargs
+        or any(value is True for value in (*node.args, *node.kwargs.values()))  # `inplace`
+    )
+
+
+def _can_move(
+    graph: fx.GraphModule, order: dict[fx.Node, int], start: fx.Node, end: fx.Node
+) -> bool:
+    """Whether a layer can run where its result is used: nothing in between writes to its input."""
+    between = (node for node in graph.graph.nodes if order[start] < order[node] < order[end])
+    return not any(_writes(graph, node) for node in between)
+
+
+def _use_maps(graph: fx.GraphModule) -> None:
+    """Let what lies between layers work on maps as a whole."""
+    for node in list(graph.graph.nodes):
+        module = _module(graph, node)
+        if module is not None:
+            replaced = _map_module(module)
+            if replaced is not None:
+                graph.set_submodule(str(node.target), replaced)
+            continue
+        found = _map_function(node)
+        if found is not None:
+            function, args, kwargs = found
+            with graph.graph.inserting_before(node):
+                new = graph.graph.call_function(function, args, kwargs)
+            node.replace_all_uses_with(new)
+            graph.graph.erase_node(node)
+
+
+def _map_module(module: nn.Module) -> nn.Module | None:
+    if _maps_zero_to_zero(module):
+        return _elementwise.MapActivation(module)
+    if type(module) is nn.MaxPool2d and not module.ceil_mode and not module.return_indices:
+        return MapMaxPool2d(module)
+    if type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1)):
+        return _elementwise.MapMean()
+    return None
+
+
+def _map_function(node: fx.Node) -> tuple[Any, Any, Any] | None:
+    args, kwargs = node.args, dict(node.kwargs)
+    target = node.target if node.op in ("call_function", "call_method") else None
+    if target in (operator.iadd, operator.imul):
+        changed = args[0]
+        if (
+            not isinstance(changed, fx.Node)
+            or len(changed.users) > 1
+            or changed.op != "call_module"
+        ):
+            return None  # others may see that it was changed
+    if len(args) == 2 and not kwargs and all(isinstance(a, fx.Node) for a in args):
+        if target in _ADD or target == "add":
+            return _elementwise.add, args, {}
+        if target in (operator.mul, operator.imul, torch.mul, "mul"):
+            return _elementwise.multiply, args, {}
+    if target in ("mean", torch.mean) and len(args) == 2 and set(kwargs) <= {"keepdim"}:
+        dims = args[1]
+        if isinstance(dims, list | tuple) and list(dims) in ([2, 3], [-1, -2], [-2, -1]):
+            return _elementwise.mean, args, kwargs
+    if target in (torch.cat, torch.concat) and args and isinstance(args[0], list | tuple):
+        dim = kwargs.pop("dim", args[1] if len(args) == 2 else 0)
+        if dim == 1 and not kwargs:
+            return _elementwise.concatenate, (list(args[0]),), {}
+    return None

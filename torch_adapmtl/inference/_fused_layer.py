@@ -1,0 +1,100 @@
+"""A layer with what follows it, dense or sparse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ._call import clock
+from ._layers import Activation, SparseLinear
+from ._windows import SparseConv2d, SparseConvTranspose2d
+
+
+class FusedLayer(nn.Module):
+    """A layer of the model and what follows it: as torch computes it, or skipping its zeros.
+
+    Args:
+        dense: The convolution or linear layer, with the batch norm folded in.
+        name: The name of the layer in the model.
+        activation: What follows; None for nothing.
+    """
+
+    def __init__(self, dense: nn.Module, name: str, activation: nn.Module | None = None) -> None:
+        super().__init__()
+        self.name, self.kind = name, type(dense).__name__
+        weight: Any = dense.weight
+        self.dense: Any = dense
+        self.activation = activation
+        self.sparse: nn.Module | None = None
+        self.choice = "dense"
+        self.weights = int(weight.numel())
+        self.nonzeros = int(weight.count_nonzero())
+        self.positions = 0  # how often each weight is used, noted with the times
+        self.seconds: list[float] | None = None  # where the time of each call is noted
+
+    @property
+    def zeros(self) -> float:
+        """Fraction of the weights that are zero."""
+        return 1 - self.nonzeros / max(1, self.weights)
+
+    def make_sparse(self) -> None:
+        """Make the layer that skips zeros."""
+        d, activation = self.dense, Activation(self.activation)
+        weight, bias = d.weight.detach(), None if d.bias is None else d.bias.detach()
+        if isinstance(d, nn.Linear):
+            self.sparse = SparseLinear(weight, bias, activation)
+        elif isinstance(d, nn.ConvTranspose2d):
+            self.sparse = SparseConvTranspose2d(
+                weight,
+                bias,
+                d.stride,
+                d.padding,
+                d.output_padding,
+                d.groups,
+                d.dilation,
+                activation,
+            )
+        else:
+            stride, padding, dilation, flat = d.stride, d.padding, d.dilation, False
+            if isinstance(d, nn.Conv1d):
+                weight, stride, dilation, flat = (
+                    weight[:, :, None],
+                    (1, *stride),
+                    (1, *dilation),
+                    True,
+                )
+                padding = padding if isinstance(padding, str) else (0, *padding)
+            self.sparse = SparseConv2d(
+                weight, bias, stride, padding, dilation, d.groups, d.padding_mode, activation, flat
+            )
+
+    def settle(self) -> None:
+        """Keep only what was chosen."""
+        if self.choice == "sparse":
+            self.dense = None
+        else:
+            self.sparse = None
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self.seconds is None:
+            return self._compute(x, residual)
+        begin = clock()
+        y = self._compute(x, residual)
+        self.seconds.append(clock() - begin)
+        transposed = isinstance(self.dense, nn.ConvTranspose2d)
+        counted, channels = (
+            (x, self.dense.in_channels) if transposed else (y, len(self.dense.weight))
+        )
+        self.positions = counted.numel() // channels
+        return y
+
+    def _compute(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        if self.choice == "sparse":
+            assert self.sparse is not None
+            y: Tensor = self.sparse(x) if residual is None else self.sparse(x, residual)
+            return y
+        y = self.dense(x)
+        if residual is not None:
+            y += residual
+        return y if self.activation is None else self.activation(y)

@@ -1,0 +1,117 @@
+"""A graph of a model, as far as ``torch.fx`` can follow it.
+
+What it cannot follow stays a call of the module, whose own children are traced in turn.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+
+class _Tracer(fx.Tracer):
+    """Leaves a module as a call if tracing it fails, as where control flow depends on values."""
+
+    def call_module(
+        self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        before, stack = len(self.graph.nodes), dict(self.module_stack)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            for node in list(self.graph.nodes)[: before - 1 : -1] if before else []:
+                self.graph.erase_node(node)
+            self.module_stack.clear()
+            self.module_stack.update(stack)
+            return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its forward pass."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+class Calls:
+    """Which parameters each module of a model is called with, on the examples."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.passed: dict[int, set[frozenset[str]]] = {}
+        self.tensors_only: dict[int, bool] = {}
+        self._handles = [
+            module.register_forward_pre_hook(self._note, with_kwargs=True, prepend=True)
+            for module in model.modules()
+        ]
+
+    def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        try:
+            bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        except TypeError:
+            bound = {"": None}
+        leaves = torch.utils._pytree.tree_leaves(list(bound.values()))
+        key = id(module)
+        self.passed.setdefault(key, set()).add(frozenset(bound))
+        self.tensors_only[key] = self.tensors_only.get(key, True) and all(
+            isinstance(x, torch.Tensor) for x in leaves
+        )
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def constants(self, module: nn.Module) -> dict[str, Any] | None:
+        """Defaults of the parameters that are not passed; None if the calls differ."""
+        ways = self.passed.get(id(module), set())
+        if len(ways) != 1 or not self.tensors_only[id(module)]:
+            return None
+        (passed,) = ways
+        parameters = inspect.signature(module.forward).parameters.values()
+        if any(
+            p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name in passed for p in parameters
+        ):
+            return None
+        return {
+            p.name: p.default
+            for p in parameters
+            if p.name not in passed and p.default is not p.empty
+        }
+
+
+def trace(model: nn.Module, calls: Calls, depth: int = 0) -> nn.Module:
+    """A graph module for `model`, or `model` with its children traced if that fails.
+
+    Modules that the graph calls are traced in turn. The first `depth` levels are left untraced.
+    """
+    done: dict[int, nn.Module] = {}
+
+    def visit(module: nn.Module, level: int) -> nn.Module:
+        if id(module) in done:
+            return done[id(module)]
+        result = module
+        if next(module.children(), None) is not None:
+            constants = calls.constants(module)
+            if level >= depth and constants is not None and not _has_hooks(module):
+                try:
+                    graph = _Tracer().trace(module, constants)
+                    result = fx.GraphModule(module, graph, type(module).__name__)
+                except Exception:  # whatever the model's own code raises when it meets a proxy
+                    result = module
+            done[id(module)] = result
+            leaves = list(result.named_children()) if result is module else _called(result)
+            for name, child in leaves:
+                if _unopened(child):
+                    parent, _, last = name.rpartition(".")
+                    setattr(result.get_submodule(parent), last, visit(child, level + 1))
+        return result
+
+    return visit(model, 0)
+
+
+def _unopened(module: nn.Module) -> bool:
+    return next(module.children(), None) is not None and not isinstance(module, fx.GraphModule)
+
+
+def _called(graph: nn.Module) -> list[tuple[str, nn.Module]]:
+    assert isinstance(graph, fx.GraphModule)
+    names = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
+    return [(name, graph.get_submodule(name)) for name in sorted(names)]

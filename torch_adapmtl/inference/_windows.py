@@ -1,0 +1,415 @@
+"""Convolutions and pooling on maps: layers that read a window around each position."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._call import copy_into, engine, fields, run, threads
+from ._filters import Filters
+from ._layers import Activation, Plan, SparseLayer, check_input
+from ._maps import Held, Map, held, padded, show
+
+WASTE = 1.35  # a map may have so many times the positions of its images
+
+
+def pair(value: Any) -> tuple[int, int]:
+    """A size for both dimensions."""
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+class Window:
+    """The geometry of a window: what torch's arguments of the same names mean.
+
+    A stride splits the input into phases: phase ``(a, b)`` holds the rows ``a, a + stride, ...``
+    and the columns ``b, b + stride, ...`` of the padded input. In a phase, the window moves by one.
+    """
+
+    def __init__(self, kernel_size: Any, stride: Any, padding: Any, dilation: Any) -> None:
+        self.kernel_size, self.stride = pair(kernel_size), pair(stride)
+        self.padding, self.dilation = pair(padding), pair(dilation)
+
+    @property
+    def moves_by_one(self) -> bool:
+        """Whether the input is read as it is."""
+        return self.stride == (1, 1)
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the output."""
+        sizes = zip(
+            (height, width),
+            self.padding,
+            self.dilation,
+            self.kernel_size,
+            self.stride,
+            strict=True,
+        )
+        out_h, out_w = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in sizes)
+        return out_h, out_w
+
+    def phases(self, y: Tensor, x: Tensor) -> tuple[list[tuple[int, int]], Tensor, Tensor, Tensor]:
+        """The phases that places ``(y, x)`` in the window belong to.
+
+        Returns:
+            The phases that occur; for each place, its phase's index, and how far down and to the
+            right of the output's position it lies in that phase.
+        """
+        (sy, sx), y, x = self.stride, y * self.dilation[0], x * self.dilation[1]
+        phase = (y % sy) * sx + x % sx
+        used = torch.unique(phase).tolist() or [0]
+        index = torch.searchsorted(torch.tensor(used), phase)
+        return [(p // sx, p % sx) for p in used], index, y // sy, x // sx
+
+    def split(self, x: Tensor, phases: list[tuple[int, int]], source: Map, fill: float) -> Tensor:
+        """Copy images into a map of their phases, the channels of one phase after the other."""
+        buffer = torch.empty(source.size)
+        if x.stride(3) != 1:
+            x = x.contiguous()
+        for i, phase in enumerate(phases):
+            places, firsts = [], []
+            limits = (source.height, source.width)
+            for a, n, s, p, most in zip(
+                phase, x.shape[2:], self.stride, self.padding, limits, strict=True
+            ):  # row r of the phase is row r * s + a - p of the input
+                begin = max(0, -(-(p - a) // s))
+                places += [begin, max(begin, min((n - 1 + p - a) // s + 1, most))]
+                firsts.append(min(begin * s + a - p, n))
+            part, step = x[:, :, firsts[0] :: self.stride[0], firsts[1] :], self.stride[1]
+            if step > 2:
+                part, step = part[..., ::step].contiguous(), 1
+            place = (places[0], places[1], places[2], places[3])
+            copy_into(part, source, buffer, i * x.shape[1], place, step, fill)
+        return buffer
+
+
+class SparseConv2d(SparseLayer):
+    """A 2-D convolution that skips the zeros of its weight.
+
+    Args:
+        weight: Shape ``(out, in / groups, height, width)``.
+        bias: One number for each output channel, or None.
+        stride, padding, dilation, groups, padding_mode: As for :class:`torch.nn.Conv2d`.
+        activation: What follows.
+        flat: Inputs and outputs have the shape ``(batch, channels, width)``, and the height is 1:
+            a 1-D convolution.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        padding_mode: str = "zeros",
+        activation: Activation | None = None,
+        flat: bool = False,
+    ) -> None:
+        self.flat, self.mode = flat, "constant" if padding_mode == "zeros" else padding_mode
+        reach = [d * (k - 1) for d, k in zip(pair(dilation), weight.shape[2:], strict=True)]
+        if padding == "same":
+            top, left = reach[0] // 2, reach[1] // 2
+            sides = (left, reach[1] - left, top, reach[0] - top)
+        else:
+            top, left = (0, 0) if padding == "valid" else pair(padding)
+            sides = (left, left, top, top)
+        # The kernels pad with zeros, alike on both sides; anything else is padded by torch.
+        by_torch = self.mode != "constant" or sides[0] != sides[1] or sides[2] != sides[3]
+        self.sides = sides if by_torch else None
+        self.window = Window(
+            tuple(weight.shape[2:]), stride, (0, 0) if by_torch else (top, left), dilation
+        )
+        out, per_group = weight.shape[:2]
+        row, inner, y, x = weight.nonzero().unbind(1)
+        self.channels = per_group * groups
+        channel = (row // (out // groups)) * per_group + inner
+        if self.window.moves_by_one:
+            (dy, dx), (top, left) = self.window.dilation, self.window.padding
+            self.phases, column, down, right = [(0, 0)], channel, y * dy - top, x * dx - left
+        else:
+            self.phases, phase, down, right = self.window.phases(y, x)
+            column = phase * self.channels + channel
+        bias = torch.zeros(out) if bias is None else bias
+        value, columns = weight[row, inner, y, x], len(self.phases) * self.channels
+        filters = Filters(row, column, down, right, value, bias, columns)
+        super().__init__(filters, activation or Activation())
+        self.margin = (0, 0)  # rows and columns of zeros that readers of the output want
+        self.calibrating = False  # asks those who make the input for room
+        self._source: tuple[Any, tuple[int, int]] | None = None  # who made it, and its size
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_plans": {}, "_source": None}
+
+    def extra_repr(self) -> str:
+        w = self.window
+        return (
+            f"{self.channels}, {self.outputs}, kernel_size={w.kernel_size}, stride={w.stride}, "
+            f"padding={w.padding}, dilation={w.dilation}, nonzeros={len(self.filters)}"
+        )
+
+    def ask(self, rows: int, columns: int) -> None:
+        """Leave so many rows and columns of zeros around each image of the output."""
+        if rows > self.margin[0] or columns > self.margin[1]:
+            self.margin = (max(rows, self.margin[0]), max(columns, self.margin[1]))
+            self._plans.clear()
+            if self._source is not None:
+                maker, size = self._source
+                maker.ask(*self._room(*size))
+
+    def _room(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of zeros around an input of a window that moves by one."""
+        out_h, out_w = self.window.output_size(height, width)
+        (up, down), (left, right) = self.filters.reach
+        rows = max(up, out_h + max(down, self.margin[0]) - height)
+        columns = max(left, out_w + max(right, self.margin[1]) - width)
+        return rows, columns
+
+    def _calibrate(self, x: Tensor, found: Held | None) -> None:
+        if found is None or found.maker is None or not self.window.moves_by_one:
+            return
+        height, width = x.shape[2:]
+        rows, columns = self._room(height, width)
+        if (height + rows) * (width + columns) <= WASTE * height * width:
+            self._source = (found.maker, (height, width))
+            found.maker.ask(rows, columns)
+
+    def _make_plan(self, x: Tensor, found: Held | None) -> Plan:
+        batch, channels, height, width = x.shape
+        if channels != self.channels:
+            raise ValueError(
+                f"expected {self.channels} channels, got an input of shape {tuple(x.shape)}"
+            )
+        out_h, out_w = self.window.output_size(height, width)
+        if out_h < 1 or out_w < 1:
+            raise ValueError(
+                f"the input of shape {tuple(x.shape)} is smaller than the kernel of {self}"
+            )
+        (up, down), (left, right) = self.filters.reach
+        direct = False
+        if self.window.moves_by_one:
+            rows, columns = self._room(height, width)
+            source = padded(batch, channels, height, width, height + rows, width + columns)
+            if found is not None:
+                given = found.layout
+                outside = max(up * given.columns + left, down * given.columns + right)
+                direct = (
+                    given.rows >= source.rows
+                    and given.columns >= source.columns
+                    and given.lead >= outside
+                )
+                source = given if direct else source
+        else:
+            rows = out_h + max(down, self.margin[0])
+            columns = out_w + max(right, self.margin[1])
+            channels *= len(self.phases)
+            source = padded(batch, channels, out_h + down, out_w + right, rows, columns)
+        if not direct:
+            outside = max(up * source.columns + left, down * source.columns + right)
+            source = padded(
+                batch, channels, source.height, source.width, source.rows, source.columns, outside
+            )
+        output = padded(batch, self.outputs, out_h, out_w, source.rows, source.columns)
+        return self._plan(x.shape if found is None else found.layout, source, output, direct)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        check_input(self, x)
+        found = held(x)
+        if x.dim() == 3 - self.flat:
+            added = None if residual is None else residual[None]
+            return self.forward(x[None], added)[0]
+        if self.sides is not None:
+            x, found = F.pad(x, self.sides[: 4 - 2 * self.flat], mode=self.mode), None
+        if self.flat:
+            x, residual = x.unsqueeze(2), None if residual is None else residual.unsqueeze(2)
+        if not x.shape[0]:
+            y = x.new_empty(0, self.outputs, *self.window.output_size(*x.shape[2:]))
+            return y.squeeze(2) if self.flat else y
+        if self.calibrating:
+            self._calibrate(x, found)
+        plan = self._plans.get(x.shape if found is None else found.layout)
+        if plan is None:
+            plan = self._make_plan(x, found)
+        output = plan.output
+        added_map = None if residual is None else self._residual(residual, output)
+        if plan.direct and found is not None:
+            source = found.buffer
+        elif self.window.moves_by_one:
+            source = _padded_copy(x, plan.source)
+        else:
+            source = self.window.split(x, self.phases, plan.source, 0)
+        shape, strides = output.shape, output.strides
+        if self.flat:
+            shape, strides = shape[:2] + shape[3:], strides[:2] + strides[3:]
+        return show(output, self._run(plan, source, added_map), shape, strides, self)
+
+    def _residual(self, residual: Tensor, output: Map) -> Held:
+        """The residual in the layout of the output."""
+        check_input(self, residual)
+        if residual.shape != output.shape:
+            residual = residual.expand(output.shape)
+        found = held(residual)
+        if found is not None:
+            given = found.layout
+            if (given.rows, given.columns) == (output.rows, output.columns):
+                return found
+            if self.calibrating and found.maker is not None:
+                found.maker.ask(output.rows - output.height, output.columns - output.width)
+                self.ask(given.rows - given.height, given.columns - given.width)
+        buffer = _padded_copy(residual, output)
+        return Held(output, buffer, buffer[output.lead :], None)
+
+
+def _padded_copy(x: Tensor, layout: Map) -> Tensor:
+    """The memory of a map that holds the images `x`."""
+    buffer = torch.empty(layout.size)
+    if x.stride(3) != 1:
+        x = x.contiguous()
+    copy_into(x, layout, buffer, 0, (0, layout.height, 0, layout.width))
+    return buffer
+
+
+class SparseConvTranspose2d(nn.Module):
+    """A 2-D transposed convolution that skips the zeros of its weight.
+
+    Each phase of the output (its rows ``a, a + stride, ...`` and columns ``b, b + stride, ...``) is
+    a convolution of stride 1; one sparse layer computes all of them, then they are interleaved.
+
+    Args:
+        weight: Shape ``(in, out / groups, height, width)``.
+        bias: One number for each output channel, or None.
+        stride, padding, output_padding, groups, dilation: As for
+            :class:`torch.nn.ConvTranspose2d`.
+        activation: What follows.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
+        activation: Activation | None = None,
+    ) -> None:
+        super().__init__()
+        self.stride, self.padding, self.dilation = pair(stride), pair(padding), pair(dilation)
+        self.output_padding, self.groups = pair(output_padding), groups
+        self.kernel_size = pair(tuple(weight.shape[2:]))
+        ins, outs = weight.shape[:2]
+        (sy, sx), (dy, dx), (ky, kx) = self.stride, self.dilation, self.kernel_size
+        # The furthest that a phase reads up and to the left.
+        taps = (dy * (ky - 1) // sy, dx * (kx - 1) // sx)
+        phases = torch.zeros(groups, sy, sx, outs, ins // groups, taps[0] + 1, taps[1] + 1)
+        grouped = weight.view(groups, ins // groups, outs, ky, kx).transpose(1, 2)
+        for y in range(ky):
+            for x in range(kx):
+                (up, a), (left, b) = divmod(y * dy, sy), divmod(x * dx, sx)
+                phases[:, a, b, :, :, taps[0] - up, taps[1] - left] = grouped[..., y, x]
+        bias = torch.zeros(groups * outs) if bias is None else bias
+        spread = bias.view(groups, 1, 1, outs).expand(groups, sy, sx, outs).flatten()
+        self.phases = SparseConv2d(
+            phases.flatten(0, 3), spread, 1, taps, 1, groups, activation=activation
+        )
+
+    def forward(self, x: Tensor, output_size: Any = None) -> Tensor:
+        if output_size is not None:
+            raise TypeError(
+                "an accelerated ConvTranspose2d takes no output_size: set output_padding instead"
+            )
+        if x.dim() == 3:
+            return self.forward(x[None])[0]
+        sizes, missing = [], []
+        for n, k, s, p, d, more, reach in zip(
+            x.shape[2:],
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.output_padding,
+            self.phases.window.padding,
+            strict=True,
+        ):
+            sizes.append((n - 1) * s - 2 * p + d * (k - 1) + more + 1)
+            missing.append(max(0, -(-(sizes[-1] + p) // s) - (n + reach)))
+        if any(missing):  # the output padding goes beyond what the input reaches
+            x = F.pad(x, (0, missing[1], 0, missing[0]))
+        y = self.phases(x)
+        (sy, sx), (py, px) = self.stride, self.padding
+        batch, channels, rows, columns = y.shape
+        outs = channels // (self.groups * sy * sx)
+        wide = torch.empty(batch, self.groups, outs, rows, sy, columns, sx)
+        split = y.unflatten(1, (self.groups, sy, sx, outs))
+        wide.copy_(split.permute(0, 1, 4, 5, 2, 6, 3))
+        whole = wide.view(batch, self.groups * outs, rows * sy, columns * sx)
+        return whole[:, :, py : py + sizes[0], px : px + sizes[1]].contiguous()
+
+
+class MapMaxPool2d(nn.Module):
+    """Max pooling that reads and writes maps.
+
+    Args:
+        pool: What it computes; without `ceil_mode` and `return_indices`.
+    """
+
+    def __init__(self, pool: nn.MaxPool2d) -> None:
+        super().__init__()
+        self.pool = pool
+        self.window = Window(pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+        height, width = self.window.kernel_size
+        y, x = torch.cartesian_prod(torch.arange(height), torch.arange(width)).view(-1, 2).unbind(1)
+        self.phases, self.phase, self.down, self.right = self.window.phases(y, x)
+        self.margin = (0, 0)
+
+    def ask(self, rows: int, columns: int) -> None:
+        """Leave so many rows and columns of zeros around each image of the output."""
+        self.margin = (max(rows, self.margin[0]), max(columns, self.margin[1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if held(x) is None or x.dim() != 4:
+            y: Tensor = self.pool(x)
+            return y
+        batch, channels, height, width = x.shape
+        out_h, out_w = self.window.output_size(height, width)
+        down, right = int(self.down.max()), int(self.right.max())
+        rows, columns = out_h + max(down, self.margin[0]), out_w + max(right, self.margin[1])
+        source = padded(
+            batch,
+            channels * len(self.phases),
+            out_h + down,
+            out_w + right,
+            rows,
+            columns,
+            down * columns + right,
+        )
+        output = padded(batch, channels, out_h, out_w, rows, columns)
+        # Before the first phase and after the last one lie zeros, which no position of the output
+        # that is kept reads.
+        buffer = self.window.split(x, self.phases, source, float("-inf"))
+        offsets = self.phase * channels * source.pitch + self.down * columns + self.right
+        offsets = offsets.int()
+        keep, result, kernels = output.keep(), torch.empty(output.size), engine()
+        call = fields(
+            work=kernels.works["maximum"],
+            parallel=kernels.parallel,
+            threads=threads(len(offsets) * channels * output.pitch),
+            x=buffer.data_ptr() + 4 * source.lead,
+            y=result.data_ptr() + 4 * output.lead,
+            lead=result.data_ptr(),
+            lead_bytes=4 * output.lead,
+            tail=result.data_ptr() + 4 * (output.size - output.lead),
+            tail_bytes=4 * output.lead,
+            pitch=output.pitch,
+            x_channel=source.pitch,
+            channels=channels,
+            rows=len(offsets),
+            nonzeros=offsets.data_ptr(),
+            keep=0 if keep is None else keep.data_ptr(),
+        )
+        run(call)
+        return show(output, result, output.shape, output.strides, self)

@@ -1,0 +1,336 @@
+"""Sparse models that run faster than dense ones on a CPU."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+from torch.utils._pytree import tree_leaves, tree_map
+
+from torch_adapmtl.components._inputs import call_arguments
+
+from ._fuse import fuse_layers, link
+from ._fused_layer import FusedLayer
+from ._maps import held
+from ._measure import Candidate, measure
+from ._trace import Calls, trace
+from ._windows import SparseConv2d
+from .report import AccelerationReport, LayerChoice
+
+__all__ = ["AcceleratedModel", "accelerate"]
+
+FEWEST_ZEROS = 0.4  # a layer with a smaller share of zeros is not tried
+GAIN = 0.95  # a layer is sparse if that takes at most so much of the dense time
+
+
+class AcceleratedModel(nn.Module):
+    """A model whose sparse layers skip their zeros, for evaluation on a CPU.
+
+    [accelerate][torch_adapmtl.accelerate] makes it. It is called as the model that it was made
+    from, with inputs of any size. `copy.deepcopy`, `pickle` and `torch.save` work; the kernels are
+    compiled again where they are needed. Several threads may call it at once.
+
+    Attributes:
+        module: The model, with its layers replaced.
+        choices: For each layer, by its name in the model that was given, `"sparse"` or `"dense"`:
+            what [accelerate][torch_adapmtl.accelerate] takes as `choices`. A dict of strings, to be
+            saved as JSON.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU())
+        >>> fast = accelerate(model, torch.randn(16, 8))
+        >>> fast.choices
+        {'0': 'dense'}
+        >>> accelerate(model, torch.randn(16, 8), choices=fast.choices).choices == fast.choices
+        True
+    """
+
+    def __init__(self, module: nn.Module, report: AccelerationReport) -> None:
+        super().__init__()
+        self.module, self._report = module, report
+        self.choices = {row.name: row.choice for row in report.layers}
+        self.eval()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model.
+
+        Raises:
+            TypeError: If an input is on another device than the CPU, or is of a floating-point type
+                other than float32.
+            RuntimeError: If an input requires gradients while they are enabled, or under
+                `torch.autocast`.
+        """
+        for x in tree_leaves((args, kwargs)):
+            if isinstance(x, Tensor):
+                _check_input(x)
+        if torch.is_autocast_enabled("cpu"):
+            raise RuntimeError("an accelerated model computes float32: call it outside of autocast")
+        return tree_map(_contiguous, self.module(*args, **kwargs))
+
+    def report(self) -> AccelerationReport:
+        """Return what was chosen for each layer, and the times that it was chosen by."""
+        return self._report
+
+    def train(self, mode: bool = True) -> AcceleratedModel:
+        """Only `train(False)`, that is `eval()`, is allowed.
+
+        Raises:
+            RuntimeError: If `mode` is true.
+        """
+        if mode:
+            raise RuntimeError(
+                "an accelerated model cannot be trained: train the model that accelerate() was "
+                "given, then call accelerate() again"
+            )
+        return super().train(mode)
+
+
+def accelerate(
+    model: nn.Module, example_inputs: Any, *, choices: Mapping[str, str] | None = None
+) -> AcceleratedModel:
+    """Make a copy of a sparse model that skips its zeros, for evaluation on a CPU.
+
+    Convolutions and linear layers get kernels that pass over zero weights, compiled for this
+    processor. Batch norms are folded into the layers that they follow; activations and residual
+    additions are computed with the layer where the model's graph (`torch.fx`) shows them. Which
+    layers become sparse is measured on the example inputs, with the number of threads that torch
+    has (`torch.set_num_threads`). A layer for which the kernels are no faster stays as it is.
+
+    Outputs equal those of `model` up to rounding: 1e-5 of the largest output. A zero weight is
+    passed over whatever its input is, so that an infinite or NaN input does not become NaN there.
+
+    Args:
+        model: Any model with zeros in its weights: finalised by this library, pruned by
+            `torch.nn.utils.prune`, or loaded from a file. It must be on the CPU, in float32; it
+            is not changed.
+        example_inputs: What the model is called with: a tensor, a tuple of positional arguments or
+            a dict of keyword arguments. Other sizes and batches work later on, too; sizes like
+            these are what the choices are best for.
+        choices: Layers that are not to be measured, `{name: "sparse" or "dense"}`; such as
+            `AcceleratedModel.choices` of an earlier call.
+
+    Returns:
+        The accelerated model, in evaluation mode. `print(fast.report())` says what was chosen.
+
+    Raises:
+        ImportError: If llvmlite is not installed: `pip install "torch-adapmtl[fast]"`.
+        TypeError: If `example_inputs` is none of the above.
+        ValueError: If the model is not on the CPU in float32, or if `choices` names a layer that
+            the model does not have or gives it another value.
+
+    Example:
+        >>> import torch
+        >>> from torch.nn.utils import prune
+        >>> layer = prune.l1_unstructured(torch.nn.Conv2d(64, 64, 3, padding=1), "weight", 0.9)
+        >>> model = torch.nn.Sequential(layer, torch.nn.ReLU())
+        >>> x = torch.randn(1, 64, 28, 28)
+        >>> fast = accelerate(model, x)
+        >>> torch.allclose(fast(x), model(x), atol=1e-5)
+        True
+    """
+    args, kwargs = call_arguments(example_inputs, "example_inputs")
+    _check_llvmlite()
+    with torch.no_grad():
+        plain = _plain_copy(model)
+        module = _fused_copy(plain, args, kwargs)
+        layers = [part for part in module.modules() if isinstance(part, FusedLayer)]
+        forced = _checked(choices or {}, layers)
+        tried = [
+            layer
+            for layer in layers
+            if forced.get(layer.name, "sparse" if layer.zeros >= FEWEST_ZEROS else "") == "sparse"
+        ]
+        for layer in tried:
+            layer.make_sparse()
+        return _choose(plain, module, layers, tried, forced, args, kwargs)
+
+
+def _check_llvmlite() -> None:
+    try:
+        import llvmlite  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "accelerate() compiles its kernels with llvmlite, which is not installed: "
+            'pip install "torch-adapmtl[fast]"'
+        ) from error
+
+
+def _check_input(x: Tensor) -> None:
+    if x.device.type != "cpu":
+        raise TypeError(f"an accelerated model runs on the CPU, but an input is on {x.device}")
+    if x.is_floating_point() and x.dtype is not torch.float32:
+        raise TypeError(
+            f"an accelerated model computes float32, but an input is {x.dtype}: pass x.float()"
+        )
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            "an accelerated model computes no gradients, but an input requires them: call it under "
+            "torch.no_grad()"
+        )
+
+
+def _contiguous(x: Any) -> Any:
+    return x.contiguous() if isinstance(x, Tensor) and held(x) is not None else x
+
+
+def _plain_copy(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode whose weights are parameters, masked and parametrized for good."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():  # a weight under torch's prune has a history and is not copied
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    result = copy.deepcopy(model, memo).eval()
+    for module in list(result.modules()):
+        if parametrize.is_parametrized(module):
+            parametrized: Any = module
+            for name in list(parametrized.parametrizations):
+                parametrize.remove_parametrizations(module, name)
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, prune.BasePruningMethod):
+                prune.remove(module, hook._tensor_name)
+    for name, tensor in (*result.named_parameters(), *result.named_buffers()):
+        if tensor.device.type != "cpu":
+            raise ValueError(f"model is not on the CPU: {name} is on {tensor.device}; use .cpu()")
+        if tensor.is_floating_point() and tensor.dtype is not torch.float32:
+            raise ValueError(f"model is not float32: {name} is {tensor.dtype}; use .float()")
+    return result.requires_grad_(False)
+
+
+def _fused_copy(plain: nn.Module, args: Any, kwargs: Any) -> nn.Module:
+    """A copy whose layers are fused with what follows them, if its outputs stay the same.
+
+    A graph that does not hold for the examples is given up for those of the parts, level by level.
+    """
+    expected = plain(*args, **kwargs)
+    for depth in (0, 1, 2, None):
+        module = copy.deepcopy(plain)
+        calls = Calls(module)
+        module(*args, **kwargs)
+        calls.remove()
+        try:
+            if depth is not None:
+                module = trace(module, calls, depth)
+            module = fuse_layers(module)
+            if _close(module(*args, **kwargs), expected):
+                break
+        except Exception:  # whatever the model's code raises where the graph does not hold
+            if depth is None:
+                raise
+    return module
+
+
+def _close(found: Any, expected: Any) -> bool:
+    """Whether outputs are the same up to rounding."""
+    pairs = list(zip(tree_leaves(found), tree_leaves(expected), strict=False))
+    if len(tree_leaves(found)) != len(tree_leaves(expected)):
+        return False
+    for a, b in pairs:
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            if a.shape != b.shape or a.dtype != b.dtype:
+                return False
+            scale = float(b.abs().max()) if b.numel() else 0.0
+            if not torch.allclose(a, b, rtol=0, atol=1e-4 * max(scale, 1e-6), equal_nan=True):
+                return False
+        elif isinstance(a, Tensor) or isinstance(b, Tensor):
+            return False
+    return True
+
+
+def _checked(choices: Mapping[str, str], layers: Iterable[FusedLayer]) -> dict[str, str]:
+    names = {layer.name for layer in layers}
+    for name, choice in choices.items():
+        if name not in names:
+            raise ValueError(
+                f"choices names {name!r}, which is no convolution or linear layer of the model: "
+                f"the names are {', '.join(sorted(names)) or 'none'}"
+            )
+        if choice not in ("sparse", "dense"):
+            raise ValueError(f'choices[{name!r}] must be "sparse" or "dense", found {choice!r}')
+    return dict(choices)
+
+
+def _choose(
+    plain: nn.Module,
+    module: nn.Module,
+    layers: list[FusedLayer],
+    tried: list[FusedLayer],
+    forced: dict[str, str],
+    args: Any,
+    kwargs: Any,
+) -> AcceleratedModel:
+    """Measure, and keep what is fastest."""
+
+    def apply(choices: Mapping[str, str]) -> None:
+        for layer in layers:
+            layer.choice = choices.get(layer.name, "dense")
+        link(module)
+
+    def run() -> None:
+        module(*args, **kwargs)
+
+    chosen = {layer.name: forced.get(layer.name, "sparse") for layer in tried}
+    apply(chosen)
+    _calibrate(module, run)
+    dense = Candidate(run, lambda: apply(forced))
+    dense_seconds: dict[str, float] = {}
+    sparse_seconds: dict[str, float] = {}
+    measured = [layer for layer in tried if layer.name not in forced]
+    for _ in range(3):  # a layer that becomes dense changes what its neighbours read
+        sparse = Candidate(run, lambda: apply(chosen))
+        measure([dense, sparse], layers)
+        changed = False
+        for layer in layers:
+            dense_seconds[layer.name] = dense.layers[layer.name]
+            if chosen.get(layer.name) == "sparse":
+                sparse_seconds[layer.name] = sparse.layers[layer.name]
+        for layer in measured:
+            name = layer.name
+            if chosen[name] == "sparse" and sparse_seconds[name] > GAIN * dense_seconds[name]:
+                chosen[name], changed = "dense", True
+        if not changed:
+            break
+    original = Candidate(lambda: plain(*args, **kwargs), lambda: None)
+    sparse = Candidate(run, lambda: apply(chosen))
+    measure([original, dense, sparse], layers)
+    if measured and dense.total < sparse.total:
+        chosen = dict(forced)
+    best: nn.Module = module
+    if not forced and original.total < min(dense.total, sparse.total):
+        best, chosen = plain, {}
+    apply(chosen)
+    rows = [
+        LayerChoice(
+            layer.name,
+            layer.kind,
+            layer.weights,
+            layer.nonzeros,
+            layer.positions,
+            dense_seconds[layer.name],
+            sparse_seconds.get(layer.name),
+            layer.choice,
+        )
+        for layer in layers
+    ]
+    fastest = min(original.total, dense.total, sparse.total)
+    for layer in layers:
+        layer.settle()
+    report = AccelerationReport(
+        tuple(rows), original.total, dense.total, fastest, torch.get_num_threads()
+    )
+    return AcceleratedModel(best, report)
+
+
+def _calibrate(module: nn.Module, run: Any) -> None:
+    """Let the layers agree on the zeros around their maps."""
+    convolutions = [part for part in module.modules() if isinstance(part, SparseConv2d)]
+    for part in convolutions:
+        part.calibrating = True
+    for _ in range(3):
+        run()
+    for part in convolutions:
+        part.calibrating = False
