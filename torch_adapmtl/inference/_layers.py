@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ class Activation:
     """
 
     def __init__(self, module: nn.Module | None = None) -> None:
+        self.module = module
         self.kernel: tuple[int, float, float] = (NONE, 0.0, 0.0)
         self.after: Callable[[Tensor], Tensor] | None = None
         if isinstance(module, nn.Hardtanh):  # ReLU6 is one
@@ -113,6 +115,14 @@ def check_input(layer: nn.Module, x: Tensor) -> None:
         )
 
 
+def fits(other: Any, shape: Sequence[int]) -> bool:
+    """Whether a float32 tensor of that shape stays what it is if `other` is added to it."""
+    if not isinstance(other, Tensor) or other.dtype is not torch.float32:
+        return False
+    sizes = zip(reversed(other.shape), reversed(shape), strict=False)
+    return other.dim() <= len(shape) and all(n in (1, most) for n, most in sizes)
+
+
 class SparseLinear(SparseLayer):
     """A linear layer that skips the zeros of its weight; the rows of its input are positions.
 
@@ -142,9 +152,9 @@ class SparseLinear(SparseLayer):
             raise ValueError(
                 f"expected {self.filters.columns} features, got an input of shape {tuple(x.shape)}"
             )
-        positions = x.numel() // max(inputs, 1)
-        if not positions:
-            return x.new_empty(*leading, self.outputs)
+        positions = math.prod(leading)
+        if not (positions and inputs and self.outputs):
+            return self._without_inputs(leading)
         plan = self._plans.get(positions)
         if plan is None:
             source, output = (Map(1, n, 1, positions, 1, positions) for n in (inputs, self.outputs))
@@ -163,6 +173,11 @@ class SparseLinear(SparseLayer):
         y = torch.empty(positions, self.outputs)
         transpose_into(buffer.view(self.outputs, pitch)[:, :positions], y, self.outputs)
         return y.view(*leading, self.outputs)
+
+    def _without_inputs(self, leading: Sequence[int]) -> Tensor:
+        """The activation of the bias."""
+        y = self.filters.bias.repeat(*leading, 1)
+        return y if self.activation.module is None else self.activation.module(y)
 
 
 def _strides(leading: Sequence[int], pitch: int) -> tuple[int, ...]:
