@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ._call import copy_into
-from ._maps import Held, Map, held, padded, show
+from ._maps import Held, Map, contiguous, held, padded, show
 
 
 def _image(x: Any) -> Held | None:
@@ -57,7 +57,7 @@ def add(x: Any, y: Any) -> Any:
     """``x + y``."""
     a, b = _image(x), _image(y)
     if a is None or b is None or not _alike(a.layout, b.layout) or x.shape != y.shape:
-        return x + y
+        return contiguous(x) + contiguous(y)  # else the sum would lie in memory as the map does
     buffer = _empty(a.layout)
     torch.add(a.body, b.body, out=buffer[a.layout.lead : a.layout.size - a.layout.lead])
     return _show(a.layout, buffer, a, b)
@@ -69,7 +69,7 @@ def multiply(x: Any, y: Any) -> Any:
         x, y = y, x
     a = _image(x)
     if a is None or not isinstance(y, Tensor) or y.shape != (*x.shape[:2], 1, 1):
-        return x * y
+        return contiguous(x) * contiguous(y)
     layout = a.layout
     buffer = _empty(layout)
     shape = (layout.channels, layout.batch, layout.rows * layout.columns)
@@ -91,7 +91,7 @@ def mean(x: Any, dim: Sequence[int] = (-2, -1), keepdim: bool = False) -> Any:
     shape = (layout.channels, layout.batch, layout.rows * layout.columns)
     strides = (layout.pitch, layout.rows * layout.columns, 1)
     total = a.buffer.as_strided(shape, strides, layout.lead).sum(2).t()
-    result = total / (layout.height * layout.width)
+    result = (total / (layout.height * layout.width)).contiguous()
     return result[:, :, None, None] if keepdim else result
 
 
