@@ -15,7 +15,6 @@ from torch_adapmtl.components._inputs import call_arguments
 
 from ._fuse import fuse_layers, link
 from ._fused_layer import FusedLayer
-from ._maps import held
 from ._measure import Candidate, measure
 from ._trace import Calls, trace
 from ._windows import SparseConv2d
@@ -69,7 +68,7 @@ class AcceleratedModel(nn.Module):
                 _check_input(x)
         if torch.is_autocast_enabled("cpu"):
             raise RuntimeError("an accelerated model computes float32: call it outside of autocast")
-        return tree_map(_contiguous, self.module(*args, **kwargs))
+        return self.module(*args, **kwargs)
 
     def report(self) -> AccelerationReport:
         """Return what was chosen for each layer, and the times that it was chosen by."""
@@ -173,10 +172,6 @@ def _check_input(x: Tensor) -> None:
         )
 
 
-def _contiguous(x: Any) -> Any:
-    return x.contiguous() if isinstance(x, Tensor) and held(x) is not None else x
-
-
 def _plain_copy(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode whose weights are parameters, masked and parametrized for good."""
     memo: dict[int, Any] = {}
@@ -206,22 +201,29 @@ def _fused_copy(plain: nn.Module, args: Any, kwargs: Any) -> nn.Module:
 
     A graph that does not hold for the examples is given up for those of the parts, level by level.
     """
-    expected = plain(*args, **kwargs)
+    expected = _run(plain, args, kwargs)
     for depth in (0, 1, 2, None):
         module = copy.deepcopy(plain)
         calls = Calls(module)
-        module(*args, **kwargs)
+        _run(module, args, kwargs)
         calls.remove()
         try:
             if depth is not None:
                 module = trace(module, calls, depth)
             module = fuse_layers(module)
-            if _close(module(*args, **kwargs), expected):
-                break
+            if _close(_run(module, args, kwargs), expected):
+                return module
         except Exception:  # whatever the model's code raises where the graph does not hold
             if depth is None:
-                raise
-    return module
+                return plain
+    # Code that asks for the class of a layer may take another way; code that is random always does.
+    return plain if _close(_run(plain, args, kwargs), expected) else module
+
+
+def _run(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Call a model with inputs that it may write to."""
+    args, kwargs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))
+    return module(*args, **kwargs)
 
 
 def _close(found: Any, expected: Any) -> bool:
