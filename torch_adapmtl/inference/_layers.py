@@ -82,7 +82,7 @@ class SparseLayer(nn.Module):
         call, alive = self.filters.call(source, output, self.activation.kernel)
         plan = Plan(source, output, direct, call, alive, len(self.filters) * output.positions)
         while len(self._plans) >= MOST_PLANS:
-            self._plans.pop(next(iter(self._plans)), None)
+            self._plans.pop(list(self._plans)[0], None)  # noqa: RUF015  other threads change it
         self._plans[key] = plan
         return plan
 
@@ -147,7 +147,7 @@ class SparseLinear(SparseLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         check_input(self, x)
-        *leading, inputs = x.shape
+        *leading, inputs = x.shape or (0,)
         if inputs != self.filters.columns:
             raise ValueError(
                 f"expected {self.filters.columns} features, got an input of shape {tuple(x.shape)}"
