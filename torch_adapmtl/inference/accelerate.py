@@ -15,7 +15,7 @@ from torch_adapmtl.components._inputs import call_arguments
 
 from ._fuse import fuse_layers, link
 from ._fused_layer import FusedLayer
-from ._measure import Candidate, measure
+from ._measure import MOST, Candidate, measure
 from ._trace import Calls, trace
 from ._windows import SparseConv2d
 from .report import AccelerationReport, LayerChoice
@@ -63,12 +63,21 @@ class AcceleratedModel(nn.Module):
             RuntimeError: If an input requires gradients while they are enabled, or under
                 `torch.autocast`.
         """
-        for x in tree_leaves((args, kwargs)):
-            if isinstance(x, Tensor):
-                _check_input(x)
+        _check_inputs(args, kwargs)
         if torch.is_autocast_enabled("cpu"):
             raise RuntimeError("an accelerated model computes float32: call it outside of autocast")
         return self.module(*args, **kwargs)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> AcceleratedModel:
+        """What `to()`, `half()`, `cuda()` and the like call: only copies are allowed."""
+        probe = fn(torch.zeros(1))
+        if probe.device.type != "cpu" or probe.dtype is not torch.float32:
+            raise TypeError(
+                f"an accelerated model computes float32 on the CPU, it cannot become {probe.dtype} "
+                f"on {probe.device}: convert the model that accelerate() was given"
+            )
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def report(self) -> AccelerationReport:
         """Return what was chosen for each layer, and the times that it was chosen by."""
@@ -117,7 +126,8 @@ def accelerate(
 
     Raises:
         ImportError: If llvmlite is not installed: `pip install "torch-adapmtl[fast]"`.
-        TypeError: If `example_inputs` is none of the above.
+        TypeError: If `model` is no module, if `example_inputs` is none of the above, or if a tensor
+            in it is not on the CPU or of another floating-point type than float32.
         ValueError: If the model is not on the CPU in float32, or if `choices` names a layer that
             the model does not have or gives it another value.
 
@@ -131,9 +141,12 @@ def accelerate(
         >>> torch.allclose(fast(x), model(x), atol=1e-5)
         True
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
     args, kwargs = call_arguments(example_inputs, "example_inputs")
     _check_llvmlite()
     with torch.no_grad():
+        _check_inputs(args, kwargs)
         plain = _plain_copy(model)
         module = _fused_copy(plain, args, kwargs)
         layers = [part for part in module.modules() if isinstance(part, FusedLayer)]
@@ -156,6 +169,12 @@ def _check_llvmlite() -> None:
             "accelerate() compiles its kernels with llvmlite, which is not installed: "
             'pip install "torch-adapmtl[fast]"'
         ) from error
+
+
+def _check_inputs(args: Any, kwargs: Any) -> None:
+    for x in tree_leaves((args, kwargs)):
+        if isinstance(x, Tensor):
+            _check_input(x)
 
 
 def _check_input(x: Tensor) -> None:
@@ -182,9 +201,7 @@ def _plain_copy(model: nn.Module) -> nn.Module:
     result = copy.deepcopy(model, memo).eval()
     for module in list(result.modules()):
         if parametrize.is_parametrized(module):
-            parametrized: Any = module
-            for name in list(parametrized.parametrizations):
-                parametrize.remove_parametrizations(module, name)
+            _bake(module)
         for hook in list(module._forward_pre_hooks.values()):
             if isinstance(hook, prune.BasePruningMethod):
                 prune.remove(module, hook._tensor_name)
@@ -194,6 +211,18 @@ def _plain_copy(model: nn.Module) -> nn.Module:
         if tensor.is_floating_point() and tensor.dtype is not torch.float32:
             raise ValueError(f"model is not float32: {name} is {tensor.dtype}; use .float()")
     return result.requires_grad_(False)
+
+
+def _bake(module: Any) -> None:
+    """Make parameters of what parametrizations compute.
+
+    `remove_parametrizations` would take the weight from the class, which the given module shares.
+    """
+    values = {name: getattr(module, name).detach().clone() for name in module.parametrizations}
+    del module.parametrizations
+    module.__class__ = type(module).__bases__[0]
+    for name, value in values.items():
+        module.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
 
 def _fused_copy(plain: nn.Module, args: Any, kwargs: Any) -> nn.Module:
@@ -221,9 +250,21 @@ def _fused_copy(plain: nn.Module, args: Any, kwargs: Any) -> nn.Module:
 
 
 def _run(module: nn.Module, args: Any, kwargs: Any) -> Any:
-    """Call a model with inputs that it may write to."""
-    args, kwargs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))
+    """Call a model with copies of the inputs: it may write to them."""
+    args, kwargs = _copies(args, kwargs)
     return module(*args, **kwargs)
+
+
+def _copies(args: Any, kwargs: Any) -> Any:
+    return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))
+
+
+def _writes(module: nn.Module, args: Any, kwargs: Any) -> bool:
+    """Whether a model writes to its inputs."""
+    own_args, own_kwargs = _copies(args, kwargs)
+    module(*own_args, **own_kwargs)
+    pairs = zip(tree_leaves((args, kwargs)), tree_leaves((own_args, own_kwargs)), strict=True)
+    return any(isinstance(a, Tensor) and not torch.equal(a, b) for a, b in pairs)
 
 
 def _close(found: Any, expected: Any) -> bool:
@@ -272,19 +313,23 @@ def _choose(
             layer.choice = choices.get(layer.name, "dense")
         link(module)
 
+    args, kwargs = _copies(args, kwargs)
+    call = _run if _writes(plain, args, kwargs) else lambda part, *_: part(*args, **kwargs)
+
     def run() -> None:
-        module(*args, **kwargs)
+        call(module, args, kwargs)
 
     chosen = {layer.name: forced.get(layer.name, "sparse") for layer in tried}
     apply(chosen)
     _calibrate(module, run)
-    dense = Candidate(run, lambda: apply(forced))
+    dense = Candidate(run, lambda: apply({}))
     dense_seconds: dict[str, float] = {}
     sparse_seconds: dict[str, float] = {}
     measured = [layer for layer in tried if layer.name not in forced]
+    rounds = MOST if measured or not forced else 1  # nothing is decided by the times
     for _ in range(3):  # a layer that becomes dense changes what its neighbours read
         sparse = Candidate(run, lambda: apply(chosen))
-        measure([dense, sparse], layers)
+        measure([dense, sparse], layers, rounds)
         changed = False
         for layer in layers:
             dense_seconds[layer.name] = dense.layers[layer.name]
@@ -296,14 +341,15 @@ def _choose(
                 chosen[name], changed = "dense", True
         if not changed:
             break
-    original = Candidate(lambda: plain(*args, **kwargs), lambda: None)
+    original = Candidate(lambda: call(plain, args, kwargs), lambda: None)
     sparse = Candidate(run, lambda: apply(chosen))
-    measure([original, dense, sparse], layers)
-    if measured and dense.total < sparse.total:
-        chosen = dict(forced)
-    best: nn.Module = module
-    if not forced and original.total < min(dense.total, sparse.total):
-        best, chosen = plain, {}
+    least = Candidate(run, lambda: apply(forced)) if forced else dense
+    measure(list(dict.fromkeys([original, dense, least, sparse])), layers, rounds)
+    best, fastest = module, sparse.total
+    if measured and least.total < sparse.total:
+        chosen, fastest = dict(forced), least.total
+    if not forced and original.total < fastest:
+        best, chosen, fastest = plain, {}, original.total
     apply(chosen)
     rows = [
         LayerChoice(
@@ -318,7 +364,6 @@ def _choose(
         )
         for layer in layers
     ]
-    fastest = min(original.total, dense.total, sparse.total)
     for layer in layers:
         layer.settle()
     report = AccelerationReport(
