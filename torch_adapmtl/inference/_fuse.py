@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from . import _elementwise
 from ._fused_layer import FusedLayer
 from ._layers import SparseLinear
-from ._windows import MapMaxPool2d
+from ._windows import MapMaxPool2d, MapNorm2d, Norm
 
-_LAYERS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
+_LAYERS = (*_CONVOLUTIONS, nn.Linear)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 _ZERO_TO_ZERO = (
     nn.ReLU,
@@ -61,16 +62,6 @@ _IN_PLACE = {
         "xor",
     ]
 } | {operator.setitem, operator.delitem}
-
-
-class _Norm(NamedTuple):
-    """What a batch norm computes with."""
-
-    mean: Tensor
-    variance: Tensor
-    eps: float
-    weight: Tensor | None
-    bias: Tensor | None
 
 
 def fuse_layers(module: nn.Module) -> nn.Module:
@@ -123,8 +114,8 @@ def _fuse(graph: fx.GraphModule, prefix: str) -> None:
             continue  # what follows differs from call to call
         fused, residual, activation = [node], None, None
         following = _only_user(node)
-        norm = None if following is None else _norm(graph, following, node, dense)
-        if following is not None and norm is not None:
+        norm = _norm(graph, following) if isinstance(dense, _CONVOLUTIONS) else None
+        if following is not None and norm is not None and following.args[0] is node:
             _fold(dense, norm)
             fused.append(following)
             following = _only_user(following)
@@ -211,17 +202,15 @@ def _attribute(graph: fx.GraphModule, node: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
-def _norm(graph: fx.GraphModule, node: fx.Node, given: fx.Node, layer: nn.Module) -> _Norm | None:
-    """The batch norm that `node` applies to what the convolution `layer` computes."""
-    if isinstance(layer, nn.Linear) or node.args[:1] != (given,):
+def _norm(graph: fx.GraphModule, node: fx.Node | None) -> Norm | None:
+    """The batch norm that a node applies to its first argument."""
+    if node is None or not node.args:
         return None
     module = _module(graph, node)
     if isinstance(module, _NORMS) and type(module).forward is nn.BatchNorm2d.forward:
         if module.running_mean is None or module.running_var is None:
             return None
-        return _Norm(
-            module.running_mean, module.running_var, module.eps, module.weight, module.bias
-        )
+        return Norm(module.running_mean, module.running_var, module.eps, module.weight, module.bias)
     if node.target is not F.batch_norm:
         return None
     names = [
@@ -243,10 +232,10 @@ def _norm(graph: fx.GraphModule, node: fx.Node, given: fx.Node, layer: nn.Module
     ]
     if values.get("training", False) is not False or mean is None or variance is None or unknown:
         return None
-    return _Norm(mean, variance, values.get("eps", 1e-5), weight, bias)
+    return Norm(mean, variance, values.get("eps", 1e-5), weight, bias)
 
 
-def _fold(layer: Any, norm: _Norm) -> None:
+def _fold(layer: Any, norm: Norm) -> None:
     layer.weight, layer.bias = fuse_conv_bn_weights(
         layer.weight,
         layer.bias,
@@ -323,6 +312,10 @@ def _can_move(
 def _use_maps(graph: fx.GraphModule) -> None:
     """Let what lies between layers work on maps as a whole."""
     for node in list(graph.graph.nodes):
+        norm = _norm(graph, node)
+        if norm is not None:
+            _use_map_norm(graph, node, norm)
+            continue
         module = _module(graph, node)
         if module is not None:
             replaced = _map_module(module)
@@ -336,6 +329,25 @@ def _use_maps(graph: fx.GraphModule) -> None:
                 new = graph.graph.call_function(function, args, kwargs)
             node.replace_all_uses_with(new)
             graph.graph.erase_node(node)
+
+
+def _use_map_norm(graph: fx.GraphModule, node: fx.Node, norm: Norm) -> None:
+    """Replace a batch norm that follows no layer, with the activation that follows it."""
+    fused, following = [node], _only_user(node)
+    activation = None
+    if following is not None and following.args[:1] == (node,):
+        activation = _activation(graph, following)
+        if activation is not None:
+            fused.append(following)
+    name = f"map_norm_{len(graph.graph.nodes)}"
+    while hasattr(graph, name):
+        name += "_"
+    graph.add_submodule(name, MapNorm2d(norm, activation))
+    with graph.graph.inserting_before(fused[-1]):
+        new = graph.graph.call_module(name, (node.args[0],))
+    fused[-1].replace_all_uses_with(new)
+    for part in reversed(fused):
+        _erase(graph, part)
 
 
 def _map_module(module: nn.Module) -> nn.Module | None:
