@@ -347,14 +347,33 @@ class SparseWeights(nn.Module):
             self._residual(i)  # sharded, if the weight is
         super()._load_from_state_dict(*args)
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         for i in range(len(self._buffers)):
             self._residual(i)
-        super()._save_to_state_dict(destination, prefix, *args)
-        for i in range(len(self._buffers)):
-            if self.layers[i].dense:  # in an optimiser's step, or after one that raised an error
-                key = f"{prefix}residual_{i}"
-                destination[key] = torch.zeros_like(destination[key])
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for i, layer in enumerate(self.layers):
+            # In an optimiser's step, or after one that raised an error.
+            if layer.dense and self._parameter(i) is not None:
+                self._save_dense(i, destination, f"{prefix}residual_{i}", keep_vars)
+
+    @torch.no_grad()
+    def _save_dense(
+        self, index: int, destination: dict[str, Any], key: str, keep_vars: bool
+    ) -> None:
+        """Put copies of the sparse weight and the residual of a dense layer into a state dict."""
+        threshold, weight = self.layers[index].threshold, self.layers[index].weight.detach()
+        sparse, residual = weight.clone(), torch.zeros_like(weight)
+        if not keep_vars:  # else the state dict holds the parameter itself
+            mask = None if threshold.mask is None else local_mask(threshold.mask, weight)
+            alpha, reach = threshold.known(), threshold.reach
+            shrink_([Shrinkage(local(sparse), local(residual), alpha, reach, mask)])
+            for name, value in destination.items():  # under several names if the weight is tied
+                if isinstance(value, Tensor) and _same_memory(value, weight):
+                    destination[name] = sparse
+        if key in destination:
+            destination[key] = residual
 
     def __getstate__(self) -> dict[str, Any]:
         own: dict[str, Any] = {"_stepping": None, "_masked": None, "_hooks": None, "_used": {}}
@@ -364,6 +383,12 @@ class SparseWeights(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._start()
         follow(self)
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    one, other = local(one), local(other)
+    alike = (one.dtype, one.device, one.layout) == (other.dtype, other.device, other.layout)
+    return alike and one.is_set_to(other)
 
 
 def pruned_parameter(model: nn.Module) -> str | None:
