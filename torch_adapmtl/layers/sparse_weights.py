@@ -262,7 +262,7 @@ class SparseWeights(nn.Module):
             if not self._hooks.registered:  # in a copy
                 self.renew_hooks()
             self._mask_gradients(indices)
-            changed, steps = self.to_dense(indices), self._stepping.setdefault(optimizer, [])
+            changed, steps = self._to_step(indices), self._stepping.setdefault(optimizer, [])
             if steps:
                 outer = running_steps(optimizer) - 1
                 changed = changed.union(*steps[outer:])  # of steps that have raised an error
@@ -270,8 +270,19 @@ class SparseWeights(nn.Module):
             steps.append(changed)
         return bool(indices)
 
+    def _to_step(self, indices: Iterable[int]) -> set[int]:
+        """Make layers dense for an optimiser's update, and return those that were sparse before.
+
+        The step of an optimiser such as AdaHessian differentiates the gradients again. Their graph
+        holds the sparse weights, which must not be written to before. So layers whose gradient has
+        a graph are updated as sparse weights, and the residual is added after the step.
+        """
+        sparse = {i for i in indices if not self.layers[i].dense}
+        self.to_dense(i for i in sparse if not _has_graph(self._parameter(i)))
+        return sparse
+
     def end_step(self, optimizer: Optimizer) -> None:
-        """Apply the thresholds of the layers that `begin_step` has made dense."""
+        """Apply the thresholds of the layers that `begin_step` was called with."""
         if steps := self._stepping.get(optimizer):
             indices = steps.pop()
             self._behind -= indices
@@ -286,7 +297,7 @@ class SparseWeights(nn.Module):
             yield
         finally:
             self._mask_gradients(indices)
-            self.to_dense(indices)
+            self._to_step(indices)
 
     # --- gradients of pruned weights --------------------------------------------------------------
 
@@ -383,6 +394,10 @@ class SparseWeights(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._start()
         follow(self)
+
+
+def _has_graph(weight: nn.Parameter | None) -> bool:
+    return weight is not None and weight.grad is not None and weight.grad.requires_grad
 
 
 def _same_memory(one: Tensor, other: Tensor) -> bool:
