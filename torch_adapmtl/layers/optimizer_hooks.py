@@ -37,7 +37,9 @@ class Follower(Protocol):
     def kept(self) -> set[int]:
         """Return the `id` of each parameter that it keeps sparse."""
 
-    def begin_step(self, optimizer: Optimizer, parameters: Collection[int]) -> bool:
+    def begin_step(
+        self, optimizer: Optimizer, parameters: Collection[int], *, closure: bool
+    ) -> bool:
         """Begin a step of the parameters with these ids; return whether it keeps any."""
 
     def end_step(self, optimizer: Optimizer) -> None:
@@ -96,8 +98,12 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[Any, 
     parameters = {id(p): p for group in optimizer.param_groups for p in group["params"]}
     if _finalized:
         _warn_of_lost_zeros(parameters)
-    stepping = [each for each in followers() if each.begin_step(optimizer, parameters)]
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    stepping = [
+        follower
+        for follower in followers()
+        if follower.begin_step(optimizer, parameters, closure=callable(closure))
+    ]
     if not stepping or not callable(closure):
         return None
 

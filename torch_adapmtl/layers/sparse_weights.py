@@ -14,7 +14,7 @@ from torch.utils.weak import TensorWeakRef
 
 from torch_adapmtl._distributed import is_sharded, local, local_mask, sharded_like
 from torch_adapmtl.layers.collection import Layers
-from torch_adapmtl.layers.gradient_hooks import GradientHooks
+from torch_adapmtl.layers.gradient_hooks import GradientHooks, in_backward, registered
 from torch_adapmtl.layers.optimizer_hooks import (
     follow,
     followers,
@@ -114,7 +114,8 @@ class SparseWeights(nn.Module):
             The indices of the layers that were sparse before.
         """
         wanted = self._all() if indices is None else indices
-        changed = {i for i in wanted if not self.layers[i].dense and self._parameter(i) is not None}
+        layers = self.layers
+        changed = {i for i in wanted if not layers[i].dense and layers[i].held is not None}
         for i in changed:
             self.layers[i].dense = True
         shrunk = sorted(changed & self._shrunk)
@@ -128,7 +129,7 @@ class SparseWeights(nn.Module):
         """Apply the thresholds and masks to the dense weights of these layers, or of all."""
         wanted = self._all() if indices is None else set(indices)
         self.to_dense(wanted)
-        present = [i for i in sorted(wanted) if self._parameter(i) is not None]
+        present = [i for i in sorted(wanted) if self.layers[i].held is not None]
         shrinkages = {i: s for i in present if (s := self._shrinkage(i)) is not None}
         for batch in batches(shrinkages):
             shrink_(list(batch.values()))
@@ -149,13 +150,6 @@ class SparseWeights(nn.Module):
 
     def _all(self) -> set[int]:
         return set(range(len(self.layers)))
-
-    def _parameter(self, index: int) -> nn.Parameter | None:
-        # Other models train on if this one has lost a weight, which its pruner reports.
-        try:
-            return self.layers[index].weight
-        except ValueError:
-            return None
 
     def _shrinkage(self, index: int) -> Shrinkage | None:
         """What the threshold and the mask do with a layer; None for nothing, or a fixed mask."""
@@ -238,7 +232,7 @@ class SparseWeights(nn.Module):
             self.to_sparse(dense)
         elif self.fixed:
             for i, layer in enumerate(self.layers):
-                mask, weight = layer.threshold.mask, self._parameter(i)
+                mask, weight = layer.threshold.mask, layer.held
                 # Another tensor can be in its place for the time of a `functional_call`.
                 if mask is not None and weight is not None and self._ours(i, weight):
                     # Through `.data`, because the weight may be part of a graph, whose backward
@@ -249,19 +243,28 @@ class SparseWeights(nn.Module):
 
     def kept(self) -> set[int]:
         """Return the `id` of each parameter that is kept sparse."""
-        return {id(self._parameter(i)) for i in self._all()}
+        return {id(layer.held) for layer in self.layers}
 
-    def begin_step(self, optimizer: Optimizer, parameters: Collection[int]) -> bool:
+    def begin_step(
+        self, optimizer: Optimizer, parameters: Collection[int], *, closure: bool
+    ) -> bool:
         """Make the layers dense whose parameters, given by `id`, the optimiser is about to update.
+
+        Args:
+            optimizer: The optimiser.
+            parameters: The `id` of each of its parameters.
+            closure: Whether it has a closure, which computes the gradients.
 
         Returns:
             Whether there are any.
         """
-        indices = [i for i in self._all() if id(self._parameter(i)) in parameters]
+        indices = [i for i, layer in enumerate(self.layers) if id(layer.held) in parameters]
         if indices:
             if not self._hooks.registered:  # in a copy
                 self.renew_hooks()
             self._mask_gradients(indices)
+            if not closure:
+                self._show_gradients(indices)
             changed, steps = self._to_step(indices), self._stepping.setdefault(optimizer, [])
             if steps:
                 outer = running_steps(optimizer) - 1
@@ -278,7 +281,7 @@ class SparseWeights(nn.Module):
         a graph are updated as sparse weights, and the residual is added after the step.
         """
         sparse = {i for i in indices if not self.layers[i].dense}
-        self.to_dense(i for i in sparse if not _has_graph(self._parameter(i)))
+        self.to_dense(i for i in sparse if not _has_graph(self.layers[i].held))
         return sparse
 
     def end_step(self, optimizer: Optimizer) -> None:
@@ -297,6 +300,7 @@ class SparseWeights(nn.Module):
             yield
         finally:
             self._mask_gradients(indices)
+            self._show_gradients(indices)
             self._to_step(indices)
 
     # --- gradients of pruned weights --------------------------------------------------------------
@@ -305,13 +309,25 @@ class SparseWeights(nn.Module):
         """Register the hooks on the gradients again if parameters were replaced or unfrozen."""
         self._hooks.listen(True)
 
+    def _show_gradients(self, indices: Iterable[int]) -> None:
+        """Show gradients to others that use them and that no backward pass shows them to."""
+        parameters = {id(self.layers[i].held) for i in indices}
+        for hooks in registered():
+            if hooks is not self._hooks:
+                hooks.before_step(parameters)
+
     def _mask_gradients(self, indices: Iterable[int]) -> None:
-        """Mask the gradients that no hook has masked, because a loop has put them into `grad`."""
+        """Mask the gradients that no hook has masked.
+
+        A loop has put them into `grad`; or the optimiser steps in the backward pass, which may have
+        added to a gradient that was masked in an earlier one.
+        """
+        adding = in_backward()
         for i in indices:
-            weight, masked = self._parameter(i), self._masked.get(i)
+            weight, masked = self.layers[i].held, self._masked.get(i)
             if weight is None or weight.grad is None or self.layers[i].dense:
                 continue
-            if masked is None or masked() is not weight.grad:
+            if adding or masked is None or masked() is not weight.grad:
                 with torch.set_grad_enabled(weight.grad.requires_grad):
                     self._mask_gradient(i, weight)
 
@@ -366,7 +382,7 @@ class SparseWeights(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for i, layer in enumerate(self.layers):
             # In an optimiser's step, or after one that raised an error.
-            if layer.dense and self._parameter(i) is not None:
+            if layer.dense and layer.held is not None:
                 self._save_dense(i, destination, f"{prefix}residual_{i}", keep_vars)
 
     @torch.no_grad()
