@@ -156,6 +156,77 @@ def test_layers_that_are_added_are_warned_of() -> None:
         train(model, pruner, optimizer, range(3, 20))
 
 
+class Experts(TwoTasks):
+    """Uses one of several experts, at random, in each pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(12, 12) for _ in range(6))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = self.body(x).tanh()
+        h = self.experts[int(torch.randint(6, ()))](h).tanh()
+        return {task: head(h) for task, head in self.heads.items()}
+
+
+class Warmup(TwoTasks):
+    """Trains its body only later."""
+
+    warm = False
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = self.body(x).tanh()
+        h = h if self.warm else h.detach()
+        return {task: head(h) for task, head in self.heads.items()}
+
+
+def test_experts_that_were_not_chosen_at_first_are_warned_of_once() -> None:
+    model = Experts()
+    pruner = prepare(model)
+    assert len(pruner.components["unused"]) in (4, 5)  # it ran in train mode and in eval mode
+
+    def train_on() -> None:
+        train(model, pruner, sgd(model), range(20))
+
+    with pytest.warns(
+        UserWarning, match=r"'experts\.\d\.weight' is trained, but .*groups="
+    ) as found:
+        train_on()
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize(
+    "options", [{"groups": {"shared": ["experts"]}}, {"exclude": ["experts"]}, {}], ids=str
+)
+def test_experts_that_are_named_are_pruned_or_left_out(options: Any) -> None:
+    model = Experts()
+    pruner = prepare(model, **options)
+    if not options:
+        pruner.undo()  # which ends the warning too
+        sum(losses(model, 0).values()).backward()
+        sgd(model).step()
+        pruner = prepare(model, groups={"shared": ["experts"]})
+    train(model, pruner, sgd(model), range(20))
+    pruner.finalize()
+    experts = torch.stack([expert.weight.detach() for expert in model.experts])
+    zeros_in_experts = int((experts == 0).sum())
+    if "exclude" in options:
+        assert zeros_in_experts == 0
+        assert share_of_zeros(model) == round(0.8 * 168) / 168
+    else:
+        assert zeros_in_experts + 168 * share_of_zeros(model) == round(0.8 * (864 + 168))
+
+
+def test_a_part_that_is_cut_off_at_first_is_warned_of() -> None:
+    model = Warmup()
+    pruner = prepare(model)
+    optimizer = sgd(model)
+    train(model, pruner, optimizer, range(5))
+    model.warm = True
+    with pytest.warns(UserWarning, match=r"'body\.weight' is trained, but .*groups="):
+        train(model, pruner, optimizer, [5])
+
+
 # --- the weight of a layer is its parameter -------------------------------------------------------
 
 

@@ -14,11 +14,11 @@ from torch_adapmtl._checks import check_choice, check_fraction, check_steps
 from torch_adapmtl.components.find import FROZEN, UNUSED, Components
 from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.layers.layer import count_zeros
-from torch_adapmtl.layers.optimizer_hooks import watch_zeros
-from torch_adapmtl.layers.sparse_weights import SparseWeights, stop_watching
+from torch_adapmtl.layers.optimizer_hooks import stop_warning
+from torch_adapmtl.layers.sparse_weights import SparseWeights, stop_watching, watch_forward
 from torch_adapmtl.methods._base import Controller
 from torch_adapmtl.run._graph_module import is_graph, let_pruner_go
-from torch_adapmtl.run._model_watch import ModelWatch
+from torch_adapmtl.run._model_watch import ModelWatch, watch_unreached, watch_zeros
 from torch_adapmtl.run._step_hook import StepHook
 from torch_adapmtl.run.checkpoint import load, save, unguard
 from torch_adapmtl.run.diagnostics import Watch, signs
@@ -110,6 +110,7 @@ class Pruner(nn.Module):
         self._step_hook: StepHook | None = None
         self._watch = Watch()
         self._model_watch = ModelWatch(model, components, layers)
+        self._unreached: object = None
         # Calls of `loss` since the last step, and which warnings about steps have been given.
         self._losses_since_step = 0
         self._warned: set[str] = set()
@@ -615,6 +616,12 @@ class Pruner(nn.Module):
         self.sparse_weights.to_dense()
         return self._leave(bake=False)
 
+    def _begin(self) -> None:
+        """Make the parameters sparse, and watch them, now that the model contains the pruner."""
+        self.sparse_weights.attach()
+        watch_forward(self._model)
+        self._unreached = watch_unreached(self.components)
+
     def _leave(self, *, bake: bool) -> nn.Module:
         for layer in self.layers:
             layer.remove(bake=bake)
@@ -622,6 +629,7 @@ class Pruner(nn.Module):
         self.detach()
         unguard(self._model, self.layers)
         stop_watching(self._model)
+        stop_warning(self._unreached)
         self._model._modules.pop("adapmtl", None)
         if is_graph(self._model):
             let_pruner_go(self._model)
