@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import prune
-from toys import TwoTasks, losses, prepare, train, weights, zeros
+from torch.nn.utils import parametrizations, parametrize, prune
+from toys import TwoTasks, losses, prepare, tensors, train, weights, zeros
 
 from torch_adapmtl import Adaptive, Magnitude, Pruner, SparsitySchedule, apply_adapmtl
 
@@ -225,6 +225,81 @@ def test_a_part_that_is_cut_off_at_first_is_warned_of() -> None:
     model.warm = True
     with pytest.warns(UserWarning, match=r"'body\.weight' is trained, but .*groups="):
         train(model, pruner, optimizer, [5])
+
+
+class LowRank(nn.Module):
+    """Adds a low-rank update, which is zero at first."""
+
+    def __init__(self, out_features: int, in_features: int) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.zeros(out_features, 1))
+        self.down = nn.Parameter(torch.randn(1, in_features))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.up @ self.down
+
+
+class Scale(nn.Module):
+    """Scales each row."""
+
+    def __init__(self, out_features: int, in_features: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(out_features, 1))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.scale
+
+
+METHODS = [Adaptive(), Magnitude(), Adaptive(allocation="gradient")]
+
+
+@pytest.mark.parametrize("steps", [1, 8, 19])
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_parametrization_that_does_not_keep_zeros_is_refused_until_it_is_removed(
+    method: Any, steps: int
+) -> None:
+    torch.manual_seed(0)
+    model = TwoTasks()
+    pruner = prepare(model, method=method)
+    optimizer = torch.optim.SGD(pruner.param_groups(lr=0.1))
+    train(model, pruner, optimizer, range(steps))
+    parametrize.register_parametrization(model.body, "weight", LowRank(12, 6))
+    looks = [pruner.sparsity, pruner.report, pruner.fix_zeros, pruner.finalize]
+    if steps < 18:  # then the zeros are fixed, and finalize looks again
+        looks.append(pruner.step)
+    for look in looks:
+        with pytest.raises(RuntimeError, match=r"'body\.weight' is computed by LowRank .* remove"):
+            look()
+    if method == METHODS[-1]:
+        return  # its threshold is a parametrization, and would be removed too
+    parametrize.remove_parametrizations(model.body, "weight", leave_parametrized=False)
+    train(model, pruner, optimizer, range(steps, 20))
+    pruner.finalize()
+    assert share_of_zeros(model) == round(0.8 * 168) / 168
+
+
+def put_scale_on(module: nn.Module) -> None:
+    parametrize.register_parametrization(module, "weight", Scale(12, 6))
+
+
+@pytest.mark.parametrize("put_on", [put_scale_on, parametrizations.spectral_norm])
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.filterwarnings("ignore:'body.parametrizations.weight.* is in the model, but was not")
+def test_a_parametrization_that_keeps_zeros_may_be_registered_in_a_run(
+    method: Any, put_on: Callable[[nn.Module], object]
+) -> None:
+    torch.manual_seed(0)
+    model = TwoTasks()
+    pruner = prepare(model, method=method)
+    optimizer = torch.optim.SGD(pruner.param_groups(lr=0.1))
+    train(model, pruner, optimizer, range(8))
+    put_on(model.body)
+    state = tensors(model)
+    pruner.report()
+    assert all(torch.equal(value, state[name]) for name, value in tensors(model).items())
+    train(model, pruner, optimizer, range(8, 20))
+    pruner.finalize()
+    assert share_of_zeros(model) == round(0.8 * 168) / 168
 
 
 # --- the weight of a layer is its parameter -------------------------------------------------------

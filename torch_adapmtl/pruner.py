@@ -219,8 +219,9 @@ class Pruner(nn.Module):
         Raises:
             RuntimeError: After `finalize`, or while attached to an optimiser. Also, at an update
                 and at the last step, if a loss has been NaN or infinite since the last check, or if
-                the model is not the one that was prepared: a pruned layer was replaced, removed or
-                masked by `torch.nn.utils.prune`. The call does not count then.
+                the model is not the one that was prepared: a pruned layer was replaced, removed,
+                masked by `torch.nn.utils.prune`, or got a parametrization that does not keep its
+                zeros. The call does not count then.
 
         Warns:
             UserWarning: Once each: if no weight has changed in the first 50 steps or more, so that
@@ -694,7 +695,7 @@ class Pruner(nn.Module):
         self._reshard()
         parameters = {id(parameter) for parameter in self._model.parameters()}
         for layer in self.layers:
-            if problem := layer.problem(parameters):
+            if problem := layer.problem(parameters) or self._model_watch.problem(layer):
                 raise RuntimeError(f"{layer.name!r} {problem}")
             if not self.controller.shardable and layer.sharded:
                 raise RuntimeError(
