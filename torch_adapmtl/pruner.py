@@ -225,9 +225,10 @@ class Pruner(nn.Module):
 
         Warns:
             UserWarning: Once each: if no weight has changed in the first 50 steps or more, so that
-                nothing trains them; if `step` was called more than `total_steps` times; for a task
-                that has had no loss for longer than the window of its weight; if weights were
-                frozen, unfrozen or added after `apply_adapmtl`.
+                nothing trains them; if the loop writes weights from a copy in which nothing is
+                pruned; if `step` was called more than `total_steps` times; for a task that has had
+                no loss for longer than the window of its weight; if weights were frozen, unfrozen
+                or added after `apply_adapmtl`.
         """
         if self._step_hook is not None:
             raise RuntimeError(
@@ -257,10 +258,12 @@ class Pruner(nn.Module):
         last = self._step + 1 == self.total_steps
         # The paper's method counts zeros after every step, but must not wait for the device.
         waits = (due and self.controller.exact) or last
+        written = self.sparse_weights.left_out()
         if waits:
             if self._subtract_skipped(uncounted=1):
                 return  # the step count went back, so the due step comes later
             self.weighting.check_finite()
+            self._watch.after(written)
         self._losses_since_step = 0
         self.sparse_weights.catch_up(in_step=in_step)
         # In other steps the controller needs no dense weights.
@@ -274,7 +277,8 @@ class Pruner(nn.Module):
             self.sparse_weights.fix(self.controller.fixed)
         if self._step % self.controller.interval == 0:
             self.weighting.record.read()
-        self._prepare()
+        if (self._prepare() or self._step + 1 == self.total_steps) and written:
+            self._watch.before(written)
 
     def _prepare(self) -> bool:
         """Prepare the controller for the next step, once; return whether an update is due after."""

@@ -15,6 +15,7 @@ from torch.utils.weak import TensorWeakRef
 from torch_adapmtl._distributed import is_sharded, local, local_mask, sharded_like
 from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.layers.gradient_hooks import GradientHooks, in_backward, registered
+from torch_adapmtl.layers.layer import Layer
 from torch_adapmtl.layers.optimizer_hooks import (
     follow,
     followers,
@@ -186,6 +187,11 @@ class SparseWeights(nn.Module):
             yield
         finally:
             self.to_sparse()
+
+    def left_out(self) -> list[Layer]:
+        """Return the sparse layers that no optimiser has updated since the last `catch_up`."""
+        left_out = (self.layers[i] for i in sorted(self._behind))
+        return [layer for layer in left_out if not layer.dense and layer.held is not None]
 
     def catch_up(self, *, in_step: bool = False) -> None:
         """Apply the thresholds of the layers that no optimiser has updated since the last call.
