@@ -197,6 +197,44 @@ def test_a_state_that_is_saved_in_an_optimisers_step(when: str) -> None:
     assert zeros(other) == round(0.8 * weights(other))
 
 
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:.*quantize")
+@pytest.mark.parametrize("steps", [8, 15, 19])
+def test_a_quantised_copy_has_the_zeros_of_the_run_and_leaves_it_alone(steps: int) -> None:
+    if torch.backends.quantized.engine == "none":
+        pytest.skip("needs an engine of quantised operations")
+    ends = []
+    for quantising in (False, True):
+        torch.manual_seed(0)
+        model = TwoTasks()
+        pruner = prepare(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        train(model, pruner, optimizer, range(steps))
+        if quantising:
+            linear = {nn.Linear}
+            quantised = torch.ao.quantization.quantize_dynamic(
+                copy.deepcopy(model), linear, dtype=torch.qint8
+            )
+            x = batch(0)[0]
+            expected = model(x)
+            for task, out in quantised(x).items():
+                torch.testing.assert_close(out, expected[task], rtol=0.1, atol=0.1)
+            zero = model.body.weight == 0
+            assert zero.any()
+            assert not quantised.body.weight().dequantize()[zero].any()
+            # What its pruner would report are the float weights, with which it does not compute.
+            for look in (quantised.adapmtl.report, quantised.adapmtl.fix_zeros):
+                with pytest.raises(RuntimeError, match=r"'body\.weight' is no longer in the model"):
+                    look()
+            before = quantised(x)
+            quantised.adapmtl.undo()  # then it can be pickled
+            assert all(torch.equal(out, before[task]) for task, out in quantised(x).items())
+            torch.save(quantised, io.BytesIO())
+        train(model, pruner, optimizer, range(steps, 20))
+        pruner.finalize()
+        ends.append(tensors(model))
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
 class _Tied(TwoTasks):
     """Holds the weight of its first layer twice."""
 
