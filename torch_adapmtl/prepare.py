@@ -105,7 +105,8 @@ def apply_adapmtl(
 
     Warns:
         UserWarning: If most weights are not prunable and stay dense, unless `exclude` is given; if
-            most prunable weights are frozen (`requires_grad=False`) and stay dense.
+            most prunable weights are frozen (`requires_grad=False`) and stay dense. Later, in the
+            step of an optimiser, if it trains prunable weights that no gradient reached here.
 
     Example:
         >>> import torch

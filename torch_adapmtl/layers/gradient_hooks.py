@@ -33,7 +33,6 @@ class GradientHooks:
     Args:
         layers: The layers.
         function: Called with the index of the layer and its weight, whose `grad` is not None.
-
     """
 
     def __init__(
@@ -91,10 +90,9 @@ class GradientHooks:
                 must be sparse.
         """
         for i, layer in enumerate(self._layers):
-            weight = layer.held
-            if weight is None or weight.grad is None or id(weight) not in parameters:
+            if i in self._shown or layer.dense or (weight := layer.held) is None:
                 continue
-            if i not in self._shown and not layer.dense:
+            if weight.grad is not None and id(weight) in parameters:
                 self._stepped[i] = torch._C._current_graph_task_id()  # -1 outside of one
                 self._call(i, weight)
 

@@ -114,14 +114,13 @@ class SparseWeights(nn.Module):
         Returns:
             The indices of the layers that were sparse before.
         """
-        wanted = self._all() if indices is None else indices
-        layers = self.layers
+        wanted, layers = self._all() if indices is None else indices, self.layers
         changed = {i for i in wanted if not layers[i].dense and layers[i].held is not None}
         for i in changed:
-            self.layers[i].dense = True
+            layers[i].dense = True
         shrunk = sorted(changed & self._shrunk)
         if shrunk:
-            weights = [local(self.layers[i].weight) for i in shrunk]
+            weights = [local(layers[i].weight) for i in shrunk]
             torch._foreach_add_(weights, [local(self._residual(i)) for i in shrunk])
         return changed
 
