@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from toys import TwoTasks, batch, losses, prepare, tensors, train, weights, zeros
 
-from torch_adapmtl import Paper, Pruner, SparsitySchedule, Taylor
+from torch_adapmtl import Adaptive, Magnitude, Paper, Pruner, SparsitySchedule, Taylor
 
 EARLY = SparsitySchedule(start=0.0, end=0.5)
 
@@ -308,6 +308,207 @@ def test_evaluation_under_autocast_keeps_no_copies() -> None:
     train(model, pruner, torch.optim.SGD(model.parameters(), lr=0.1), range(15))
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         assert not model.body.weight.requires_grad
+
+
+# --- weights that are kept elsewhere -------------------------------------------------------------
+
+
+class Master(torch.optim.Optimizer):
+    """Trains copies of the weights and writes them into the weights, in its step."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            master = state.setdefault("master", parameter.detach().clone())
+            master.sub_(parameter.grad, alpha=0.05)
+            parameter.copy_(master)
+
+
+class Outer(torch.optim.Optimizer):
+    """Minimises a function of one vector, as SciPy does, for some iterations in each step."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        parameters = self.param_groups[0]["params"]
+
+        def evaluate(vector: Tensor) -> tuple[float, Tensor]:
+            nn.utils.vector_to_parameters(vector, parameters)
+            with torch.enable_grad():
+                value = closure().item()
+            return value, nn.utils.parameters_to_vector([p.grad for p in parameters])
+
+        vector = nn.utils.parameters_to_vector(parameters).clone()
+        value, gradient = evaluate(vector)
+        length = 0.2
+        for _ in range(6):
+            new = vector - length * gradient
+            new_value, new_gradient = evaluate(new)
+            if new_value < value:
+                vector, value, gradient = new, new_value, new_gradient
+            else:
+                length /= 2
+        nn.utils.vector_to_parameters(vector, parameters)
+
+
+def test_an_outer_optimiser_may_run_in_a_step() -> None:
+    model = TwoTasks()
+    pruner = prepare(model, total_steps=40)
+    optimizer = Outer(model.parameters())
+    seen: list[float] = []
+
+    def closure() -> Tensor:
+        model.zero_grad()
+        total = pruner.loss(losses(model, 0))
+        total.backward()
+        seen.append(total.item())
+        return total
+
+    for _ in range(40):
+        optimizer.step(closure)
+        pruner.step()
+    assert seen[-1] < seen[0] / 2
+    _final(pruner, model)
+
+
+class SAM(torch.optim.Optimizer):
+    """Sharpness-aware minimisation, in the form that is copied most (davda54/sam)."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {})
+        self.base = torch.optim.SGD(self.param_groups, lr=0.1)
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        parameters = self.param_groups[0]["params"]
+        scale = 0.05 / torch.stack([p.grad.norm() for p in parameters]).norm()
+        for p in parameters:
+            self.state[p]["old"] = p.data.clone()
+            p.add_(p.grad * scale)
+        self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        for p in self.param_groups[0]["params"]:
+            p.data = self.state[p]["old"]
+        self.base.step()
+        self.zero_grad()
+
+    def step(self, closure: Any = None) -> None:
+        self.first_step()
+        closure()
+        self.second_step()
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_sharpness_aware_minimisation_in_one_call_or_two(at_once: bool) -> None:
+    model = TwoTasks()
+    pruner = prepare(model, total_steps=60)
+    optimizer = SAM(model.parameters())
+    first = sum(losses(model, 0).values()).item()  # type: ignore[union-attr]
+    perturbed = []
+    for step in range(60):
+
+        def closure(step: int = step) -> None:
+            pruner.loss(losses(model, step % 2)).backward()
+            perturbed.append(zeros(pruner))
+
+        pruner.loss(losses(model, step % 2)).backward()
+        present = zeros(pruner)
+        if at_once:
+            optimizer.step(closure)
+        else:
+            optimizer.first_step()
+            closure()
+            optimizer.second_step()
+        if step == 30:  # in one call, most pruned weights stay zero; in two, most do not
+            assert present > 0.5 * weights(pruner)
+            assert (perturbed[-1] > 0.8 * present) if at_once else (perturbed[-1] < 0.5 * present)
+        pruner.step()
+    assert sum(losses(model, 0).values()).item() < first / 2  # type: ignore[union-attr]
+    _final(pruner, model)
+
+
+class _Copies:
+    """A loop of gradient descent that keeps copies of the weights."""
+
+    def __init__(self, model: nn.Module, pruner: Pruner, how: str) -> None:
+        self.model, self.pruner, self.how = model, pruner, how
+        self.parameters = list(model.parameters())
+        self.optimizer: Any = None
+        if how == "SGD":
+            self.optimizer = torch.optim.SGD(self.parameters, lr=0.05)
+        elif how == "in a step":
+            self.optimizer = Master(self.parameters)
+        self.copies = [parameter.detach().clone() for parameter in self.parameters]
+
+    def train(self, steps: range) -> None:
+        for step in steps:
+            self.model.zero_grad()
+            self.pruner.loss(losses(self.model, step)).backward()
+            if self.optimizer is None:
+                self.update()
+            else:
+                self.optimizer.step()
+            self.pruner.step()
+
+    @torch.no_grad()
+    def update(self) -> None:
+        old = [copied.clone() for copied in self.copies]
+        for copied, parameter in zip(self.copies, self.parameters, strict=True):
+            copied.sub_(parameter.grad, alpha=0.05)  # type: ignore[arg-type]
+        if self.how == "a vector":
+            vector = nn.utils.parameters_to_vector(self.copies)
+            nn.utils.vector_to_parameters(vector, self.parameters)
+            return
+        for parameter, new, before in zip(self.parameters, self.copies, old, strict=True):
+            if self.how == "changes":
+                parameter.add_(new - before)
+            else:
+                parameter.copy_(new)
+
+
+methods = pytest.mark.parametrize(
+    "method", ["adaptive", Magnitude(), Adaptive(reach=torch.inf)], ids=["lamp", "masks", "soft"]
+)
+
+
+@methods
+@pytest.mark.parametrize("how", ["copied", "a vector"])
+def test_weights_that_are_written_from_elsewhere_are_warned_of_once(how: str, method: Any) -> None:
+    model = TwoTasks()
+    pruner = prepare(model, method=method, total_steps=40)
+    said = r"a copy of its own.*torch\.optim\.Optimizer.*add_"
+    with pytest.warns(UserWarning, match=said) as found:
+        _Copies(model, pruner, how).train(range(40))
+    assert len(found) == 1
+    _final(pruner, model)
+
+
+@methods
+@pytest.mark.parametrize("how", ["in a step", "changes"])
+def test_they_may_be_written_in_a_step_or_as_changes(how: str, method: Any) -> None:
+    """Which are the remedies that the warning names."""
+    found = []
+    for kind in ("SGD", how):
+        torch.manual_seed(0)
+        model = TwoTasks().double()  # rounding differs, and thresholds make more of it
+        model.register_forward_pre_hook(lambda module, args: (args[0].double(),))
+        pruner = prepare(model, method=method, total_steps=40)
+        loop = _Copies(model, pruner, kind)
+        loop.train(range(30))
+        assert zeros(pruner) > 0.5 * weights(pruner)
+        found.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        loop.train(range(30, 40))
+        _final(pruner, model)
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value)
 
 
 # --- between the parts of a step, and at the last one --------------------------------------------

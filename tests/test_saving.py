@@ -15,7 +15,7 @@ from torch.nn.utils import prune
 from toys import TwoTasks, batch, losses, prepare, tensors, train, weights, zeros
 from untouched import assert_untouched
 
-from torch_adapmtl import Pruner, SparsitySchedule
+from torch_adapmtl import Pruner, SparsitySchedule, plain_state_dict
 
 # 450 steps: an update every 9, the sparsity begins to rise at once.
 RUN: dict[str, Any] = {"total_steps": 450, "schedule": SparsitySchedule(start=0.0, end=0.1)}
@@ -197,6 +197,89 @@ def test_a_state_that_is_saved_in_an_optimisers_step(when: str) -> None:
     assert zeros(other) == round(0.8 * weights(other))
 
 
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:.*quantize")
+@pytest.mark.parametrize("steps", [8, 15, 19])
+def test_a_quantised_copy_has_the_zeros_of_the_run_and_leaves_it_alone(steps: int) -> None:
+    if torch.backends.quantized.engine == "none":
+        pytest.skip("needs an engine of quantised operations")
+    ends = []
+    for quantising in (False, True):
+        torch.manual_seed(0)
+        model = TwoTasks()
+        pruner = prepare(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        train(model, pruner, optimizer, range(steps))
+        if quantising:
+            linear = {nn.Linear}
+            quantised = torch.ao.quantization.quantize_dynamic(
+                copy.deepcopy(model), linear, dtype=torch.qint8
+            )
+            x = batch(0)[0]
+            expected = model(x)
+            for task, out in quantised(x).items():
+                torch.testing.assert_close(out, expected[task], rtol=0.1, atol=0.1)
+            zero = model.body.weight == 0
+            assert zero.any()
+            assert not quantised.body.weight().dequantize()[zero].any()
+            # What its pruner would report are the float weights, with which it does not compute.
+            for look in (quantised.adapmtl.report, quantised.adapmtl.fix_zeros):
+                with pytest.raises(RuntimeError, match=r"'body\.weight' is no longer in the model"):
+                    look()
+            before = quantised(x)
+            quantised.adapmtl.undo()  # then it can be pickled
+            assert all(torch.equal(out, before[task]) for task, out in quantised(x).items())
+            torch.save(quantised, io.BytesIO())
+        train(model, pruner, optimizer, range(steps, 20))
+        pruner.finalize()
+        ends.append(tensors(model))
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+class _Tied(TwoTasks):
+    """Holds the weight of its first layer twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twin = nn.Linear(6, 12)
+        self.twin.weight = self.body.weight
+
+
+@pytest.mark.parametrize("when", ["after an error", "in a hook of the optimiser"])
+@pytest.mark.parametrize("steps", [8, 19])  # before and after the zeros are fixed
+def test_a_state_that_is_saved_while_weights_are_dense_holds_sparse_ones(
+    steps: int, when: str
+) -> None:
+    model, plain, fresh = _Tied(), _Tied(), _Tied()
+    pruner = prepare(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    train(model, pruner, optimizer, range(steps))
+    states = []
+
+    def save(*_: object) -> None:
+        states.append(copy.deepcopy(model.state_dict()))
+        if when == "after an error":
+            raise KeyboardInterrupt
+
+    optimizer.register_step_post_hook(save)
+    pruner.loss(losses(model, steps)).backward()
+    if when == "after an error":
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step()
+        states = [model.state_dict()]
+    else:
+        optimizer.step()
+    plain.load_state_dict(plain_state_dict(states[0]))
+    x = batch(0)[0]
+    expected = model(x)
+    assert all(torch.equal(out, expected[task]) for task, out in plain(x).items())
+    names = [layer.name for layer in pruner.layers]
+    saved = [plain_state_dict(states[0])[name] for name in names]
+    assert sum(int((weight == 0).sum()) for weight in saved) == zeros(pruner) > 0
+    prepare(fresh)
+    fresh.load_state_dict(states[0])
+    _assert_equal(fresh, model)  # the residuals too
+
+
 @pytest.mark.parametrize("part", ["heads", "body"])
 @pytest.mark.parametrize("stop", [12, 20])
 def test_plain_weights_of_a_part_replace_those_of_the_run(stop: int, part: str) -> None:
@@ -207,7 +290,7 @@ def test_plain_weights_of_a_part_replace_those_of_the_run(stop: int, part: str) 
     train(model, pruner, optimizer, range(stop))
     thresholds = pruner.controller.thresholds()
     with pruner.sparse_weights.dense():
-        before = tensors(model)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
     state = source.get_submodule(part).state_dict()
     model.get_submodule(part).load_state_dict(state)
     wanted = {**before, **{f"{part}.{key}": value for key, value in state.items()}}

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import prune
-from toys import TwoTasks, losses, prepare, train, weights, zeros
+from torch.nn.utils import parametrizations, parametrize, prune
+from toys import TwoTasks, losses, prepare, tensors, train, weights, zeros
 
 from torch_adapmtl import Adaptive, Magnitude, Pruner, SparsitySchedule, apply_adapmtl
 
@@ -154,6 +154,152 @@ def test_layers_that_are_added_are_warned_of() -> None:
     model.more = nn.Linear(4, 4)
     with pytest.warns(UserWarning, match=r"'more\.weight' is in the model, but was not"):
         train(model, pruner, optimizer, range(3, 20))
+
+
+class Experts(TwoTasks):
+    """Uses one of several experts, at random, in each pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(12, 12) for _ in range(6))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = self.body(x).tanh()
+        h = self.experts[int(torch.randint(6, ()))](h).tanh()
+        return {task: head(h) for task, head in self.heads.items()}
+
+
+class Warmup(TwoTasks):
+    """Trains its body only later."""
+
+    warm = False
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = self.body(x).tanh()
+        h = h if self.warm else h.detach()
+        return {task: head(h) for task, head in self.heads.items()}
+
+
+def test_experts_that_were_not_chosen_at_first_are_warned_of_once() -> None:
+    model = Experts()
+    pruner = prepare(model)
+    assert len(pruner.components["unused"]) in (4, 5)  # it ran in train mode and in eval mode
+
+    def train_on() -> None:
+        train(model, pruner, sgd(model), range(20))
+
+    with pytest.warns(
+        UserWarning, match=r"'experts\.\d\.weight' is trained, but .*groups="
+    ) as found:
+        train_on()
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize(
+    "options", [{"groups": {"shared": ["experts"]}}, {"exclude": ["experts"]}, {}], ids=str
+)
+def test_experts_that_are_named_are_pruned_or_left_out(options: Any) -> None:
+    model = Experts()
+    pruner = prepare(model, **options)
+    if not options:
+        pruner.undo()  # which ends the warning too
+        sum(losses(model, 0).values()).backward()
+        sgd(model).step()
+        pruner = prepare(model, groups={"shared": ["experts"]})
+    train(model, pruner, sgd(model), range(20))
+    pruner.finalize()
+    experts = torch.stack([expert.weight.detach() for expert in model.experts])
+    zeros_in_experts = int((experts == 0).sum())
+    if "exclude" in options:
+        assert zeros_in_experts == 0
+        assert share_of_zeros(model) == round(0.8 * 168) / 168
+    else:
+        assert zeros_in_experts + 168 * share_of_zeros(model) == round(0.8 * (864 + 168))
+
+
+def test_a_part_that_is_cut_off_at_first_is_warned_of() -> None:
+    model = Warmup()
+    pruner = prepare(model)
+    optimizer = sgd(model)
+    train(model, pruner, optimizer, range(5))
+    model.warm = True
+    with pytest.warns(UserWarning, match=r"'body\.weight' is trained, but .*groups="):
+        train(model, pruner, optimizer, [5])
+
+
+class LowRank(nn.Module):
+    """Adds a low-rank update, which is zero at first."""
+
+    def __init__(self, out_features: int, in_features: int) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.zeros(out_features, 1))
+        self.down = nn.Parameter(torch.randn(1, in_features))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.up @ self.down
+
+
+class Scale(nn.Module):
+    """Scales each row."""
+
+    def __init__(self, out_features: int, in_features: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(out_features, 1))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.scale
+
+
+METHODS = [Adaptive(), Magnitude(), Adaptive(allocation="gradient")]
+
+
+@pytest.mark.parametrize("steps", [1, 8, 19])
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_parametrization_that_does_not_keep_zeros_is_refused_until_it_is_removed(
+    method: Any, steps: int
+) -> None:
+    torch.manual_seed(0)
+    model = TwoTasks()
+    pruner = prepare(model, method=method)
+    optimizer = torch.optim.SGD(pruner.param_groups(lr=0.1))
+    train(model, pruner, optimizer, range(steps))
+    parametrize.register_parametrization(model.body, "weight", LowRank(12, 6))
+    looks = [pruner.sparsity, pruner.report, pruner.fix_zeros, pruner.finalize]
+    if steps < 18:  # then the zeros are fixed, and finalize looks again
+        looks.append(pruner.step)
+    for look in looks:
+        with pytest.raises(RuntimeError, match=r"'body\.weight' is computed by LowRank .* remove"):
+            look()
+    if method == METHODS[-1]:
+        return  # its threshold is a parametrization, and would be removed too
+    parametrize.remove_parametrizations(model.body, "weight", leave_parametrized=False)
+    train(model, pruner, optimizer, range(steps, 20))
+    pruner.finalize()
+    assert share_of_zeros(model) == round(0.8 * 168) / 168
+
+
+def put_scale_on(module: nn.Module) -> None:
+    parametrize.register_parametrization(module, "weight", Scale(12, 6))
+
+
+@pytest.mark.parametrize("put_on", [put_scale_on, parametrizations.spectral_norm])
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.filterwarnings("ignore:'body.parametrizations.weight.* is in the model, but was not")
+def test_a_parametrization_that_keeps_zeros_may_be_registered_in_a_run(
+    method: Any, put_on: Callable[[nn.Module], object]
+) -> None:
+    torch.manual_seed(0)
+    model = TwoTasks()
+    pruner = prepare(model, method=method)
+    optimizer = torch.optim.SGD(pruner.param_groups(lr=0.1))
+    train(model, pruner, optimizer, range(8))
+    put_on(model.body)
+    state = tensors(model)
+    pruner.report()
+    assert all(torch.equal(value, state[name]) for name, value in tensors(model).items())
+    train(model, pruner, optimizer, range(8, 20))
+    pruner.finalize()
+    assert share_of_zeros(model) == round(0.8 * 168) / 168
 
 
 # --- the weight of a layer is its parameter -------------------------------------------------------

@@ -18,7 +18,7 @@ from torch_adapmtl.components._unwrap import unwrap
 from torch_adapmtl.components.find import FROZEN, UNUSED, Components, find_components
 from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.layers.layer import Layer, zeros_to_keep
-from torch_adapmtl.layers.sparse_weights import pruned_parameter, watch_forward
+from torch_adapmtl.layers.sparse_weights import pruned_parameter
 from torch_adapmtl.methods._base import Controller, Method, as_json
 from torch_adapmtl.methods.adaptive import Adaptive
 from torch_adapmtl.methods.paper import Paper
@@ -105,7 +105,8 @@ def apply_adapmtl(
 
     Warns:
         UserWarning: If most weights are not prunable and stay dense, unless `exclude` is given; if
-            most prunable weights are frozen (`requires_grad=False`) and stay dense.
+            most prunable weights are frozen (`requires_grad=False`) and stay dense. Later, in the
+            step of an optimiser, if it trains prunable weights that no gradient reached here.
 
     Example:
         >>> import torch
@@ -183,8 +184,7 @@ def apply_adapmtl(
     guard(inner, layers)
     if is_graph(inner):
         keep_pruner(inner)
-    pruner.sparse_weights.attach()
-    watch_forward(inner)
+    pruner._begin()
     return pruner
 
 

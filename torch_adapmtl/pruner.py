@@ -14,11 +14,11 @@ from torch_adapmtl._checks import check_choice, check_fraction, check_steps
 from torch_adapmtl.components.find import FROZEN, UNUSED, Components
 from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.layers.layer import count_zeros
-from torch_adapmtl.layers.optimizer_hooks import watch_zeros
-from torch_adapmtl.layers.sparse_weights import SparseWeights, stop_watching
+from torch_adapmtl.layers.optimizer_hooks import stop_warning
+from torch_adapmtl.layers.sparse_weights import SparseWeights, stop_watching, watch_forward
 from torch_adapmtl.methods._base import Controller
 from torch_adapmtl.run._graph_module import is_graph, let_pruner_go
-from torch_adapmtl.run._model_watch import ModelWatch
+from torch_adapmtl.run._model_watch import ModelWatch, watch_unreached, watch_zeros
 from torch_adapmtl.run._step_hook import StepHook
 from torch_adapmtl.run.checkpoint import load, save, unguard
 from torch_adapmtl.run.diagnostics import Watch, signs
@@ -110,6 +110,7 @@ class Pruner(nn.Module):
         self._step_hook: StepHook | None = None
         self._watch = Watch()
         self._model_watch = ModelWatch(model, components, layers)
+        self._unreached: object = None
         # Calls of `loss` since the last step, and which warnings about steps have been given.
         self._losses_since_step = 0
         self._warned: set[str] = set()
@@ -218,14 +219,16 @@ class Pruner(nn.Module):
         Raises:
             RuntimeError: After `finalize`, or while attached to an optimiser. Also, at an update
                 and at the last step, if a loss has been NaN or infinite since the last check, or if
-                the model is not the one that was prepared: a pruned layer was replaced, removed or
-                masked by `torch.nn.utils.prune`. The call does not count then.
+                the model is not the one that was prepared: a pruned layer was replaced, removed,
+                masked by `torch.nn.utils.prune`, or got a parametrization that does not keep its
+                zeros. The call does not count then.
 
         Warns:
             UserWarning: Once each: if no weight has changed in the first 50 steps or more, so that
-                nothing trains them; if `step` was called more than `total_steps` times; for a task
-                that has had no loss for longer than the window of its weight; if weights were
-                frozen, unfrozen or added after `apply_adapmtl`.
+                nothing trains them; if the loop writes weights from a copy in which nothing is
+                pruned; if `step` was called more than `total_steps` times; for a task that has had
+                no loss for longer than the window of its weight; if weights were frozen, unfrozen
+                or added after `apply_adapmtl`.
         """
         if self._step_hook is not None:
             raise RuntimeError(
@@ -255,10 +258,12 @@ class Pruner(nn.Module):
         last = self._step + 1 == self.total_steps
         # The paper's method counts zeros after every step, but must not wait for the device.
         waits = (due and self.controller.exact) or last
+        written = self.sparse_weights.left_out()
         if waits:
             if self._subtract_skipped(uncounted=1):
                 return  # the step count went back, so the due step comes later
             self.weighting.check_finite()
+            self._watch.after(written)
         self._losses_since_step = 0
         self.sparse_weights.catch_up(in_step=in_step)
         # In other steps the controller needs no dense weights.
@@ -272,7 +277,8 @@ class Pruner(nn.Module):
             self.sparse_weights.fix(self.controller.fixed)
         if self._step % self.controller.interval == 0:
             self.weighting.record.read()
-        self._prepare()
+        if (self._prepare() or self._step + 1 == self.total_steps) and written:
+            self._watch.before(written)
 
     def _prepare(self) -> bool:
         """Prepare the controller for the next step, once; return whether an update is due after."""
@@ -615,6 +621,12 @@ class Pruner(nn.Module):
         self.sparse_weights.to_dense()
         return self._leave(bake=False)
 
+    def _begin(self) -> None:
+        """Make the parameters sparse, and watch them, now that the model contains the pruner."""
+        self.sparse_weights.attach()
+        watch_forward(self._model)
+        self._unreached = watch_unreached(self.components)
+
     def _leave(self, *, bake: bool) -> nn.Module:
         for layer in self.layers:
             layer.remove(bake=bake)
@@ -622,6 +634,7 @@ class Pruner(nn.Module):
         self.detach()
         unguard(self._model, self.layers)
         stop_watching(self._model)
+        stop_warning(self._unreached)
         self._model._modules.pop("adapmtl", None)
         if is_graph(self._model):
             let_pruner_go(self._model)
@@ -686,7 +699,7 @@ class Pruner(nn.Module):
         self._reshard()
         parameters = {id(parameter) for parameter in self._model.parameters()}
         for layer in self.layers:
-            if problem := layer.problem(parameters):
+            if problem := layer.problem(parameters) or self._model_watch.problem(layer):
                 raise RuntimeError(f"{layer.name!r} {problem}")
             if not self.controller.shardable and layer.sharded:
                 raise RuntimeError(

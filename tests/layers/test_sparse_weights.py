@@ -369,6 +369,72 @@ def test_a_step_that_failed_does_not_leave_weights_dense() -> None:
     assert not any(w[~m].any() for w, m in zip(sparse, subject.masks(), strict=True))
 
 
+class Curvature(torch.optim.SGD):
+    """Divides gradients by the curvature, as AdaHessian does, and differentiates them for that."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = None if closure is None else closure()
+        weights = self.param_groups[0]["params"]
+        gradients = [p.grad for p in weights]
+        for p, gradient in zip(weights, scaled(gradients, weights), strict=True):
+            p.grad = gradient
+        super().step()
+        return loss
+
+
+def curved(weights: list[Any], step: int) -> Tensor:
+    """An objective whose second derivatives are computed from the weights themselves."""
+    return objective([weight.sin() for weight in weights], step)
+
+
+def scaled(gradients: list[Tensor], weights: list[Any]) -> list[Tensor]:
+    ones = [torch.ones_like(gradient) for gradient in gradients]
+    curvature = torch.autograd.grad(gradients, weights, ones)
+    return [g.detach() / (c.abs() + 1) for g, c in zip(gradients, curvature, strict=True)]
+
+
+@pytest.mark.filterwarnings("ignore:.*create_graph=True")
+@pytest.mark.parametrize("in_closure", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_optimiser_may_differentiate_gradients_in_its_step(
+    masked: bool, in_closure: bool
+) -> None:
+    subject = Subject(torch.float64, 1.1, True)
+    oracle = Oracle(subject)
+    for run in (subject, oracle):
+        happen(run, "prune", 39, masked)
+    optimizer = Curvature(subject.weights, lr=0.5)
+    for step in range(4):
+        subject.sparse.renew_hooks()
+
+        def closure(step: int = step) -> Tensor:
+            optimizer.zero_grad()
+            loss = curved([*subject.weights, subject.net.twin.weight], step)
+            loss.backward(create_graph=True)
+            return loss
+
+        if in_closure:
+            optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step()
+        leaves = [oracle.split(i)[0].requires_grad_() for i in range(3)]
+        loss = curved([*leaves, leaves[0]], step)
+        gradients = list(torch.autograd.grad(loss, leaves, create_graph=True))
+        for i, mask in enumerate(subject.masks()):
+            if mask is not None:
+                gradients[i] = gradients[i].where(mask, 0.0)
+        for weight, gradient in zip(oracle.weights, scaled(gradients, leaves), strict=True):
+            with torch.no_grad():
+                weight.sub_(gradient, alpha=0.5)
+        optimizer.zero_grad()
+        for found, expected in zip(subject.state(), oracle.state(), strict=True):
+            for one, other in zip(found, expected, strict=True):
+                torch.testing.assert_close(one, other)
+        sparse = subject.state()[0]
+        assert any(bool((weight == 0).any()) for weight in sparse)
+
+
 def test_steps_that_a_scaler_skips_change_nothing() -> None:
     subject = Subject(torch.float32, 1.1, False)
     subject.start(("SGD", "AdamW, fused"), 2)

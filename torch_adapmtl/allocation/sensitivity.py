@@ -114,6 +114,7 @@ class Sensitivity(Allocator):
         self, sample: Sample, magnitudes: Scores, thresholds: Tensor, offsets: Tensor, zeros: float
     ) -> Tensor:
         """Add the sampled gradients to the statistic, and return how far each offset moves."""
+        self._hooks.note_update("allocation='sensitivity'")
         settings, (pool,) = self._settings, self._pool
         self.saliency.mul_(settings.decay).add_(self._collect(sample, magnitudes.layer, thresholds))
         total, count = self.saliency

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from torch_adapmtl.components._graph import leaf_masks
@@ -15,7 +16,7 @@ from torch_adapmtl.components._outputs import OutputError, TaskOutputs, split_ou
 from torch_adapmtl.components._probe import probe
 from torch_adapmtl.components._weight_use import WeightUse
 
-__all__ = ["Detection", "detect", "detect_each", "observe_use"]
+__all__ = ["Detection", "detect", "detect_each", "keep_zeros", "observe_use"]
 
 _T = TypeVar("_T")
 
@@ -142,6 +143,31 @@ def observe_use(
             raise
         total |= _use_in_both_modes(use, None, run)
     return total
+
+
+class _Product(nn.Module):
+    """The product of its input with what parametrizations make of a weight."""
+
+    def __init__(self, weight: nn.Parameter, parametrizations: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.weight, self.chain = weight, nn.Sequential(*parametrizations)
+
+    def forward(self, x: Tensor) -> Tensor:
+        product: Tensor = x * self.chain(self.weight)
+        return product
+
+
+def keep_zeros(weight: nn.Parameter, parametrizations: Iterable[nn.Module]) -> bool:
+    """Whether what parametrizations make of a weight is zero wherever the weight is.
+
+    If they cannot be run, the answer is yes: the model's forward pass raises the error then.
+    """
+    product = _Product(weight, parametrizations)
+    try:
+        use = observe_use(product, torch.ones((), device=weight.device), None, [weight])
+    except RuntimeError:
+        return True
+    return id(weight) not in use.remade | use.written | use.replaced
 
 
 def _use_in_both_modes(

@@ -101,6 +101,13 @@ class Filters:
     def __len__(self) -> int:
         return len(self.value)
 
+    def _most_vectors(self, width: int) -> int:
+        """Longest strip: short ones leave room in the first cache for more channels.
+
+        A window of several rows gains more from long strips, in which its rows overlap.
+        """
+        return MOST_VECTORS[width] if sum(self.reach[0]) else min(MOST_VECTORS[width], 128 // width)
+
     def _order(self, vectors: int, width: int) -> Order:
         """Blocks for strips of up to 4, 8 or 16 vectors, so that sizes of maps share them."""
         vectors = next(n for n in (4, 8, MOST_VECTORS[width]) if vectors <= n)
@@ -126,7 +133,7 @@ class Filters:
         """The fields of a call but those of input and output, and the tensors they point to."""
         kernels, keep = engine(), output.keep()
         vectors = output.pitch // kernels.width
-        strips = -(-vectors // MOST_VECTORS[kernels.width])
+        strips = -(-vectors // self._most_vectors(kernels.width))
         chosen = self._order(-(-vectors // strips), kernels.width)
         offset = self.column.long() * source.pitch + self.down * source.columns + self.right
         pairs = torch.stack([offset.int(), self.value.view(torch.int32)], 1)[chosen.permutation]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,10 @@ from ._fused_layer import FusedLayer
 from ._layers import SparseLinear
 from ._maps import contiguous
 from ._trace import is_plain
-from ._windows import MapMaxPool2d
+from ._windows import MapMaxPool2d, MapNorm2d, Norm
 
-_LAYERS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
+_LAYERS = (*_CONVOLUTIONS, nn.Linear)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 _ZERO_TO_ZERO = (
     nn.ReLU,
@@ -71,7 +72,7 @@ _MAP_FUNCTIONS = {
     _elementwise.mean,
     _elementwise.concatenate,
 }
-_MAP_MODULES = (FusedLayer, MapMaxPool2d, MapActivation, MapMean)
+_MAP_MODULES = (FusedLayer, MapMaxPool2d, MapNorm2d, MapActivation, MapMean)
 # These return new tensors that have no gaps, and their channels in order, whatever they are given.
 _ANY_STRIDES_MODULES = (
     nn.AdaptiveAvgPool2d,
@@ -89,16 +90,6 @@ _ANY_STRIDES_FUNCTIONS = {
     F.max_pool2d,
     F.interpolate,
 }
-
-
-class _Norm(NamedTuple):
-    """What a batch norm computes with."""
-
-    mean: Tensor
-    variance: Tensor
-    eps: float
-    weight: Tensor | None
-    bias: Tensor | None
 
 
 def fuse_layers(module: nn.Module) -> nn.Module:
@@ -173,8 +164,8 @@ def _fuse(graph: fx.GraphModule, prefix: str) -> None:
             continue  # what follows differs from call to call
         fused, residual, activation = [node], None, None
         following = _only_user(node)
-        norm = None if following is None else _norm(graph, following, node, dense)
-        if following is not None and norm is not None:
+        norm = _norm(graph, following) if isinstance(dense, _CONVOLUTIONS) else None
+        if following is not None and norm is not None and following.args[0] is node:
             _fold(dense, norm)
             fused.append(following)
             following = _only_user(following)
@@ -265,9 +256,9 @@ def _attribute(graph: fx.GraphModule, node: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
-def _norm(graph: fx.GraphModule, node: fx.Node, given: fx.Node, layer: nn.Module) -> _Norm | None:
-    """The batch norm that `node` applies to what the convolution `layer` computes."""
-    if isinstance(layer, nn.Linear) or node.args[:1] != (given,):
+def _norm(graph: fx.GraphModule, node: fx.Node | None) -> Norm | None:
+    """The batch norm that a node applies to its first argument."""
+    if node is None or not node.args:
         return None
     module = _module(graph, node)
     if isinstance(module, _NORMS):
@@ -275,9 +266,7 @@ def _norm(graph: fx.GraphModule, node: fx.Node, given: fx.Node, layer: nn.Module
             return None
         if module.running_mean is None or module.running_var is None:
             return None
-        return _Norm(
-            module.running_mean, module.running_var, module.eps, module.weight, module.bias
-        )
+        return Norm(module.running_mean, module.running_var, module.eps, module.weight, module.bias)
     if node.target is not F.batch_norm:
         return None
     names = [
@@ -299,10 +288,10 @@ def _norm(graph: fx.GraphModule, node: fx.Node, given: fx.Node, layer: nn.Module
     ]
     if values.get("training", False) is not False or mean is None or variance is None or unknown:
         return None
-    return _Norm(mean, variance, values.get("eps", 1e-5), weight, bias)
+    return Norm(mean, variance, values.get("eps", 1e-5), weight, bias)
 
 
-def _fold(layer: Any, norm: _Norm) -> None:
+def _fold(layer: Any, norm: Norm) -> None:
     layer.weight, layer.bias = fuse_conv_bn_weights(
         layer.weight,
         layer.bias,
@@ -381,6 +370,10 @@ def _can_move(
 def _use_maps(graph: fx.GraphModule) -> None:
     """Let what lies between layers work on maps as a whole."""
     for node in list(graph.graph.nodes):
+        norm = _norm(graph, node)
+        if norm is not None:
+            _use_map_norm(graph, node, norm)
+            continue
         module = _module(graph, node)
         if module is not None:
             replaced = _map_module(module)
@@ -395,6 +388,25 @@ def _use_maps(graph: fx.GraphModule) -> None:
                 new.meta["is_wrapped"] = True  # else a pickle would hold what it does to proxies
             node.replace_all_uses_with(new)
             graph.graph.erase_node(node)
+
+
+def _use_map_norm(graph: fx.GraphModule, node: fx.Node, norm: Norm) -> None:
+    """Replace a batch norm that follows no layer, with the activation that follows it."""
+    fused, following = [node], _only_user(node)
+    activation = None
+    if following is not None and following.args[:1] == (node,):
+        activation = _activation(graph, following)
+        if activation is not None:
+            fused.append(following)
+    name = f"map_norm_{len(graph.graph.nodes)}"
+    while hasattr(graph, name):
+        name += "_"
+    graph.add_submodule(name, MapNorm2d(norm, activation))
+    with graph.graph.inserting_before(node):  # not after what writes to the input
+        new = graph.graph.call_module(name, (node.args[0],))
+    fused[-1].replace_all_uses_with(new)
+    for part in reversed(fused):
+        _erase(graph, part)
 
 
 def _leave_maps(graph: fx.GraphModule) -> None:
@@ -420,7 +432,9 @@ def _makes_map(graph: fx.GraphModule, node: fx.Node) -> bool:
     module = _module(graph, node)
     if isinstance(module, FusedLayer):
         return isinstance(module.dense, nn.Conv1d | nn.Conv2d)
-    return node.target in _MAP_FUNCTIONS or isinstance(module, MapMaxPool2d | MapActivation)
+    return node.target in _MAP_FUNCTIONS or isinstance(
+        module, MapMaxPool2d | MapNorm2d | MapActivation
+    )
 
 
 def _is_in_place(graph: fx.GraphModule, node: fx.Node) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -390,6 +390,42 @@ class SparseConvTranspose2d(nn.Module):
         wide.copy_(split.permute(0, 1, 4, 5, 2, 6, 3))
         whole = wide.view(batch, self.groups * outs, rows * sy, columns * sx)
         return whole[:, :, py : py + sizes[0], px : px + sizes[1]].contiguous()
+
+
+class Norm(NamedTuple):
+    """What a batch norm computes with, one number for each channel."""
+
+    mean: Tensor
+    variance: Tensor
+    eps: float
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+class MapNorm2d(nn.Module):
+    """A batch norm and what follows it, on maps: a convolution of one weight for each channel.
+
+    Args:
+        norm: What the batch norm computes with.
+        activation: What follows; None for nothing.
+    """
+
+    def __init__(self, norm: Norm, activation: nn.Module | None) -> None:
+        super().__init__()
+        self.norm, self.activation = norm, activation
+        scale = (norm.variance + norm.eps).rsqrt() * (1.0 if norm.weight is None else norm.weight)
+        shift = (0.0 if norm.bias is None else norm.bias) - norm.mean * scale
+        self.on_maps = SparseConv2d(
+            scale[:, None, None, None], shift, groups=len(scale), activation=Activation(activation)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if held(x) is not None and x.dim() == 4:
+            y: Tensor = self.on_maps(x)
+            return y
+        mean, variance, eps, weight, bias = self.norm
+        y = F.batch_norm(x, mean, variance, weight, bias, eps=eps)
+        return y if self.activation is None else self.activation(y)
 
 
 class MapMaxPool2d(nn.Module):

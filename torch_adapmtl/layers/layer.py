@@ -52,6 +52,14 @@ class Layer:
         return held_parameter(*self.owners[0])
 
     @property
+    def held(self) -> nn.Parameter | None:
+        """The parameter, or None if the model has lost it, which its pruner reports."""
+        try:
+            return self.weight
+        except ValueError:
+            return None
+
+    @property
     def mask(self) -> Tensor | None:
         """False for the zeros that a mask fixes, bool in the weight's shape; None for no mask."""
         return self.threshold.mask

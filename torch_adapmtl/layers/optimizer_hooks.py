@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import warnings
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -18,16 +19,15 @@ from torch.optim.optimizer import (
 )
 from torch.utils.weak import WeakIdKeyDictionary
 
-from torch_adapmtl.layers.collection import Layers
-
 __all__ = [
     "Follower",
     "follow",
     "followers",
     "kept_parameters",
     "running_steps",
+    "stop_warning",
     "unfollow",
-    "watch_zeros",
+    "warn_if_trained",
 ]
 
 
@@ -37,7 +37,9 @@ class Follower(Protocol):
     def kept(self) -> set[int]:
         """Return the `id` of each parameter that it keeps sparse."""
 
-    def begin_step(self, optimizer: Optimizer, parameters: Collection[int]) -> bool:
+    def begin_step(
+        self, optimizer: Optimizer, parameters: Collection[int], *, closure: bool
+    ) -> bool:
         """Begin a step of the parameters with these ids; return whether it keeps any."""
 
     def end_step(self, optimizer: Optimizer) -> None:
@@ -49,8 +51,8 @@ class Follower(Protocol):
 
 _followers: weakref.WeakSet[Any] = weakref.WeakSet()
 _registered: list[Any] = []
-# The names of weights that `finalize` has made sparse, and that no optimiser has trained since.
-_finalized = WeakIdKeyDictionary()
+# Weights that no optimiser has trained since `warn_if_trained`: their names, and the warning.
+_untrained = WeakIdKeyDictionary()
 
 
 def follow(follower: Follower) -> None:
@@ -94,10 +96,14 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[Any, 
     if torch.compiler.is_compiling():
         return None  # a compiled step cannot call this; `catch_up` does it later
     parameters = {id(p): p for group in optimizer.param_groups for p in group["params"]}
-    if _finalized:
-        _warn_of_lost_zeros(parameters)
-    stepping = [each for each in followers() if each.begin_step(optimizer, parameters)]
+    if _untrained:
+        _warn_of_trained(parameters)
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    stepping = [
+        follower
+        for follower in followers()
+        if follower.begin_step(optimizer, parameters, closure=callable(closure))
+    ]
     if not stepping or not callable(closure):
         return None
 
@@ -118,27 +124,45 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[Any, A
             follower.end_step(optimizer)
 
 
-def watch_zeros(layers: Layers) -> None:
-    """Warn, once, if an optimiser trains these weights, so that their zeros get lost."""
-    for layer in layers:
-        if layer.threshold.earlier_mask is None:  # else torch.nn.utils.prune holds zeros
-            _finalized[layer.weight] = layer.name
+def warn_if_trained(
+    weights: Iterable[tuple[Tensor, str]], text: Callable[[list[str]], str]
+) -> object:
+    """Warn, once, when an optimiser trains weights that are not kept sparse.
+
+    Args:
+        weights: The weights, and their names.
+        text: Makes the warning, from the names of those that are trained in the first such step.
+
+    Returns:
+        What `stop_warning` takes.
+    """
+    warning = partial(text)  # another object for each call
+    for weight, name in weights:
+        _untrained[weight] = name, warning
+    return warning
 
 
-def _warn_of_lost_zeros(parameters: Mapping[int, Tensor]) -> None:
-    kept = kept_parameters()
+def stop_warning(warning: object) -> None:
+    """Undo `warn_if_trained`."""
+    for weight, (_, other) in list(_untrained.items()):
+        if other is warning:
+            del _untrained[weight]
+
+
+def _warn_of_trained(parameters: Mapping[int, Tensor]) -> None:
     trained = [
-        (weight, name)
-        for weight, name in list(_finalized.items())
+        (weight, *found)
+        for weight, found in list(_untrained.items())
         if id(weight) in parameters and weight.grad is not None
     ]
-    for weight, _ in trained:
-        del _finalized[weight]
-    lost = [name for weight, name in trained if id(weight) not in kept]
-    if lost:
-        warnings.warn(
-            f"an optimizer trains {lost[0]!r} after finalize(): its zeros, and those of "
-            f"{len(lost) - 1} other tensors, do not stay zero. To finetune with zeros, train "
-            f"before finalize(), or call keep_zeros(model) first",
-            stacklevel=4,  # the caller of optimizer.step()
-        )
+    if not trained:
+        return
+    kept = kept_parameters()
+    names: dict[Callable[[list[str]], str], list[str]] = {}
+    for weight, name, warning in trained:
+        del _untrained[weight]
+        if id(weight) not in kept:
+            names.setdefault(warning, []).append(name)
+    for warning, found in names.items():
+        stop_warning(warning)
+        warnings.warn(warning(found), stacklevel=4)  # the caller of optimizer.step()

@@ -14,7 +14,8 @@ from torch.utils.weak import TensorWeakRef
 
 from torch_adapmtl._distributed import is_sharded, local, local_mask, sharded_like
 from torch_adapmtl.layers.collection import Layers
-from torch_adapmtl.layers.gradient_hooks import GradientHooks
+from torch_adapmtl.layers.gradient_hooks import GradientHooks, in_backward, registered
+from torch_adapmtl.layers.layer import Layer
 from torch_adapmtl.layers.optimizer_hooks import (
     follow,
     followers,
@@ -113,13 +114,13 @@ class SparseWeights(nn.Module):
         Returns:
             The indices of the layers that were sparse before.
         """
-        wanted = self._all() if indices is None else indices
-        changed = {i for i in wanted if not self.layers[i].dense and self._parameter(i) is not None}
+        wanted, layers = self._all() if indices is None else indices, self.layers
+        changed = {i for i in wanted if not layers[i].dense and layers[i].held is not None}
         for i in changed:
-            self.layers[i].dense = True
+            layers[i].dense = True
         shrunk = sorted(changed & self._shrunk)
         if shrunk:
-            weights = [local(self.layers[i].weight) for i in shrunk]
+            weights = [local(layers[i].weight) for i in shrunk]
             torch._foreach_add_(weights, [local(self._residual(i)) for i in shrunk])
         return changed
 
@@ -128,7 +129,7 @@ class SparseWeights(nn.Module):
         """Apply the thresholds and masks to the dense weights of these layers, or of all."""
         wanted = self._all() if indices is None else set(indices)
         self.to_dense(wanted)
-        present = [i for i in sorted(wanted) if self._parameter(i) is not None]
+        present = [i for i in sorted(wanted) if self.layers[i].held is not None]
         shrinkages = {i: s for i in present if (s := self._shrinkage(i)) is not None}
         for batch in batches(shrinkages):
             shrink_(list(batch.values()))
@@ -149,13 +150,6 @@ class SparseWeights(nn.Module):
 
     def _all(self) -> set[int]:
         return set(range(len(self.layers)))
-
-    def _parameter(self, index: int) -> nn.Parameter | None:
-        # Other models train on if this one has lost a weight, which its pruner reports.
-        try:
-            return self.layers[index].weight
-        except ValueError:
-            return None
 
     def _shrinkage(self, index: int) -> Shrinkage | None:
         """What the threshold and the mask do with a layer; None for nothing, or a fixed mask."""
@@ -192,6 +186,11 @@ class SparseWeights(nn.Module):
             yield
         finally:
             self.to_sparse()
+
+    def left_out(self) -> list[Layer]:
+        """Return the sparse layers that no optimiser has updated since the last `catch_up`."""
+        left_out = (self.layers[i] for i in sorted(self._behind))
+        return [layer for layer in left_out if not layer.dense and layer.held is not None]
 
     def catch_up(self, *, in_step: bool = False) -> None:
         """Apply the thresholds of the layers that no optimiser has updated since the last call.
@@ -238,7 +237,7 @@ class SparseWeights(nn.Module):
             self.to_sparse(dense)
         elif self.fixed:
             for i, layer in enumerate(self.layers):
-                mask, weight = layer.threshold.mask, self._parameter(i)
+                mask, weight = layer.threshold.mask, layer.held
                 # Another tensor can be in its place for the time of a `functional_call`.
                 if mask is not None and weight is not None and self._ours(i, weight):
                     # Through `.data`, because the weight may be part of a graph, whose backward
@@ -249,20 +248,29 @@ class SparseWeights(nn.Module):
 
     def kept(self) -> set[int]:
         """Return the `id` of each parameter that is kept sparse."""
-        return {id(self._parameter(i)) for i in self._all()}
+        return {id(layer.held) for layer in self.layers}
 
-    def begin_step(self, optimizer: Optimizer, parameters: Collection[int]) -> bool:
+    def begin_step(
+        self, optimizer: Optimizer, parameters: Collection[int], *, closure: bool
+    ) -> bool:
         """Make the layers dense whose parameters, given by `id`, the optimiser is about to update.
+
+        Args:
+            optimizer: The optimiser.
+            parameters: The `id` of each of its parameters.
+            closure: Whether it has a closure, which computes the gradients.
 
         Returns:
             Whether there are any.
         """
-        indices = [i for i in self._all() if id(self._parameter(i)) in parameters]
+        indices = [i for i, layer in enumerate(self.layers) if id(layer.held) in parameters]
         if indices:
             if not self._hooks.registered:  # in a copy
                 self.renew_hooks()
             self._mask_gradients(indices)
-            changed, steps = self.to_dense(indices), self._stepping.setdefault(optimizer, [])
+            if not closure:
+                self._show_gradients(indices)
+            changed, steps = self._to_step(indices), self._stepping.setdefault(optimizer, [])
             if steps:
                 outer = running_steps(optimizer) - 1
                 changed = changed.union(*steps[outer:])  # of steps that have raised an error
@@ -270,8 +278,19 @@ class SparseWeights(nn.Module):
             steps.append(changed)
         return bool(indices)
 
+    def _to_step(self, indices: Iterable[int]) -> set[int]:
+        """Make layers dense for an optimiser's update, and return those that were sparse before.
+
+        The step of an optimiser such as AdaHessian differentiates the gradients again. Their graph
+        holds the sparse weights, which must not be written to before. So layers whose gradient has
+        a graph are updated as sparse weights, and the residual is added after the step.
+        """
+        sparse = {i for i in indices if not self.layers[i].dense}
+        self.to_dense(i for i in sparse if not _has_graph(self.layers[i].held))
+        return sparse
+
     def end_step(self, optimizer: Optimizer) -> None:
-        """Apply the thresholds of the layers that `begin_step` has made dense."""
+        """Apply the thresholds of the layers that `begin_step` was called with."""
         if steps := self._stepping.get(optimizer):
             indices = steps.pop()
             self._behind -= indices
@@ -286,7 +305,8 @@ class SparseWeights(nn.Module):
             yield
         finally:
             self._mask_gradients(indices)
-            self.to_dense(indices)
+            self._show_gradients(indices)
+            self._to_step(indices)
 
     # --- gradients of pruned weights --------------------------------------------------------------
 
@@ -294,13 +314,25 @@ class SparseWeights(nn.Module):
         """Register the hooks on the gradients again if parameters were replaced or unfrozen."""
         self._hooks.listen(True)
 
+    def _show_gradients(self, indices: Iterable[int]) -> None:
+        """Show gradients to others that use them and that no backward pass shows them to."""
+        parameters = {id(self.layers[i].held) for i in indices}
+        for hooks in registered():
+            if hooks is not self._hooks:
+                hooks.before_step(parameters)
+
     def _mask_gradients(self, indices: Iterable[int]) -> None:
-        """Mask the gradients that no hook has masked, because a loop has put them into `grad`."""
+        """Mask the gradients that no hook has masked.
+
+        A loop has put them into `grad`; or the optimiser steps in the backward pass, which may have
+        added to a gradient that was masked in an earlier one.
+        """
+        adding = in_backward()
         for i in indices:
-            weight, masked = self._parameter(i), self._masked.get(i)
+            weight, masked = self.layers[i].held, self._masked.get(i)
             if weight is None or weight.grad is None or self.layers[i].dense:
                 continue
-            if masked is None or masked() is not weight.grad:
+            if adding or masked is None or masked() is not weight.grad:
                 with torch.set_grad_enabled(weight.grad.requires_grad):
                     self._mask_gradient(i, weight)
 
@@ -347,14 +379,33 @@ class SparseWeights(nn.Module):
             self._residual(i)  # sharded, if the weight is
         super()._load_from_state_dict(*args)
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         for i in range(len(self._buffers)):
             self._residual(i)
-        super()._save_to_state_dict(destination, prefix, *args)
-        for i in range(len(self._buffers)):
-            if self.layers[i].dense:  # in an optimiser's step, or after one that raised an error
-                key = f"{prefix}residual_{i}"
-                destination[key] = torch.zeros_like(destination[key])
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for i, layer in enumerate(self.layers):
+            # In an optimiser's step, or after one that raised an error.
+            if layer.dense and layer.held is not None:
+                self._save_dense(i, destination, f"{prefix}residual_{i}", keep_vars)
+
+    @torch.no_grad()
+    def _save_dense(
+        self, index: int, destination: dict[str, Any], key: str, keep_vars: bool
+    ) -> None:
+        """Put copies of the sparse weight and the residual of a dense layer into a state dict."""
+        threshold, weight = self.layers[index].threshold, self.layers[index].weight.detach()
+        sparse, residual = weight.clone(), torch.zeros_like(weight)
+        if not keep_vars:  # else the state dict holds the parameter itself
+            mask = None if threshold.mask is None else local_mask(threshold.mask, weight)
+            alpha, reach = threshold.known(), threshold.reach
+            shrink_([Shrinkage(local(sparse), local(residual), alpha, reach, mask)])
+            for name, value in destination.items():  # under several names if the weight is tied
+                if isinstance(value, Tensor) and _same_memory(value, weight):
+                    destination[name] = sparse
+        if key in destination:
+            destination[key] = residual
 
     def __getstate__(self) -> dict[str, Any]:
         own: dict[str, Any] = {"_stepping": None, "_masked": None, "_hooks": None, "_used": {}}
@@ -364,6 +415,16 @@ class SparseWeights(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._start()
         follow(self)
+
+
+def _has_graph(weight: nn.Parameter | None) -> bool:
+    return weight is not None and weight.grad is not None and weight.grad.requires_grad
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    one, other = local(one), local(other)
+    alike = (one.dtype, one.device, one.layout) == (other.dtype, other.device, other.layout)
+    return alike and one.is_set_to(other)
 
 
 def pruned_parameter(model: nn.Module) -> str | None:

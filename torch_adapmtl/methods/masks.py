@@ -101,7 +101,8 @@ class MaskController(Controller):
     def on_gradient(self, index: int, weight: nn.Parameter) -> None:
         """Use the gradient (`weight.grad`) that a layer's weight has just received.
 
-        If a subclass overrides this, it is called in every backward pass until the zeros are fixed.
+        If a subclass overrides this, it is called in every backward pass until the zeros are fixed,
+        or before the optimiser's step if no backward pass shows the gradient.
 
         Args:
             index: The index of the layer.
@@ -117,10 +118,14 @@ class MaskController(Controller):
 
         A subclass that overrides this too has to call `super().prepare(step, due)`.
         """
-        if type(self).on_gradient is not MaskController.on_gradient:
+        if self._uses_gradients:
             self._hooks.listen(not self.fixed, renew=due)
             if self.fixed:
                 self._hooks.remove()
+
+    @property
+    def _uses_gradients(self) -> bool:
+        return type(self).on_gradient is not MaskController.on_gradient
 
     def choose(self, zeros: int) -> list[Tensor]:
         """Mark the `zeros` weights to prune: a flat bool tensor for each layer."""
@@ -141,6 +146,8 @@ class MaskController(Controller):
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Prune to the sparsity of the schedule after `step` steps."""
+        if self._uses_gradients:
+            self._hooks.note_update(type(self).__name__.removesuffix("Controller"))
         self.prune(
             self.layers.zeros_at(self.schedule(step, self.total_steps, self.target_sparsity))
         )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from torch_adapmtl.layers.collection import Layers
+from torch_adapmtl.layers.layer import Layer
 from torch_adapmtl.layers.sampling import take
 from torch_adapmtl.run.report import Report
 from torch_adapmtl.weighting._record import LossCourse, LossRecord
@@ -24,6 +25,9 @@ _MULTIPLE, _LARGE_MULTIPLE = 3.0, 50.0
 _PATIENCE = 50
 # Number of weights of a layer that are compared to detect whether it is trained.
 _COMPARED = 64
+# Number of weights whose median is known well enough, and how many times as far as others pruned
+# weights must move to be written from elsewhere. Gradients move them about as far, or not at all.
+_KNOWN, _FAR = 20, 15.0
 
 
 class _Idleness:
@@ -60,11 +64,43 @@ def _some(weight: Tensor) -> Tensor:
     return take(weight, where * (size // max(len(where), 1)))
 
 
+class _Rewriting:
+    """Detects that a loop writes weights from a copy of its own, in which nothing is pruned.
+
+    It moves weights that are not pruned by a step of the training, and pruned weights from zero to
+    their values in the copy.
+
+    Args:
+        layers: Layers after a step, with sparse weights.
+    """
+
+    def __init__(self, layers: Iterable[Layer]) -> None:
+        self._values = {layer.name: _some(layer.weight) for layer in layers}
+
+    def found(self, layers: Iterable[Layer]) -> bool:
+        """Whether that has happened since, in these layers."""
+        moved, zero = [], []
+        for layer in layers:
+            has_zeros = layer.threshold.known() or layer.mask is not None
+            if has_zeros and layer.name in self._values:
+                before = self._values[layer.name]
+                moved.append((_some(layer.weight) - before).abs().cpu())
+                zero.append((before == 0).cpu())
+        if not moved:
+            return False
+        far, pruned = torch.cat(moved), torch.cat(zero)
+        if min(int(pruned.sum()), int((~pruned).sum())) < _KNOWN:
+            return False
+        return bool(far[pruned].median() > _FAR * far[~pruned].median())
+
+
 class Watch:
     """Warnings during a run; each is given once."""
 
     def __init__(self) -> None:
         self._begun: int | None = None
+        self._rewriting: _Rewriting | None = None
+        self._rewritten: bool | None = False  # None after the warning
         self._idleness: _Idleness | None = None
         self._unseen: set[str] = set()
 
@@ -76,6 +112,17 @@ class Watch:
     def begin(self, step: int, layers: Layers) -> None:
         """Store a few dense weights after the first step that this process takes."""
         self._begun, self._idleness = step, _Idleness(layers)
+
+    def before(self, layers: Iterable[Layer]) -> None:
+        """Store a few weights of sparse layers, for `after` in the next step."""
+        if self._rewritten is not None:
+            self._rewriting = _Rewriting(layers)
+
+    def after(self, layers: Iterable[Layer]) -> None:
+        """Look at layers that no optimiser has updated; this may wait for the device."""
+        if self._rewriting is not None and self._rewriting.found(layers):
+            self._rewritten = True
+        self._rewriting = None
 
     def look(self, step: int, layers: Layers, unseen: Mapping[str, int]) -> list[str]:
         """Return the warnings after `step` steps; this may wait for the device.
@@ -91,6 +138,16 @@ class Watch:
             self._idleness = None
             if isinstance(decided, str):
                 warnings.append(decided)
+        if self._rewritten:
+            self._rewritten = None
+            warnings.append(
+                "the loop writes weights from a copy of its own (master weights, or the vector of "
+                "another optimizer), in which nothing is pruned: pruned weights were back at their "
+                "values there when step() was called. So the model computes with dense weights "
+                "until the zeros are fixed, and wrong weights are pruned. Write the copy in the "
+                "step() of a subclass of torch.optim.Optimizer, during which the parameters hold "
+                "the dense weights; or write changes, as in parameter.add_(new - old)"
+            )
         warnings += [
             f"task {task!r} has had no loss for {steps} steps (0 counts as none), longer than the "
             f"window that its weight is computed from: its weight does not change any more, and "
