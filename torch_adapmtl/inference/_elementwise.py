@@ -5,6 +5,7 @@ Each computes what torch does if its arguments show no maps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,6 +71,8 @@ def multiply(x: Any, y: Any) -> Any:
     a = _image(x)
     if a is None or not isinstance(y, Tensor) or y.shape != (*x.shape[:2], 1, 1):
         return contiguous(x) * contiguous(y)
+    if not math.isfinite(float(y.sum())):  # the zeros around the images would not stay zero
+        return contiguous(x) * y
     layout = a.layout
     buffer = _empty(layout)
     shape = (layout.channels, layout.batch, layout.rows * layout.columns)
