@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections import Counter
 from typing import Any, cast
 
 import torch
@@ -125,10 +126,10 @@ def _mark(module: nn.Module) -> None:
             for name in names:
                 key = id(graph.get_submodule(name))
                 called[key] = called.get(key, 0) + 1
-    found = [part for _, part in module.named_modules(remove_duplicate=False)]
+    found = Counter(id(part) for _, part in module.named_modules(remove_duplicate=False))
     for part in module.modules():
         if isinstance(part, FusedLayer):
-            part.in_graph = called.get(id(part), 0) == sum(other is part for other in found)
+            part.in_graph = called.get(id(part), 0) == found[id(part)]
 
 
 def link(model: nn.Module) -> None:
@@ -154,13 +155,14 @@ def link(model: nn.Module) -> None:
 def _fuse(graph: fx.GraphModule, prefix: str) -> None:
     _drop_what_does_nothing(graph)
     order = {node: i for i, node in enumerate(graph.graph.nodes)}
-    calls = [node.target for node in order if node.op == "call_module"]
+    calls = Counter(str(node.target) for node in order if node.op == "call_module")
+    appearances = Counter(id(part) for _, part in graph.named_modules(remove_duplicate=False))
     for node in list(order):
         dense = _module(graph, node)
         if dense is None or not _is_layer(dense) or len(node.args) != 1 or node.kwargs:
             continue
         name = str(node.target)
-        if calls.count(node.target) > 1 or _appearances(graph, dense) > 1:
+        if calls[name] > 1 or appearances[id(dense)] > 1:
             continue  # what follows differs from call to call
         fused, residual, activation = [node], None, None
         following = _only_user(node)
@@ -193,10 +195,6 @@ def _fuse(graph: fx.GraphModule, prefix: str) -> None:
 
 def _module(graph: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     return graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-
-
-def _appearances(graph: fx.GraphModule, module: nn.Module) -> int:
-    return sum(part is module for _, part in graph.named_modules(remove_duplicate=False))
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -414,17 +412,22 @@ def _leave_maps(graph: fx.GraphModule) -> None:
 
     A view of it, for one, may be possible only if there are no gaps.
     """
-    makers = [node for node in graph.graph.nodes if _makes_map(graph, node)]
+    makers = [
+        node
+        for node in graph.graph.nodes
+        if _makes_map(graph, node) and not all(_knows_maps(graph, user) for user in node.users)
+    ]
+    if not makers:
+        return
     # What is written in place must be the same tensor for all.
     writes = any(_writes(graph, node) or _is_in_place(graph, node) for node in graph.graph.nodes)
     for node in makers:
-        others = [user for user in node.users if not _knows_maps(graph, user)]
-        if others:
-            with graph.graph.inserting_after(node):
-                new = graph.graph.call_function(contiguous, (node,))
-                new.meta["is_wrapped"] = True
-            for user in [user for user in node.users if user is not new] if writes else others:
-                user.replace_input_with(node, new)
+        users = [user for user in node.users if writes or not _knows_maps(graph, user)]
+        with graph.graph.inserting_after(node):
+            new = graph.graph.call_function(contiguous, (node,))
+            new.meta["is_wrapped"] = True
+        for user in users:
+            user.replace_input_with(node, new)
     graph.recompile()
 
 

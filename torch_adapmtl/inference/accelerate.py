@@ -324,28 +324,28 @@ def _choose(
     apply(chosen)
     _calibrate(module, run)
     dense = Candidate(run, lambda: apply({}))
-    dense_seconds: dict[str, float] = {}
     sparse_seconds: dict[str, float] = {}
     measured = [layer for layer in tried if layer.name not in forced]
-    rounds = MOST if measured or not forced else 1  # nothing is decided by the times
+    changed = bool(measured)
     for _ in range(3):  # a layer that becomes dense changes what its neighbours read
-        sparse = Candidate(run, lambda: apply(chosen))
-        measure([dense, sparse], layers, rounds)
-        changed = False
-        for layer in layers:
-            dense_seconds[layer.name] = dense.layers[layer.name]
-            if chosen.get(layer.name) == "sparse":
-                sparse_seconds[layer.name] = sparse.layers[layer.name]
-        for layer in measured:
-            name = layer.name
-            if chosen[name] == "sparse" and sparse_seconds[name] > GAIN * dense_seconds[name]:
-                chosen[name], changed = "dense", True
         if not changed:
             break
+        sparse = Candidate(run, lambda: apply(chosen))
+        measure([dense, sparse], layers)
+        sparse_seconds |= {name: sparse.layers[name] for name in chosen if chosen[name] == "sparse"}
+        changed = False
+        for layer in measured:
+            name = layer.name
+            if chosen[name] == "sparse" and sparse_seconds[name] > GAIN * dense.layers[name]:
+                chosen[name], changed = "dense", True
     original = Candidate(lambda: call(plain, args, kwargs), lambda: None)
     sparse = Candidate(run, lambda: apply(chosen))
-    least = Candidate(run, lambda: apply(forced)) if forced else dense
+    least = Candidate(run, lambda: apply(forced)) if measured and forced else dense
+    rounds = MOST if measured or not forced else 1  # nothing is decided by the times
     measure(list(dict.fromkeys([original, dense, least, sparse])), layers, rounds)
+    for name in chosen:
+        if chosen[name] == "sparse":
+            sparse_seconds.setdefault(name, sparse.layers[name])
     best, fastest = module, sparse.total
     if measured and least.total < sparse.total:
         chosen, fastest = dict(forced), least.total
@@ -359,7 +359,7 @@ def _choose(
             layer.weights,
             layer.nonzeros,
             layer.positions,
-            dense_seconds[layer.name],
+            dense.layers[layer.name],
             sparse_seconds.get(layer.name),
             layer.choice,
         )
