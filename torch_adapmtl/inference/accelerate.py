@@ -66,7 +66,8 @@ class AcceleratedModel(nn.Module):
         _check_inputs(args, kwargs)
         if torch.is_autocast_enabled("cpu"):
             raise RuntimeError("an accelerated model computes float32: call it outside of autocast")
-        return self.module(*args, **kwargs)
+        with torch.no_grad():  # such as for checkpoints, whose outputs would require gradients
+            return self.module(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> AcceleratedModel:
         """What `to()`, `half()`, `cuda()` and the like call: only copies are allowed."""
