@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ._call import copy_into, engine, fields, run, threads
 from ._filters import Filters
 from ._layers import Activation, Plan, SparseLayer, check_input, fits
-from ._maps import Held, Map, held, padded, show
+from ._maps import Held, Map, contiguous, held, padded, show
 
 WASTE = 1.35  # a map may have so many times the positions of its images
 
@@ -226,8 +226,9 @@ class SparseConv2d(SparseLayer):
             )
         given = x
         if x.dim() == 3 - self.flat:
-            y = self.forward(x[None])[0] if residual is None else self._add_later(x, residual)
-            return y
+            if residual is not None:
+                return self._add_later(x, residual)
+            return self.forward(x[None]).contiguous()[0]
         if self.sides is not None:
             x, found = F.pad(x, self.sides[: 4 - 2 * self.flat], mode=self.mode), None
         if self.flat:
@@ -262,7 +263,7 @@ class SparseConv2d(SparseLayer):
         """As torch does it: for what the kernels cannot add, such as numbers or larger tensors."""
         plain = copy.copy(self)
         plain.activation, plain._plans = Activation(), {}
-        y: Tensor = plain(x) + residual
+        y: Tensor = contiguous(plain(x)) + residual
         return y if self.activation.module is None else self.activation.module(y)
 
     def _residual(self, residual: Tensor, output: Map) -> Held:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from torch_adapmtl.components._inputs import call_arguments
 
@@ -204,7 +204,8 @@ def _plain_copy(model: nn.Module) -> nn.Module:
         if parametrize.is_parametrized(module):
             _bake(module)
         for hook in list(module._forward_pre_hooks.values()):
-            if isinstance(hook, prune.BasePruningMethod):
+            # One on a pruner, whose model is still in training, has no tensor.
+            if isinstance(hook, prune.BasePruningMethod) and hasattr(hook, "_tensor_name"):
                 prune.remove(module, hook._tensor_name)
     for name, tensor in (*result.named_parameters(), *result.named_buffers()):
         if tensor.device.type != "cpu":
@@ -224,6 +225,8 @@ def _bake(module: Any) -> None:
     module.__class__ = type(module).__bases__[0]
     for name, value in values.items():
         module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()
 
 
 def _fused_copy(plain: nn.Module, args: Any, kwargs: Any) -> nn.Module:
@@ -269,21 +272,22 @@ def _writes(module: nn.Module, args: Any, kwargs: Any) -> bool:
 
 
 def _close(found: Any, expected: Any) -> bool:
-    """Whether outputs are the same up to rounding."""
-    pairs = list(zip(tree_leaves(found), tree_leaves(expected), strict=False))
-    if len(tree_leaves(found)) != len(tree_leaves(expected)):
+    """Whether outputs are of the same form, and the same up to rounding."""
+    leaves, spec = tree_flatten(found)
+    expected_leaves, expected_spec = tree_flatten(expected)
+    return spec == expected_spec and all(map(_same, leaves, expected_leaves))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if type(a) is not type(b):
         return False
-    for a, b in pairs:
-        if isinstance(a, Tensor) and isinstance(b, Tensor):
-            if a.shape != b.shape or a.dtype != b.dtype:
-                return False
-            finite = b[b.isfinite()]
-            scale = float(finite.abs().max()) if finite.numel() else 0.0
-            if not torch.allclose(a, b, rtol=0, atol=1e-4 * max(scale, 1e-6), equal_nan=True):
-                return False
-        elif isinstance(a, Tensor) or isinstance(b, Tensor):
-            return False
-    return True
+    if not isinstance(a, Tensor):  # a record of tensors may be of any class
+        return not hasattr(a, "__dict__") or a is b or _close(dict(vars(a)), dict(vars(b)))
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    finite = b[b.isfinite()]
+    scale = float(finite.abs().max()) if finite.numel() else 0.0
+    return torch.allclose(a, b, rtol=0, atol=1e-4 * max(scale, 1e-6), equal_nan=True)
 
 
 def _checked(choices: Mapping[str, str], layers: Iterable[FusedLayer]) -> dict[str, str]:
