@@ -31,6 +31,9 @@ from torch_adapmtl.inference._windows import MapMaxPool2d, SparseConv2d, SparseC
 
 MODES = ("zeros", "reflect", "replicate", "circular")
 
+# Of torch, once in a process.
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+
 
 def pairs(least: int, most: int) -> st.SearchStrategy[tuple[int, int]]:
     return st.tuples(st.integers(least, most), st.integers(least, most))
