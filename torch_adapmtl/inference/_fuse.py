@@ -14,7 +14,14 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from . import _elementwise
 from ._fused_layer import FusedLayer
 from ._layers import SparseLinear
-from ._windows import MapMaxPool2d, MapNorm2d, Norm
+from ._map_modules import (
+    MapActivation,
+    MapMaxPool2d,
+    MapMean,
+    MapNorm2d,
+    MapUpsample,
+    Norm,
+)
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
 _LAYERS = (*_CONVOLUTIONS, nn.Linear)
@@ -322,6 +329,9 @@ def _use_maps(graph: fx.GraphModule) -> None:
             if replaced is not None:
                 graph.set_submodule(str(node.target), replaced)
             continue
+        if node.target is F.interpolate:
+            _replace(graph, [node], "map_upsample", MapUpsample(), node.args, node.kwargs)
+            continue
         found = _map_function(node)
         if found is not None:
             function, args, kwargs = found
@@ -339,24 +349,36 @@ def _use_map_norm(graph: fx.GraphModule, node: fx.Node, norm: Norm) -> None:
         activation = _activation(graph, following)
         if activation is not None:
             fused.append(following)
-    name = f"map_norm_{len(graph.graph.nodes)}"
-    while hasattr(graph, name):
-        name += "_"
-    graph.add_submodule(name, MapNorm2d(norm, activation))
-    with graph.graph.inserting_before(fused[-1]):
-        new = graph.graph.call_module(name, (node.args[0],))
-    fused[-1].replace_all_uses_with(new)
-    for part in reversed(fused):
+    _replace(graph, fused, "map_norm", MapNorm2d(norm, activation), (node.args[0],), {})
+
+
+def _replace(
+    graph: fx.GraphModule,
+    nodes: list[fx.Node],
+    name: str,
+    module: nn.Module,
+    args: Any,
+    kwargs: Any,
+) -> None:
+    """Replace a chain of nodes by the call of a new module."""
+    number = sum(child.startswith(name) for child, _ in graph.named_children())
+    graph.add_submodule(f"{name}_{number}", module)
+    with graph.graph.inserting_before(nodes[-1]):
+        new = graph.graph.call_module(f"{name}_{number}", args, kwargs)
+    nodes[-1].replace_all_uses_with(new)
+    for part in reversed(nodes):
         _erase(graph, part)
 
 
 def _map_module(module: nn.Module) -> nn.Module | None:
+    if type(module) is nn.Upsample:
+        return MapUpsample(module)
     if _maps_zero_to_zero(module):
-        return _elementwise.MapActivation(module)
+        return MapActivation(module)
     if type(module) is nn.MaxPool2d and not module.ceil_mode and not module.return_indices:
         return MapMaxPool2d(module)
     if type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1)):
-        return _elementwise.MapMean()
+        return MapMean()
     return None
 
 
