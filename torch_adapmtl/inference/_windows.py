@@ -16,7 +16,7 @@ from ._maps import Held, Map, held, padded, show
 WASTE = 1.35  # a map may have so many times the positions of its images
 
 
-def pair(value: Any) -> tuple[int, int]:
+def pair(value: Any) -> tuple[Any, Any]:
     """A size for both dimensions."""
     first, second = (value, value) if isinstance(value, int | float) else value
     return first, second
