@@ -23,6 +23,7 @@ NEXT, THREADS, LEAD, TAIL = (FIELD[name] for name in ("next", "threads", "lead",
 X, Y, RESIDUAL = FIELD["x"], FIELD["y"], FIELD["residual"]
 
 
+@functools.cache
 def engine() -> Kernels:
     """The kernels for this processor."""
     return kernels(host_width())

@@ -192,11 +192,19 @@ def _drop_what_does_nothing(graph: fx.GraphModule) -> None:
         if nothing and node.args and isinstance(node.args[0], fx.Node):
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
-        elif node.target is torch._assert:
+        elif node.target is torch._assert and not _checks_an_argument(node):
             _erase(graph, node)
     for node in reversed(graph.graph.nodes):  # such as what an assertion's text would have shown
         if not node.users and node.op == "call_function" and node.target in _PURE:
             _erase(graph, node)
+
+
+def _checks_an_argument(node: fx.Node) -> bool:
+    """Whether an assertion compares an argument with what the graph was specialised for."""
+    condition = node.args[0]
+    return isinstance(condition, fx.Node) and any(
+        given.op == "placeholder" for given in condition.all_input_nodes
+    )
 
 
 def _attribute(graph: fx.GraphModule, node: Any) -> Tensor | None:
