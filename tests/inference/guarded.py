@@ -21,10 +21,11 @@ import torch
 from skipping import sparse, vectors_of
 from torch import Tensor, nn
 
-from torch_adapmtl.inference import _call, _elementwise, _layers, _maps, _windows
+from torch_adapmtl.inference import _call, _elementwise, _layers, _map_modules, _maps, _windows
 from torch_adapmtl.inference._filters import Filters
 from torch_adapmtl.inference._layers import Activation, SparseLinear
-from torch_adapmtl.inference._windows import MapMaxPool2d, SparseConv2d, SparseConvTranspose2d
+from torch_adapmtl.inference._map_modules import MapActivation, MapMaxPool2d, MapUpsample
+from torch_adapmtl.inference._windows import SparseConv2d, SparseConvTranspose2d
 
 PAGE = mmap.PAGESIZE
 CANARY = 0xA5
@@ -82,7 +83,7 @@ def fenced(fence: Fence) -> ExitStack:
     fenced_torch.empty = fence.empty
     for name in ("float32", "int32", "int64", "nn", "Tensor", "get_num_threads"):
         setattr(fenced_torch, name, getattr(torch, name))
-    call, keep, fields = Filters.call, _maps.Map.keep, _windows.fields
+    call, keep, fields = Filters.call, _maps.Map.keep, _map_modules.fields
 
     def moved_call(self: Filters, *args: Any) -> Any:
         made, alive = call(self, *args)
@@ -103,11 +104,11 @@ def fenced(fence: Fence) -> ExitStack:
         return fields(**values)
 
     stack = ExitStack()
-    for module in (_layers, _windows, _elementwise):
+    for module in (_layers, _windows, _map_modules, _elementwise):
         stack.enter_context(mock.patch.object(module, "torch", fenced_torch))
     stack.enter_context(mock.patch.object(Filters, "call", moved_call))
     stack.enter_context(mock.patch.object(_maps.Map, "keep", moved_keep))
-    stack.enter_context(mock.patch.object(_windows, "fields", moved_fields))
+    stack.enter_context(mock.patch.object(_map_modules, "fields", moved_fields))
     return stack
 
 
@@ -156,7 +157,12 @@ def transpose(fence: Fence) -> None:
 def up(fence: Fence) -> None:
     ins, outs = integer(1, 4), integer(1, 4)
     weight = sparse(ins, outs, integer(1, 4), integer(1, 4), sparsity=0.5)
-    SparseConvTranspose2d(weight, None, (integer(1, 3), integer(1, 3)))(image(fence, ins))
+    layer = SparseConvTranspose2d(weight, None, (integer(1, 3), integer(1, 3)))
+    by_two = SparseConvTranspose2d(weight, None, 2)  # a work of its own
+    for _ in range(2):
+        layer(image(fence, ins))
+        by_two(image(fence, ins))
+        by_two.ask(integer(0, 2), integer(0, 2))
 
 
 def maximum(fence: Fence) -> None:
@@ -168,6 +174,7 @@ def maximum(fence: Fence) -> None:
     margin = integer(0, 2)
     pool.ask(margin, margin)
     pool(y)
+    pool(image(fence, channels, 9))
 
 
 def between(fence: Fence) -> None:
@@ -179,7 +186,10 @@ def between(fence: Fence) -> None:
     _elementwise.multiply(y, torch.rand(*y.shape[:2], 1, 1))
     _elementwise.mean(y)
     _elementwise.concatenate([y, x, y])
-    _elementwise.MapActivation(nn.SiLU())(y)
+    up = MapUpsample()
+    up.ask(integer(0, 2), integer(0, 2))
+    up(y, scale_factor=2)
+    MapActivation(nn.SiLU())(y)
 
 
 def beyond(fence: Fence) -> None:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from torch_adapmtl.inference import _call, _filters, _windows
+from torch_adapmtl.inference import _call, _filters, _map_modules
 from torch_adapmtl.inference._compile import kernels
 from torch_adapmtl.inference._maps import held
 
@@ -37,7 +37,7 @@ activations = st.sampled_from(list(ACTIVATIONS))
 def vectors_of(width: int) -> Iterator[None]:
     """Compute with vectors of `width` floats."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (_call, _filters, _windows):
+        for module in (_call, _filters, _map_modules):
             patch.setattr(module, "engine", lambda: kernels(width))
         yield
 

@@ -13,8 +13,9 @@ from skipping import assert_close, assert_zero_around, seeds, sparse, vectors_of
 from torch import Tensor, nn
 
 from torch_adapmtl.inference import _elementwise
+from torch_adapmtl.inference._map_modules import MapActivation, MapMean, MapNorm2d, Norm
 from torch_adapmtl.inference._maps import contiguous, held
-from torch_adapmtl.inference._windows import MapNorm2d, Norm, SparseConv2d
+from torch_adapmtl.inference._windows import SparseConv2d
 
 
 @st.composite
@@ -57,9 +58,9 @@ def test_on_maps_and_other_tensors(
             check(_elementwise.add(1.5, x), p + 1.5)
             check(_elementwise.mean(x), p.mean((2, 3)))
             check(_elementwise.mean(x, keepdim=True), p.mean((2, 3), keepdim=True))
-            check(_elementwise.MapMean()(x), p.mean((2, 3), keepdim=True))
+            check(MapMean()(x), p.mean((2, 3), keepdim=True))
             for module in (nn.SiLU(), nn.GELU()):
-                check(_elementwise.MapActivation(module)(x), module(p))
+                check(MapActivation(module)(x), module(p))
             norm = Norm(torch.randn(size[1]), torch.rand(size[1]) + 0.5, 1e-5, None, None)
             expected = nn.functional.batch_norm(p, norm.mean, norm.variance)
             check(MapNorm2d(norm, None)(x), expected)
@@ -80,7 +81,7 @@ def test_factors_that_are_not_finite_leave_the_zeros_around(value: float) -> Non
 def test_an_activation_in_place_changes_the_tensor_that_it_is_given() -> None:
     x = shown(torch.randn(2, 3, 5, 5), 1)
     expected = x.relu()
-    y = _elementwise.MapActivation(nn.ReLU(inplace=True))(x)
+    y = MapActivation(nn.ReLU(inplace=True))(x)
     assert y is x
     assert torch.equal(x, expected)
     assert_zero_around(x)

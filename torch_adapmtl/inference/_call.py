@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -22,6 +23,7 @@ NEXT, THREADS, LEAD, TAIL = (FIELD[name] for name in ("next", "threads", "lead",
 X, Y, RESIDUAL = FIELD["x"], FIELD["y"], FIELD["residual"]
 
 
+@functools.cache
 def engine() -> Kernels:
     """The kernels for this processor."""
     return kernels(host_width())
@@ -84,34 +86,97 @@ def copy_into(
         step: Every so many columns of `x` are read, 1 or 2.
         fill: What the rest of the channels becomes.
     """
-    kernels, (first_row, last_row, first_column, last_column) = engine(), place
-    bits = int(torch.tensor(fill, dtype=torch.float32).view(torch.int32)) if fill else 0
-    call = fields(
-        work=kernels.works["copy"],
-        parallel=kernels.parallel,
-        threads=threads(x.shape[1] * layout.pitch),
-        x=x.data_ptr(),
-        y=buffer.data_ptr() + 4 * (layout.lead + channel * layout.pitch),
-        pitch=layout.pitch,
-        channels=x.shape[1],
-        batch=layout.batch,
-        rows=layout.rows,
-        columns=layout.columns,
-        first_row=first_row,
-        last_row=last_row,
-        first_column=first_column,
-        last_column=last_column,
-        x_channel=x.stride(1),
-        x_image=x.stride(0),
-        x_row=x.stride(2),
-        x_step=step,
-        fill=bits,
-        lead=buffer.data_ptr(),
-        lead_bytes=4 * layout.lead,
-        tail=buffer.data_ptr() + 4 * (layout.size - layout.lead),
-        tail_bytes=4 * layout.lead,
+    first_row, last_row, first_column, last_column = place
+    run(
+        fields(
+            **_copy_fields(x, layout, buffer, channel, (first_row, last_row), fill),
+            work=engine().works["copy"],
+            first_column=first_column,
+            last_column=last_column,
+            x_step=step,
+        )
     )
-    run(call)
+
+
+def deinterleave(
+    x: Tensor,
+    layout: Map,
+    buffer: Tensor,
+    channels: Sequence[int],
+    rows: tuple[int, int],
+    padding: int,
+    fill: float,
+) -> None:
+    """Copy the even and the odd columns of padded images into two ranges of channels of a map.
+
+    Args:
+        x: Shape ``(batch, channels, height, width)``; the last stride is 1.
+        layout: The layout of the map.
+        buffer: The memory of the map.
+        channels: The first channel for the even columns, and for the odd ones.
+        rows: The first row that is written in each image of the map, and the end.
+        padding: Columns of padding to the left of `x`, which count.
+        fill: What the rest of the channels becomes.
+    """
+    # With an odd padding, the even columns of x are odd ones of the padded images.
+    even, odd = channels if padding % 2 == 0 else reversed(channels)
+    evens, odds = padding // 2, (padding + 1) // 2
+    columns = min(x.shape[3], 2 * (layout.width - evens), 2 * (layout.width - odds) + 1)
+    run(
+        fields(
+            **_copy_fields(x, layout, buffer, even, rows, fill),
+            work=engine().works["deinterleave"],
+            odd=buffer.data_ptr() + 4 * (layout.lead + odd * layout.pitch),
+            evens=evens,
+            odds=odds,
+            x_columns=max(columns, 0),
+        )
+    )
+
+
+def interleave(
+    even: Tensor, odd: Tensor, layout: Map, buffer: Tensor, row: int, *, clear: bool
+) -> None:
+    """Write the columns of two batches of images in turn into every second row of a map.
+
+    Args:
+        even: Shape ``(batch, channels, height, width)``; the last stride is 1. The even columns.
+        odd: The odd columns, in the same shape and strides.
+        layout: The layout of the map, of images of twice the height and width.
+        buffer: The memory of the map.
+        row: The first row that is written in each image of the map, 0 or 1.
+        clear: Whether to set the rest of the map to zero.
+    """
+    common = _copy_fields(even, layout, buffer, 0, (row, even.shape[2]), 0)
+    common["fill"] = int(clear)
+    work = engine().works["interleave"]
+    run(fields(**common, work=work, odd=odd.data_ptr(), x_columns=even.shape[3], x_step=2))
+
+
+def _copy_fields(
+    x: Tensor, layout: Map, buffer: Tensor, channel: int, rows: tuple[int, int], fill: float
+) -> dict[str, int]:
+    return {
+        "parallel": engine().parallel,
+        "threads": threads(x.shape[1] * layout.pitch),
+        "x": x.data_ptr(),
+        "y": buffer.data_ptr() + 4 * (layout.lead + channel * layout.pitch),
+        "pitch": layout.pitch,
+        "channels": x.shape[1],
+        "batch": layout.batch,
+        "rows": layout.rows,
+        "columns": layout.columns,
+        "first_row": rows[0],
+        "last_row": rows[1],
+        "x_channel": x.stride(1),
+        "x_image": x.stride(0),
+        "x_row": x.stride(2),
+        "fill": int(torch.tensor(fill, dtype=torch.float32).view(torch.int32)) if fill else 0,
+        "lead": buffer.data_ptr(),
+        "lead_bytes": 4 * layout.lead,
+        "tail": buffer.data_ptr() + 4 * (layout.size - layout.lead),
+        "tail_bytes": 4 * layout.lead,
+    }
 
 
 def transpose_into(x: Tensor, buffer: Tensor, pitch: int) -> None:

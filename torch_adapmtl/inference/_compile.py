@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -52,9 +53,17 @@ def assembly(width: int, triple: str | None = None, cpu: str = "", features: str
     return module, machine
 
 
-@functools.cache
+_lock = threading.Lock()
+
+
 def kernels(width: int) -> Kernels:
     """Compile the kernels for this processor: 0.2 to 0.4 s, once in a process."""
+    with _lock:  # plans hold addresses of code, so there must never be a second engine
+        return _compiled(width)
+
+
+@functools.cache
+def _compiled(width: int) -> Kernels:
     import llvmlite.binding as llvm
 
     features = llvm.get_host_cpu_features().flatten()

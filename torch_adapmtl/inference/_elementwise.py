@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ._call import copy_into
 from ._maps import Held, Map, contiguous, held, padded, show
 
 
-def _image(x: Any) -> Held | None:
+def image(x: Any) -> Held | None:
+    """The map that `x` shows, if it shows images."""
     return held(x) if isinstance(x, Tensor) and x.dim() == 4 else None
 
 
@@ -28,7 +29,8 @@ def _empty(layout: Map) -> Tensor:
     return buffer
 
 
-def _show(layout: Map, buffer: Tensor, *given: Held) -> Tensor:
+def show_like(layout: Map, buffer: Tensor, *given: Held) -> Tensor:
+    """A map whose layout is that of others."""
     return show(layout, buffer, layout.shape, layout.strides, _Makers(given))
 
 
@@ -56,19 +58,19 @@ def _alike(a: Map, b: Map) -> bool:
 
 def add(x: Any, y: Any) -> Any:
     """``x + y``."""
-    a, b = _image(x), _image(y)
+    a, b = image(x), image(y)
     if a is None or b is None or not _alike(a.layout, b.layout) or x.shape != y.shape:
         return contiguous(x) + contiguous(y)  # else the sum would lie in memory as the map does
     buffer = _empty(a.layout)
     torch.add(a.body, b.body, out=buffer[a.layout.lead : a.layout.size - a.layout.lead])
-    return _show(a.layout, buffer, a, b)
+    return show_like(a.layout, buffer, a, b)
 
 
 def multiply(x: Any, y: Any) -> Any:
     """``x * y``; one may be a factor for each channel, such as a squeeze-and-excitation gate."""
-    if _image(x) is None and _image(y) is not None:
+    if image(x) is None and image(y) is not None:
         x, y = y, x
-    a = _image(x)
+    a = image(x)
     if a is None or not isinstance(y, Tensor) or y.shape != (*x.shape[:2], 1, 1):
         return contiguous(x) * contiguous(y)
     if not math.isfinite(float(y.sum())):  # the zeros around the images would not stay zero
@@ -82,12 +84,12 @@ def multiply(x: Any, y: Any) -> Any:
     if layout.pitch > layout.positions:
         slack = (layout.channels, layout.pitch - layout.positions)
         buffer.as_strided(slack, (layout.pitch, 1), layout.lead + layout.positions).zero_()
-    return _show(layout, buffer, a)
+    return show_like(layout, buffer, a)
 
 
 def mean(x: Any, dim: Sequence[int] = (-2, -1), keepdim: bool = False) -> Any:
     """The mean over height and width, which `dim` is if `x` shows a map."""
-    a = _image(x)
+    a = image(x)
     if a is None:
         return x.mean(dim, keepdim=keepdim)
     layout = a.layout
@@ -100,7 +102,7 @@ def mean(x: Any, dim: Sequence[int] = (-2, -1), keepdim: bool = False) -> Any:
 
 def concatenate(tensors: Sequence[Any]) -> Any:
     """``torch.cat(tensors, 1)``."""
-    maps = [_image(x) for x in tensors]
+    maps = [image(x) for x in tensors]
     given = [found for found in maps if found is not None]
     if not given or any(x.shape[2:] != tensors[0].shape[2:] for x in tensors if x.dim() == 4):
         return torch.cat(list(tensors), 1)
@@ -120,30 +122,4 @@ def concatenate(tensors: Sequence[Any]) -> Any:
             part = x if x.stride(3) == 1 else x.contiguous()
             copy_into(part, layout, buffer, channel, (0, height, 0, width))
         channel += x.shape[1]
-    return _show(layout, buffer, *given)
-
-
-class MapActivation(nn.Module):
-    """An elementwise module that maps 0 to 0."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, x: Tensor) -> Tensor:
-        a = _image(x)
-        if a is None:
-            y: Tensor = self.module(x)
-            return y
-        if getattr(self.module, "inplace", False):
-            self.module(a.buffer)
-            return x
-        return _show(a.layout, self.module(a.buffer), a)
-
-
-class MapMean(nn.Module):
-    """The mean over height and width, which stay as 1."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = mean(x, keepdim=True)
-        return y
+    return show_like(layout, buffer, *given)

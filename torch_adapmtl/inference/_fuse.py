@@ -13,12 +13,18 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from . import _elementwise
-from ._elementwise import MapActivation, MapMean
 from ._fused_layer import FusedLayer
 from ._layers import SparseLinear
+from ._map_modules import (
+    MapActivation,
+    MapMaxPool2d,
+    MapMean,
+    MapNorm2d,
+    MapUpsample,
+    Norm,
+)
 from ._maps import contiguous
 from ._trace import is_plain
-from ._windows import MapMaxPool2d, MapNorm2d, Norm
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
 _LAYERS = (*_CONVOLUTIONS, nn.Linear)
@@ -73,7 +79,8 @@ _MAP_FUNCTIONS = {
     _elementwise.mean,
     _elementwise.concatenate,
 }
-_MAP_MODULES = (FusedLayer, MapMaxPool2d, MapNorm2d, MapActivation, MapMean)
+_MAP_MAKERS = (MapActivation, MapMaxPool2d, MapNorm2d, MapUpsample)
+_MAP_MODULES = (FusedLayer, MapMean, *_MAP_MAKERS)
 # These return new tensors that have no gaps, and their channels in order, whatever they are given.
 _ANY_STRIDES_MODULES = (
     nn.AdaptiveAvgPool2d,
@@ -237,11 +244,19 @@ def _drop_what_does_nothing(graph: fx.GraphModule) -> None:
         if nothing and node.args and isinstance(node.args[0], fx.Node):
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
-        elif node.target is torch._assert:
+        elif node.target is torch._assert and not _checks_an_argument(node):
             _erase(graph, node)
     for node in reversed(graph.graph.nodes):  # such as what an assertion's text would have shown
         if not node.users and node.op == "call_function" and node.target in _PURE:
             _erase(graph, node)
+
+
+def _checks_an_argument(node: fx.Node) -> bool:
+    """Whether an assertion compares an argument with what the graph was specialised for."""
+    condition = node.args[0]
+    return isinstance(condition, fx.Node) and any(
+        given.op == "placeholder" for given in condition.all_input_nodes
+    )
 
 
 def _attribute(graph: fx.GraphModule, node: Any) -> Tensor | None:
@@ -378,6 +393,9 @@ def _use_maps(graph: fx.GraphModule) -> None:
             if replaced is not None:
                 graph.set_submodule(str(node.target), replaced)
             continue
+        if node.target is F.interpolate:
+            _replace(graph, [node], "map_upsample", MapUpsample(), node.args, node.kwargs)
+            continue
         found = _map_function(node)
         if found is not None:
             function, args, kwargs = found
@@ -396,14 +414,25 @@ def _use_map_norm(graph: fx.GraphModule, node: fx.Node, norm: Norm) -> None:
         activation = _activation(graph, following)
         if activation is not None:
             fused.append(following)
-    name = f"map_norm_{len(graph.graph.nodes)}"
-    while hasattr(graph, name):
-        name += "_"
-    graph.add_submodule(name, MapNorm2d(norm, activation))
-    with graph.graph.inserting_before(node):  # not after what writes to the input
-        new = graph.graph.call_module(name, (node.args[0],))
-    fused[-1].replace_all_uses_with(new)
-    for part in reversed(fused):
+    _replace(graph, fused, "map_norm", MapNorm2d(norm, activation), (node.args[0],), {})
+
+
+def _replace(
+    graph: fx.GraphModule,
+    nodes: list[fx.Node],
+    name: str,
+    module: nn.Module,
+    args: Any,
+    kwargs: Any,
+) -> None:
+    """Replace a chain of nodes by the call of a new module."""
+    taken = {child for child, _ in graph.named_children()}
+    name = next(f"{name}_{i}" for i in range(len(taken) + 1) if f"{name}_{i}" not in taken)
+    graph.add_submodule(name, module)
+    with graph.graph.inserting_before(nodes[0]):  # not after what writes to the input
+        new = graph.graph.call_module(name, args, kwargs)
+    nodes[-1].replace_all_uses_with(new)
+    for part in reversed(nodes):
         _erase(graph, part)
 
 
@@ -434,10 +463,8 @@ def _leave_maps(graph: fx.GraphModule) -> None:
 def _makes_map(graph: fx.GraphModule, node: fx.Node) -> bool:
     module = _module(graph, node)
     if isinstance(module, FusedLayer):
-        return isinstance(module.dense, nn.Conv1d | nn.Conv2d)
-    return node.target in _MAP_FUNCTIONS or isinstance(
-        module, MapMaxPool2d | MapNorm2d | MapActivation
-    )
+        return isinstance(module.dense, _CONVOLUTIONS)
+    return node.target in _MAP_FUNCTIONS or isinstance(module, _MAP_MAKERS)
 
 
 def _is_in_place(graph: fx.GraphModule, node: fx.Node) -> bool:
@@ -467,12 +494,14 @@ def _knows_maps(graph: fx.GraphModule, node: fx.Node) -> bool:
 def _map_module(module: nn.Module) -> nn.Module | None:
     if not is_plain(module):
         return None
+    if type(module) is nn.Upsample:
+        return MapUpsample(module)
     if _maps_zero_to_zero(module):
-        return _elementwise.MapActivation(module)
+        return MapActivation(module)
     if type(module) is nn.MaxPool2d and not module.ceil_mode and not module.return_indices:
         return MapMaxPool2d(module)
     if type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1)):
-        return _elementwise.MapMean()
+        return MapMean()
     return None
 
 

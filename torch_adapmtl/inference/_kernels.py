@@ -28,9 +28,10 @@ FIELDS = (
     *("strip_count", "vectors", "longer", "activation", "low", "high"),
     *("channels", "batch", "rows", "columns", "x_channel", "x_image", "x_row", "x_step"),  # copy
     *("first_row", "last_row", "first_column", "last_column", "fill"),
+    *("odd", "evens", "odds", "x_columns"),  # deinterleave, interleave
 )
 FIELD = {name: i for i, name in enumerate(FIELDS)}
-WORKS = ("convolve", "copy", "transpose", "maximum")
+WORKS = ("convolve", "copy", "deinterleave", "interleave", "transpose", "maximum")
 
 
 def source(width: int) -> str:
@@ -45,6 +46,8 @@ def source(width: int) -> str:
             *[str(_strip(count, width)) for count in range(1, MOST_VECTORS[width] + 1)],
             str(_convolve(width)),
             str(_copy()),
+            str(_deinterleave()),
+            str(_interleave()),
             str(_transpose(width)),
             str(_maximum(width)),
             str(_run(width)),
@@ -263,6 +266,97 @@ def _copy_row(f: Function, x: str, y: str, count: str, step: int) -> None:
         f.store(value, y, index)
     with f.when(f.compare("slt", last, 0)), f.loop(0, count) as i:
         f.store(f.load(x, f.mul(i.index, step), "float"), y, i.index, "float")
+
+
+def _deinterleave() -> Function:
+    """Copy images into two maps of every second column, channel by channel.
+
+    The even columns go to the map at `y`, the odd ones to that at `odd`. In both, the rows from
+    `first_row` to `last_row` are written; from the columns `evens` and `odds` on, all
+    `x_columns` columns; the rest is `fill`.
+    """
+    f = Function("void @deinterleave(ptr %d)", 8)
+    x, even, odd = (_field(f, name, "ptr") for name in ("x", "y", "odd"))
+    pitch, fill = _field(f, "pitch"), f.splat(_field(f, "fill", "float"))
+    batch, rows, columns = (_field(f, name) for name in ("batch", "rows", "columns"))
+    x_channel, x_image, x_row = (_field(f, f"x_{name}") for name in ("channel", "image", "row"))
+    width, evens, odds = (_field(f, name) for name in ("x_columns", "evens", "odds"))
+    first_row, image = _field(f, "first_row"), f.mul(rows, columns)
+    height = f.let(f"sub i64 {_field(f, 'last_row')}, {first_row}")
+    pairs = f.let(f"lshr i64 {width}, 1")
+    last = f.let(f"sub i64 {pairs}, 8")
+    is_odd = f.compare("ne", f.let(f"and i64 {width}, 1"), 0)
+    picks = [", ".join(f"i32 {2 * e + odd_one}" for e in range(8)) for odd_one in (0, 1)]
+    with f.shared_loop(f.at("%d", FIELD["next"], "i64"), _field(f, "channels")) as channel:
+        start = f.mul(channel, pitch)
+        to_even, to_odd = f.at(even, start), f.at(odd, start)
+        source = f.at(x, f.mul(channel, x_channel))
+        with f.loop(0, pitch, f.width) as position:
+            f.store(fill, to_even, position.index)
+            f.store(fill, to_odd, position.index)
+        with f.loop(0, batch) as b:
+            x_b = f.at(source, f.mul(b.index, x_image))
+            place = f.add(f.mul(b.index, image), f.mul(first_row, columns))
+            with f.loop(0, height) as r:
+                x_r, row = f.at(x_b, f.mul(r.index, x_row)), f.mul(r.index, columns)
+                row = f.add(place, row)
+                y_even, y_odd = (
+                    f.at(to, f.add(row, begin)) for to, begin in ((to_even, evens), (to_odd, odds))
+                )
+                with f.when(f.compare("sge", last, 0)), f.loop(0, pairs, 8) as i:
+                    index = f.smaller(i.index, last)
+                    given = f.at(x_r, f.mul(index, 2))
+                    both = f"{f.vector} {f.load(given)}, {f.vector} {f.load(given, 8)}"
+                    for to, picked in zip((y_even, y_odd), picks, strict=True):
+                        value = f.let(f"shufflevector {both}, <8 x i32> <{picked}>")
+                        f.store(value, to, index)
+                with f.when(f.compare("slt", last, 0)), f.loop(0, pairs) as i:
+                    given = f.at(x_r, f.mul(i.index, 2))
+                    for to, offset in ((y_even, 0), (y_odd, 1)):
+                        f.store(f.load(given, offset, "float"), to, i.index, "float")
+                with f.when(is_odd):
+                    value = f.load(x_r, f.mul(pairs, 2), "float")
+                    f.store(value, y_even, pairs, "float")
+    return f
+
+
+def _interleave() -> Function:
+    """Put the columns of two images of any strides in turn into one map, channel by channel.
+
+    The even columns come from `x`, the odd ones from `odd`. Their rows become every `x_step`-th row
+    of the images of the map, from `y` on. The rest of the channel becomes zero if `fill` is not 0.
+    """
+    f = Function("void @interleave(ptr %d)", 8)
+    even, odd, y = (_field(f, name, "ptr") for name in ("x", "odd", "y"))
+    pitch, clear = _field(f, "pitch"), f.compare("ne", _field(f, "fill"), 0)
+    batch, rows, columns = (_field(f, name) for name in ("batch", "rows", "columns"))
+    x_channel, x_image, x_row = (_field(f, f"x_{name}") for name in ("channel", "image", "row"))
+    width, height = _field(f, "x_columns"), _field(f, "last_row")
+    image, apart = f.mul(rows, columns), f.mul(columns, _field(f, "x_step"))
+    before, last = f.mul(_field(f, "first_row"), columns), f.let(f"sub i64 {width}, 8")
+    picks = [", ".join(f"i32 {half + e // 2 + 8 * (e % 2)}" for e in range(8)) for half in (0, 4)]
+    with f.shared_loop(f.at("%d", FIELD["next"], "i64"), _field(f, "channels")) as channel:
+        to, start = f.at(y, f.mul(channel, pitch)), f.mul(channel, x_channel)
+        with f.when(clear), f.loop(0, pitch, f.width) as position:
+            f.store("zeroinitializer", to, position.index)
+        with f.loop(0, batch) as b:
+            x_b = f.add(start, f.mul(b.index, x_image))
+            y_b = f.at(to, f.add(f.mul(b.index, image), before))
+            with f.loop(0, height) as r:
+                x_r, y_r = f.add(x_b, f.mul(r.index, x_row)), f.at(y_b, f.mul(r.index, apart))
+                evens, odds = f.at(even, x_r), f.at(odd, x_r)
+                with f.when(f.compare("sge", last, 0)), f.loop(0, width, 8) as i:
+                    index = f.smaller(i.index, last)
+                    both = f"{f.vector} {f.load(evens, index)}, {f.vector} {f.load(odds, index)}"
+                    place = f.at(y_r, f.mul(index, 2))
+                    for half, picked in enumerate(picks):
+                        value = f.let(f"shufflevector {both}, <8 x i32> <{picked}>")
+                        f.store(value, place, 8 * half)
+                with f.when(f.compare("slt", last, 0)), f.loop(0, width) as i:
+                    place = f.at(y_r, f.mul(i.index, 2))
+                    for offset, source in enumerate((evens, odds)):
+                        f.store(f.load(source, i.index, "float"), place, offset, "float")
+    return f
 
 
 def _transpose(width: int) -> Function:

@@ -9,7 +9,7 @@ from ._call import clock
 from ._fused_layer import FusedLayer
 
 SECONDS = 3.0  # that one comparison may take, once each candidate has run `FEWEST` times
-FEWEST, MOST = 4, 15
+FEWEST, MOST = 5, 15
 
 
 class Candidate:

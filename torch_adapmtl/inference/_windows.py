@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._call import copy_into, engine, fields, run, threads
+from ._call import copy_into, deinterleave, interleave
 from ._filters import Filters
 from ._layers import Activation, Plan, SparseLayer, check_input, fits
 from ._maps import Held, Map, contiguous, held, padded, show
@@ -17,9 +17,10 @@ from ._maps import Held, Map, contiguous, held, padded, show
 WASTE = 1.35  # a map may have so many times the positions of its images
 
 
-def pair(value: Any) -> tuple[int, int]:
+def pair(value: Any) -> tuple[Any, Any]:
     """A size for both dimensions."""
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
+    first, second = (value, value) if isinstance(value, int | float) else value
+    return first, second
 
 
 class Window:
@@ -69,21 +70,37 @@ class Window:
         buffer = torch.empty(source.size)
         if x.stride(3) != 1:
             x = x.contiguous()
-        for i, phase in enumerate(phases):
-            places, firsts = [], []
-            limits = (source.height, source.width)
-            for a, n, s, p, most in zip(
-                phase, x.shape[2:], self.stride, self.padding, limits, strict=True
-            ):  # row r of the phase is row r * s + a - p of the input
-                begin = max(0, -(-(p - a) // s))
-                places += [begin, max(begin, min((n - 1 + p - a) // s + 1, most))]
-                firsts.append(min(begin * s + a - p, n))
-            part, step = x[:, :, firsts[0] :: self.stride[0], firsts[1] :], self.stride[1]
-            if step > 2:
-                part, step = part[..., ::step].contiguous(), 1
-            place = (places[0], places[1], places[2], places[3])
-            copy_into(part, source, buffer, i * x.shape[1], place, step, fill)
+        channels = x.shape[1]
+        for a in sorted({y for y, _ in phases}):
+            begin, end, first = self._phase_range(0, a, x.shape[2], source.height)
+            rows = x[:, :, first :: self.stride[0]]
+            both = [phases.index((a, b)) for b in (0, 1) if (a, b) in phases]
+            if self.stride[1] == 2 and len(both) == 2:
+                places = [i * channels for i in both]
+                deinterleave(rows, source, buffer, places, (begin, end), self.padding[1], fill)
+                continue
+            for i, (y, b) in enumerate(phases):
+                if y == a:
+                    left, right, skipped = self._phase_range(1, b, x.shape[3], source.width)
+                    part, step = rows[..., skipped:], self.stride[1]
+                    if step > 2:
+                        part, step = part[..., ::step].contiguous(), 1
+                    place = (begin, end, left, right)
+                    copy_into(part, source, buffer, i * channels, place, step, fill)
         return buffer
+
+    def _phase_range(self, dim: int, phase: int, size: int, most: int) -> tuple[int, int, int]:
+        """Where a phase of the input is not padding, along one dimension.
+
+        Row ``r`` of phase ``a`` is row ``r * stride + a - padding`` of the input.
+
+        Returns:
+            The first row of the phase and the end, at most `most`; the input's row that is first.
+        """
+        stride, before = self.stride[dim], self.padding[dim] - phase
+        begin = max(0, -(-before // stride))
+        end = max(begin, min((size - 1 + before) // stride + 1, most))
+        return begin, end, min(begin * stride - before, size)
 
 
 class SparseConv2d(SparseLayer):
@@ -336,6 +353,7 @@ class SparseConvTranspose2d(nn.Module):
         self.phases = SparseConv2d(
             phases.flatten(0, 3), spread, 1, taps, 1, groups, activation=activation
         )
+        self.margin = (0, 0)
 
     def _sizes(self, x: Tensor, output_size: Any) -> list[int]:
         """Height and width of the output."""
@@ -369,7 +387,7 @@ class SparseConvTranspose2d(nn.Module):
                 f"shape {tuple(x.shape)}"
             )
         if x.dim() == 3:
-            return self.forward(x[None], output_size)[0]
+            return self.forward(x[None], output_size).contiguous()[0]
         sizes, missing = self._sizes(x, output_size), []
         for n, size, s, p, reach in zip(
             x.shape[2:],
@@ -383,6 +401,8 @@ class SparseConvTranspose2d(nn.Module):
         if any(missing):  # the output padding goes beyond what the input reaches
             x = F.pad(x, (0, missing[1], 0, missing[0]))
         y = self.phases(x)
+        if self.stride == (2, 2) and self.padding == (0, 0) and self.groups == 1:
+            return self._interleaved(y, *sizes)
         (sy, sx), (py, px) = self.stride, self.padding
         batch, channels, rows, columns = y.shape
         outs = channels // (self.groups * sy * sx)
@@ -392,103 +412,22 @@ class SparseConvTranspose2d(nn.Module):
         whole = wide.view(batch, self.groups * outs, rows * sy, columns * sx)
         return whole[:, :, py : py + sizes[0], px : px + sizes[1]].contiguous()
 
-
-class Norm(NamedTuple):
-    """What a batch norm computes with, one number for each channel."""
-
-    mean: Tensor
-    variance: Tensor
-    eps: float
-    weight: Tensor | None
-    bias: Tensor | None
-
-
-class MapNorm2d(nn.Module):
-    """A batch norm and what follows it, on maps: a convolution of one weight for each channel.
-
-    Args:
-        norm: What the batch norm computes with.
-        activation: What follows; None for nothing.
-    """
-
-    def __init__(self, norm: Norm, activation: nn.Module | None) -> None:
-        super().__init__()
-        self.norm, self.activation = norm, activation
-        scale = (norm.variance + norm.eps).rsqrt() * (1.0 if norm.weight is None else norm.weight)
-        shift = (0.0 if norm.bias is None else norm.bias) - norm.mean * scale
-        self.on_maps = SparseConv2d(
-            scale[:, None, None, None], shift, groups=len(scale), activation=Activation(activation)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        if held(x) is not None and x.dim() == 4:
-            y: Tensor = self.on_maps(x)
-            return y
-        mean, variance, eps, weight, bias = self.norm
-        y = F.batch_norm(x, mean, variance, weight, bias, eps=eps)
-        return y if self.activation is None else self.activation(y)
-
-
-class MapMaxPool2d(nn.Module):
-    """Max pooling that reads and writes maps.
-
-    Args:
-        pool: What it computes; without `ceil_mode` and `return_indices`.
-    """
-
-    def __init__(self, pool: nn.MaxPool2d) -> None:
-        super().__init__()
-        self.pool = pool
-        self.window = Window(pool.kernel_size, pool.stride, pool.padding, pool.dilation)
-        height, width = self.window.kernel_size
-        y, x = torch.cartesian_prod(torch.arange(height), torch.arange(width)).view(-1, 2).unbind(1)
-        self.phases, self.phase, self.down, self.right = self.window.phases(y, x)
-        self.margin = (0, 0)
-
     def ask(self, rows: int, columns: int) -> None:
         """Leave so many rows and columns of zeros around each image of the output."""
         self.margin = (max(rows, self.margin[0]), max(columns, self.margin[1]))
 
-    def forward(self, x: Tensor) -> Tensor:
-        if held(x) is None or x.dim() != 4:
-            y: Tensor = self.pool(x)
-            return y
-        batch, channels, height, width = x.shape
-        out_h, out_w = self.window.output_size(height, width)
-        down, right = int(self.down.max()), int(self.right.max())
-        rows, columns = out_h + max(down, self.margin[0]), out_w + max(right, self.margin[1])
-        source = padded(
-            batch,
-            channels * len(self.phases),
-            out_h + down,
-            out_w + right,
-            rows,
-            columns,
-            down * columns + right,
-        )
-        output = padded(batch, channels, out_h, out_w, rows, columns)
-        # Before the first phase and after the last one lie zeros, which no position of the output
-        # that is kept reads.
-        buffer = self.window.split(x, self.phases, source, float("-inf"))
-        offsets = self.phase * channels * source.pitch + self.down * columns + self.right
-        offsets = offsets.int()
-        keep, result, kernels = output.keep(), torch.empty(output.size), engine()
-        call = fields(
-            work=kernels.works["maximum"],
-            parallel=kernels.parallel,
-            threads=threads(len(offsets) * channels * output.pitch),
-            x=buffer.data_ptr() + 4 * source.lead,
-            y=result.data_ptr() + 4 * output.lead,
-            lead=result.data_ptr(),
-            lead_bytes=4 * output.lead,
-            tail=result.data_ptr() + 4 * (output.size - output.lead),
-            tail_bytes=4 * output.lead,
-            pitch=output.pitch,
-            x_channel=source.pitch,
-            channels=channels,
-            rows=len(offsets),
-            nonzeros=offsets.data_ptr(),
-            keep=0 if keep is None else keep.data_ptr(),
-        )
-        run(call)
-        return show(output, result, output.shape, output.strides, self)
+    def _interleaved(self, y: Tensor, height: int, width: int) -> Tensor:
+        """The phases as a map of the whole output; what goes beyond its size is left out."""
+        batch, channels, rows, columns = y.shape
+        outs = channels // 4
+        even = height % 2 == 0 and width % 2 == 0 and (2 * rows, 2 * columns) == (height, width)
+        down, right = self.margin if even else (0, 0)
+        output = padded(batch, outs, 2 * rows, 2 * columns, 2 * rows + down, 2 * columns + right)
+        buffer = torch.empty(output.size)
+        for a in (0, 1):
+            first, second = (y[:, (2 * a + b) * outs : (2 * a + b + 1) * outs] for b in (0, 1))
+            interleave(first, second, output, buffer, a, clear=a == 0)
+        if not even:
+            whole = buffer.as_strided(output.shape, output.strides, output.lead)
+            return whole[:, :, :height, :width].contiguous()
+        return show(output, buffer, output.shape, output.strides, self)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -48,9 +49,11 @@ class AcceleratedModel(nn.Module):
         True
     """
 
-    def __init__(self, module: nn.Module, report: AccelerationReport) -> None:
+    def __init__(
+        self, module: nn.Module, report: AccelerationReport, defaults: Mapping[str, Any]
+    ) -> None:
         super().__init__()
-        self.module, self._report = module, report
+        self.module, self._report, self._defaults = module, report, dict(defaults)
         self.choices = {row.name: row.choice for row in report.layers}
         self.eval()
 
@@ -59,13 +62,19 @@ class AcceleratedModel(nn.Module):
 
         Raises:
             TypeError: If an input is on another device than the CPU, or is of a floating-point type
-                other than float32.
+                other than float32; if an argument is given that the example inputs lacked.
             RuntimeError: If an input requires gradients while they are enabled, or under
                 `torch.autocast`.
         """
         _check_inputs(args, kwargs)
         if torch.is_autocast_enabled("cpu"):
             raise RuntimeError("an accelerated model computes float32: call it outside of autocast")
+        for name in self._defaults.keys() & kwargs.keys():
+            if kwargs.pop(name) is not self._defaults[name]:
+                raise TypeError(
+                    f"an accelerated model has no argument {name!r}, because the example inputs of "
+                    f"accelerate() had none: accelerate the model with it"
+                )
         with torch.no_grad():  # such as for checkpoints, whose outputs would require gradients
             return self.module(*args, **kwargs)
 
@@ -375,7 +384,14 @@ def _choose(
     report = AccelerationReport(
         tuple(rows), original.total, dense.total, fastest, torch.get_num_threads()
     )
-    return AcceleratedModel(best, report)
+    return AcceleratedModel(best, report, _specialised(plain, best))
+
+
+def _specialised(plain: nn.Module, module: nn.Module) -> dict[str, Any]:
+    """The parameters that a graph lacks because the examples had none, with their defaults."""
+    given = inspect.signature(plain.forward).parameters
+    left = inspect.signature(module.forward).parameters
+    return {name: p.default for name, p in given.items() if name not in left}
 
 
 def _calibrate(module: nn.Module, run: Any) -> None:

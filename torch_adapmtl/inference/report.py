@@ -77,12 +77,14 @@ class AccelerationReport:
         return self.original_seconds / self.accelerated_seconds
 
     def __str__(self) -> str:
-        return "\n".join([*text_table(self._rows(), left=2), self._summary()])
+        return "\n".join([*text_table(self._rows(), left=2), self.summary])
 
     def _repr_html_(self) -> str:
-        return html_table(self._rows(), left=2, caption=self._summary())
+        return html_table(self._rows(), left=2, caption=self.summary)
 
-    def _summary(self) -> str:
+    @property
+    def summary(self) -> str:
+        """The last line of the table: the model as a whole."""
         weights = sum(row.weights for row in self.layers)
         macs = sum(row.weights * row.positions for row in self.layers)
         zeros = 1 - sum(row.nonzeros for row in self.layers) / weights if weights else 0.0
