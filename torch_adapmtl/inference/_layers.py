@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ._call import LEAD, RESIDUAL, TAIL, THREADS, Fields, X, Y, run, threads, transpose_into
 from ._filters import Filters
 from ._kernels import CLAMP, HARDSWISH, NONE
-from ._maps import Held, Map, held, show
+from ._maps import MOST_FLOATS, Held, Map, held, show
 
 MOST_PLANS = 4  # sizes of inputs that a layer remembers
 
@@ -74,7 +74,7 @@ class SparseLayer(nn.Module):
         return len(self.filters.bias)
 
     def _plan(self, key: Hashable, source: Map, output: Map, direct: bool) -> Plan:
-        if max(source.size, output.size) >= 2**31:
+        if max(source.size, output.size) >= MOST_FLOATS:
             raise ValueError(
                 f"an input of {source.positions:,} positions is too large for {self}: "
                 "split the batch"

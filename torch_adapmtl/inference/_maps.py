@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+MOST_FLOATS = 2**31  # in a map, whose places kernels know as 32-bit integers
 ALIGN = 16  # floats in the widest vector: every channel begins at a multiple of it
 
 

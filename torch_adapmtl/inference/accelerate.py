@@ -50,10 +50,15 @@ class AcceleratedModel(nn.Module):
     """
 
     def __init__(
-        self, module: nn.Module, report: AccelerationReport, defaults: Mapping[str, Any]
+        self,
+        module: nn.Module,
+        report: AccelerationReport,
+        names: Iterable[str],
+        defaults: Mapping[str, Any],
     ) -> None:
         super().__init__()
         self.module, self._report, self._defaults = module, report, dict(defaults)
+        self._names = tuple(names)
         self.choices = {row.name: row.choice for row in report.layers}
         self.eval()
 
@@ -69,8 +74,10 @@ class AcceleratedModel(nn.Module):
         _check_inputs(args, kwargs)
         if torch.is_autocast_enabled("cpu"):
             raise RuntimeError("an accelerated model computes float32: call it outside of autocast")
-        for name in self._defaults.keys() & kwargs.keys():
-            if kwargs.pop(name) is not self._defaults[name]:
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        for name in self._defaults.keys() & given.keys():
+            kwargs.pop(name, None)
+            if not _is_default(given[name], self._defaults[name]):
                 raise TypeError(
                     f"an accelerated model has no argument {name!r}, because the example inputs of "
                     f"accelerate() had none: accelerate the model with it"
@@ -384,7 +391,14 @@ def _choose(
     report = AccelerationReport(
         tuple(rows), original.total, dense.total, fastest, torch.get_num_threads()
     )
-    return AcceleratedModel(best, report, _specialised(plain, best))
+    names = inspect.signature(plain.forward).parameters
+    return AcceleratedModel(best, report, names, _specialised(plain, best))
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    if value is default:
+        return True
+    return isinstance(value, bool | int | float | str) and bool(value == default)
 
 
 def _specialised(plain: nn.Module, module: nn.Module) -> dict[str, Any]:
