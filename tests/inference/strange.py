@@ -514,6 +514,58 @@ LAYERS = {
         images(),
         (images(1, 8, 7, 5),),
     ),
+    "interpolation": Case(
+        lambda: net(
+            lambda s, x: [
+                s.d(F.interpolate(s.c(x), scale_factor=2)),
+                s.d(F.interpolate(input=s.c(x), size=(24, 24))),
+                s.d(F.interpolate(s.c(x), x.shape[2:])),
+                s.d(F.interpolate(s.c(x), scale_factor=(2, 3.0), mode="nearest-exact")),
+                s.d(F.interpolate(s.c(x), scale_factor=2, mode="bilinear")),
+                F.interpolate(s.c(x), scale_factor=2).view(-1),
+            ],
+            c=conv(),
+            d=conv(),
+        ),
+        images(),
+        (images(1, 8, 12, 12), images(1, 8, 7, 9)),
+    ),
+    "upsampling modules": Case(
+        lambda: nn.Sequential(
+            conv(),
+            nn.Upsample(scale_factor=2),
+            conv(),
+            nn.Upsample(size=(5, 5)),
+            conv(),
+            nn.UpsamplingNearest2d(scale_factor=2),
+            conv(),
+        ),
+        images(),
+    ),
+    "transposed by two": Case(
+        lambda: nn.Sequential(
+            nn.ConvTranspose2d(8, 4, 2, 2),
+            nn.ReLU(),
+            conv(4, 4),
+            nn.ConvTranspose2d(4, 4, 2, 2, output_padding=1),
+            conv(4, 4, 5),
+            nn.ConvTranspose2d(4, 4, 3, 2),
+        ),
+        images(),
+        (images(1, 8, 3, 5), images(8, 3, 5)),
+    ),
+    "view after a transposed convolution": Case(
+        lambda: net(lambda s, x: s.t(x).view(-1), t=nn.ConvTranspose2d(8, 4, 2, 2)), images()
+    ),
+    "a pool of the input": Case(
+        lambda: nn.Sequential(nn.MaxPool2d(3, 2, 1), conv()),
+        images(),
+        (
+            images(0, 8, 12, 12),
+            images(8, 12, 12),
+            (images()[0].to(memory_format=torch.channels_last),),
+        ),
+    ),
     "linear on images": Case(
         lambda: net(
             lambda s, x: s.l(s.c(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2) + x,

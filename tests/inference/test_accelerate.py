@@ -451,6 +451,35 @@ def test_nested_inputs_are_looked_into() -> None:
         fast({"a": [x.half()]})
 
 
+def test_arguments_that_the_examples_lacked() -> None:
+    def forward(
+        self: Any, x: Tensor, y: Tensor | None = None, scale: float = 2.0, flag: bool = False
+    ) -> Tensor:
+        x = self.c(x) if y is None else self.c(x) + y
+        return x * scale + 1 if flag else x * scale
+
+    model, (x,) = pruned(net(forward, c=conv())), images()
+    fast = all_sparse(model, x)
+    for args in ((x,), (x, None), (x, None, float("2")), (x, None, 2.0, False)):
+        assert_same([fast(*args)], [model(*args).detach()])
+    for kwargs in ({}, {"y": None}, {"flag": False, "scale": float("2")}):
+        assert_same([fast(x=x, **kwargs)], [model(x, **kwargs).detach()])
+    for args, kwargs, name in (
+        ((x, x), {}, "y"),
+        ((x,), {"y": x}, "y"),
+        ((x, None, 3.0), {}, "scale"),
+        ((x,), {"flag": True}, "flag"),
+    ):
+        with pytest.raises(
+            TypeError, match=f"has no argument '{name}', because the example inputs"
+        ):
+            fast(*args, **kwargs)
+    with_y = all_sparse(model, {"x": x, "y": x})
+    assert_same([with_y(x, y=x + 1)], [model(x, x + 1).detach()])
+    with_all = all_sparse(model, (x, None, 3.0, True))
+    assert_same([with_all(x, None, 4.0, True)], [model(x, None, 4.0, True).detach()])
+
+
 def test_arguments_that_are_refused() -> None:
     model, (x,) = conv(), images()
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, found function"):

@@ -7,13 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from skipping import assert_close, assert_zero_around, seeds, sparse, vectors_of, widths
 from torch import Tensor, nn
 
 from torch_adapmtl.inference import _elementwise
-from torch_adapmtl.inference._map_modules import MapActivation, MapMean, MapNorm2d, Norm
+from torch_adapmtl.inference._map_modules import (
+    MapActivation,
+    MapMean,
+    MapNorm2d,
+    MapUpsample,
+    Norm,
+)
 from torch_adapmtl.inference._maps import contiguous, held
 from torch_adapmtl.inference._windows import SparseConv2d
 
@@ -59,12 +66,16 @@ def test_on_maps_and_other_tensors(
             check(_elementwise.mean(x), p.mean((2, 3)))
             check(_elementwise.mean(x, keepdim=True), p.mean((2, 3), keepdim=True))
             check(MapMean()(x), p.mean((2, 3), keepdim=True))
+            for settings in ({"scale_factor": 2}, {"scale_factor": 1.5}, {"size": (5, 7)}):
+                check(MapUpsample()(x, **settings), F.interpolate(p, **settings))
+            up = nn.Upsample(scale_factor=2)
+            check(MapUpsample(up)(x), up(p))
             for module in (nn.SiLU(), nn.GELU()):
                 check(MapActivation(module)(x), module(p))
             norm = Norm(torch.randn(size[1]), torch.rand(size[1]) + 0.5, 1e-5, None, None)
-            expected = nn.functional.batch_norm(p, norm.mean, norm.variance)
+            expected = F.batch_norm(p, norm.mean, norm.variance)
             check(MapNorm2d(norm, None)(x), expected)
-            check(MapNorm2d(norm, nn.Hardswish())(x), nn.functional.hardswish(expected))
+            check(MapNorm2d(norm, nn.Hardswish())(x), F.hardswish(expected))
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])

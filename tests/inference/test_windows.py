@@ -516,6 +516,15 @@ def test_refusals() -> None:
         transposed(torch.randn(1, 3, 5, 5), (9, 12))
 
 
+def test_images_that_are_too_small_for_a_pool_get_the_error_of_torch() -> None:
+    for x in (
+        torch.randn(1, 4, 3, 3),
+        SparseConv2d(torch.ones(4, 4, 1, 1), None)(torch.ones(1, 4, 3, 3)),
+    ):
+        with pytest.raises(RuntimeError, match="Output size is too small"):
+            MapMaxPool2d(nn.MaxPool2d(5))(x)
+
+
 def test_a_map_that_is_too_large_is_refused() -> None:
     layer = SparseConv2d(torch.ones(1, 1, 1, 1), None)
     x = torch.zeros(1).expand(2**16, 1, 2**8, 2**8)
