@@ -53,12 +53,17 @@ class PrunableTensor:
             weight has several owners; some may be of types that are not prunable themselves.
         component: `"shared"`, a task, several tasks as in `"depth+normal"`, a name from `groups=`,
             `"unused"` or `"frozen"`.
+        positions: The number of multiply-adds that each of its weights takes part in, in one
+            forward pass of one example: the positions of a convolution's output map (of its input
+            map if it is transposed), the tokens of a linear layer, summed over all uses. It is an
+            average if the tensor's weights are not all used alike, and None if it is not known.
     """
 
     name: str
     parameter: nn.Parameter
     owners: tuple[tuple[nn.Module, str], ...]
     component: str
+    positions: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,7 +264,13 @@ def find_components(
     components = Components(
         tasks,
         tuple(
-            PrunableTensor(owned.names[0], owned.parameter, tuple(owned.owners), component_of[key])
+            PrunableTensor(
+                owned.names[0],
+                owned.parameter,
+                tuple(owned.owners),
+                component_of[key],
+                use.positions.get(key),
+            )
             for key, owned in inventory.prunable.items()
         ),
     )
