@@ -23,7 +23,7 @@ from torch_adapmtl.run._step_hook import StepHook
 from torch_adapmtl.run.checkpoint import load, save, unguard
 from torch_adapmtl.run.diagnostics import Watch, signs
 from torch_adapmtl.run.parameter_groups import parameter_groups
-from torch_adapmtl.run.report import ComponentRow, LayerRow, Report
+from torch_adapmtl.run.report import ComponentRow, LayerRow, Report, total_macs
 from torch_adapmtl.tensor.torch_prune import SoftThresholdPruning
 from torch_adapmtl.weighting._base import LossWeighting
 from torch_adapmtl.weighting.stability import StabilityWeighting
@@ -422,7 +422,7 @@ class Pruner(nn.Module):
         target_sparsity = check_fraction("target_sparsity", target_sparsity)
         total_steps = check_steps(total_steps)
         self._check_layers()
-        zeros = sum(self.layers.count_zeros())
+        zeros = self.layers.count_zeros()
         with self.sparse_weights.dense():
             self.controller.retarget(target_sparsity, total_steps, zeros)
             self.sparse_weights.fix(self.controller.fixed)
@@ -474,7 +474,14 @@ class Pruner(nn.Module):
         self._check_layers()
         alphas = self.controller.thresholds().tolist()
         rows = tuple(
-            LayerRow(layer.name, layer.component, tuple(layer.weight.shape), zeros, alpha)
+            LayerRow(
+                layer.name,
+                layer.component,
+                tuple(layer.weight.shape),
+                zeros,
+                alpha,
+                layer.positions,
+            )
             for layer, zeros, alpha in zip(
                 self.layers, self.layers.count_zeros(), alphas, strict=True
             )
@@ -495,6 +502,8 @@ class Pruner(nn.Module):
                     len(members),
                     sum(row.weights for row in members),
                     sum(row.zeros for row in members),
+                    total_macs(row.macs for row in members),
+                    total_macs(row.macs_left for row in members),
                 )
                 for name, members in by_component.items()
             ),
@@ -505,6 +514,7 @@ class Pruner(nn.Module):
             dense=dense,
             task_weights=self.weighting.as_dict(),
             given=sum(count_zeros(layer.initial_mask) for layer in self.layers),
+            count=self.layers.count,
         )
 
     def __repr__(self) -> str:
@@ -573,8 +583,9 @@ class Pruner(nn.Module):
         if self.controller.exact and not self.controller.fixed:
             raise RuntimeError(
                 f"finalize() was called after {self._step} of total_steps={self.total_steps} "
-                f"steps, and the zeros are not fixed yet: {self.sparsity():.2%} of the weights are "
-                f"zero now, and {self.target_sparsity:.2%} are to be at the end. Call fix_zeros() "
+                f"steps, and the zeros are not fixed yet: {self.report().pruned:.2%} of the "
+                f"{'weights are zero' if self.layers.count == 'weights' else 'multiply-adds are saved'} "
+                f"now, and {self.target_sparsity:.2%} are to be at the end. Call fix_zeros() "
                 f"to prune the model to its target now (and train on to recover), call step() "
                 f"after every optimizer step until the end, or call undo() to remove the pruner "
                 f"without pruning."
@@ -638,12 +649,13 @@ class Pruner(nn.Module):
                 )
 
     def _check_exact(self) -> None:
-        zeros, wanted = sum(self.layers.count_zeros()), self.controller.zeros
-        if zeros != wanted:
+        zeros, wanted = self.layers.count_zeros(), self.controller.budget
+        if not self.layers.meets(zeros, wanted):
+            what = "zeros" if self.layers.count == "weights" else "multiply-adds of zeros"
             raise RuntimeError(
-                f"finalize() found {zeros} zeros in place of the {wanted} that "
-                f"{type(self.controller).__name__} has fixed: its thresholds or masks have been "
-                f"changed since. Leave both alone after fix_zeros()"
+                f"finalize() found {self.layers.cost(zeros):.12g} {what} in place of the "
+                f"{wanted:.12g} that {type(self.controller).__name__} has fixed: its thresholds or "
+                f"masks have been changed since. Leave both alone after fix_zeros()"
             )
 
     def _warn(self) -> None:
@@ -657,9 +669,9 @@ class Pruner(nn.Module):
             self.weighting.record,
             task_weights=report.task_weights if adaptive else {},
         )
-        if reason := self.controller.missed(report.sparsity):
+        if reason := self.controller.missed(report.pruned):
             texts.append(
-                f"the run ended at a sparsity of {report.sparsity:.2%}, not "
+                f"the run ended at a sparsity of {report.pruned:.2%}, not "
                 f"{self.target_sparsity:.2%}: {reason}"
             )
         for text in texts:
