@@ -168,7 +168,7 @@ def apply_adapmtl(
                 tensor.component,
                 tensor.owners,
                 zeros_to_keep(*tensor.owners[0], keep_zeros=keep_zeros),
-                number,
+                positions=number,
             )
             for tensor, number in zip(pruned, positions, strict=True)
         ),

@@ -514,7 +514,7 @@ class Pruner(nn.Module):
             dense=dense,
             task_weights=self.weighting.as_dict(),
             given=sum(count_zeros(layer.initial_mask) for layer in self.layers),
-            count=self.layers.count,
+            count=self.layers.counts,
         )
 
     def __repr__(self) -> str:
@@ -581,14 +581,14 @@ class Pruner(nn.Module):
                 "prepared alike and not sharded, and finalize this one"
             )
         if self.controller.exact and not self.controller.fixed:
+            weights, _ = self.layers.units
             raise RuntimeError(
                 f"finalize() was called after {self._step} of total_steps={self.total_steps} "
                 f"steps, and the zeros are not fixed yet: {self.report().pruned:.2%} of the "
-                f"{'weights are zero' if self.layers.count == 'weights' else 'multiply-adds are saved'} "
-                f"now, and {self.target_sparsity:.2%} are to be at the end. Call fix_zeros() "
-                f"to prune the model to its target now (and train on to recover), call step() "
-                f"after every optimizer step until the end, or call undo() to remove the pruner "
-                f"without pruning."
+                f"{weights} are pruned now, and {self.target_sparsity:.2%} are to be at the end. "
+                f"Call fix_zeros() to prune the model to its target now (and train on to recover), "
+                f"call step() after every optimizer step until the end, or call undo() to remove "
+                f"the pruner without pruning."
             )
         self._warn()
         if self.controller.fixed:
@@ -651,11 +651,10 @@ class Pruner(nn.Module):
     def _check_exact(self) -> None:
         zeros, wanted = self.layers.count_zeros(), self.controller.budget
         if not self.layers.meets(zeros, wanted):
-            what = "zeros" if self.layers.count == "weights" else "multiply-adds of zeros"
             raise RuntimeError(
-                f"finalize() found {self.layers.cost(zeros):.12g} {what} in place of the "
-                f"{wanted:.12g} that {type(self.controller).__name__} has fixed: its thresholds or "
-                f"masks have been changed since. Leave both alone after fix_zeros()"
+                f"finalize() found {self.layers.cost(zeros):.12g} {self.layers.units[1]} in place "
+                f"of the {wanted:.12g} that {type(self.controller).__name__} has fixed: its "
+                f"thresholds or masks have been changed since. Leave both alone after fix_zeros()"
             )
 
     def _warn(self) -> None:

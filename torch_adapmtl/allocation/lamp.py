@@ -89,7 +89,7 @@ class LAMP(Allocator):
     ) -> Tensor:
         """Return how far the offset of each layer moves."""
         (pool,) = self._pool
-        costs = None if self._layers.count == "weights" else self._layers.costs
+        costs = None if self._layers.counts == "weights" else self._layers.costs
         alpha = lamp_thresholds(magnitudes, budget, costs)
         known = alpha > 0  # 0 has no logarithm: nothing is pruned yet, or all weights are zero
         weight = torch.tensor(self._layers.sizes, device=offsets.device) * known

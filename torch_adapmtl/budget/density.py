@@ -26,7 +26,7 @@ class DensityBounds:
     """Bounds on the zeros, which follow from densities and fixed zeros.
 
     The density of a component is the share of its weights that are not zero, or the share of its
-    multiply-adds that are left, as `layers.count` says.
+    multiply-adds that are left, as `layers.counts` says.
 
     Args:
         layers: The layers.
@@ -69,7 +69,7 @@ class DensityBounds:
         self._layer_max = [
             max(size - k, m) for size, k, m in zip(layers.sizes, kept, masked, strict=True)
         ]
-        what = "weights" if layers.count == "weights" else "multiply-adds"
+        weights, pruned = layers.units
         sizes = layers.sum_components(layers.sizes)
         room, fixed = layers.sum_components(self._layer_max), layers.sum_components(masked)
         self._least: list[float] = []
@@ -82,17 +82,18 @@ class DensityBounds:
             if lowest > highest + slack:
                 raise ValueError(
                     f"min_density={least[c]} and max_density={most[c]} leave component "
-                    f"{name!r} no room: of its {sizes[c]:.12g} {what} at least {lowest:.12g} and "
-                    f"at most {highest:.12g} would have to be zero. Lower the one or raise the "
+                    f"{name!r} no room: of its {sizes[c]:.12g} {weights} at least {lowest:.12g} "
+                    f"and at most {highest:.12g} would have to be zero. Lower the one or raise the "
                     f"other."
                 )
             self._least.append(lowest)
             self._most.append(highest)
-            rows.append(f"  {name}: {lowest:.12g} to {highest:.12g} of {sizes[c]:.12g} {what} zero")
+            rows.append(
+                f"  {name}: {lowest:.12g} to {highest:.12g} of {sizes[c]:.12g} {weights} zero"
+            )
         if not sum(self._least) - slack <= self.budget <= sum(self._most) + slack:
-            asked = "zeros" if what == "weights" else "multiply-adds to be removed"
             raise ValueError(
-                f"target_sparsity={target_sparsity} asks for {self.budget:.12g} {asked}, but the "
+                f"target_sparsity={target_sparsity} asks for {self.budget:.12g} {pruned}, but the "
                 f"bounds (min_density, max_density, and the {sum(masked)} weights that are zero "
                 f"already and stay so) allow {sum(self._least):.12g} to {sum(self._most):.12g}:\n"
                 + "\n".join(rows)
@@ -103,7 +104,7 @@ class DensityBounds:
         """Return the bounds for an update that is to prune `budget`."""
         # What the components prune at least rises in proportion to all that is pruned.
         share = min(1.0, budget / self.budget) if self.budget else 1.0
-        layers, whole = self._layers, self._layers.count == "weights"
+        layers, whole = self._layers, self._layers.counts == "weights"
         least = [math.floor(k * share) if whole else k * share for k in self._least]
 
         def tensor(values: Sequence[float]) -> Tensor:
@@ -119,7 +120,7 @@ class DensityBounds:
 
     def _part(self, fraction: float, cost: float) -> float:
         """`fraction * cost`, which is an integer if weights are counted."""
-        return _share(fraction, cost) if self._layers.count == "weights" else fraction * cost
+        return _share(fraction, cost) if self._layers.counts == "weights" else fraction * cost
 
 
 def check_density(argument: str, density: object) -> None:

@@ -22,7 +22,7 @@ class Layers(Sequence[Layer]):
             weights take part in.
 
     Attributes:
-        count: What the budget counts.
+        counts: What the budget counts.
         costs: What a weight of each layer counts in the budget: 1, or `layer.positions`.
         total_cost: What all weights count: their number, or that of their multiply-adds.
         sizes: Number of weights of each layer.
@@ -47,7 +47,7 @@ class Layers(Sequence[Layer]):
     def __init__(
         self, layers: Iterable[Layer], count: Literal["weights", "macs"] = "weights"
     ) -> None:
-        self._layers, self.count = tuple(layers), count
+        self._layers, self.counts = tuple(layers), count
         self.costs: list[float] = [
             _positions(layer) if count == "macs" else 1 for layer in self._layers
         ]
@@ -76,6 +76,12 @@ class Layers(Sequence[Layer]):
         return self._layers[0].weight.device
 
     @property
+    def units(self) -> tuple[str, str]:
+        """What the budget counts, in words: of all weights, and of zeros."""
+        weights = self.counts == "weights"
+        return ("weights", "zeros") if weights else ("multiply-adds", "saved multiply-adds")
+
+    @property
     def names(self) -> dict[str, str]:
         """The component of each layer, by the layer's name."""
         return {layer.name: layer.component for layer in self._layers}
@@ -92,7 +98,7 @@ class Layers(Sequence[Layer]):
         `sparsity * total_cost`, which need not be an integer.
         """
         budget = sparsity * self.total_cost
-        return budget if self.count == "macs" else round(budget)
+        return budget if self.counts == "macs" else round(budget)
 
     def cost(self, zeros: Sequence[float]) -> float:
         """Return what so many zeros of each layer count in the budget."""

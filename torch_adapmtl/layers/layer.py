@@ -33,21 +33,21 @@ class Layer:
         owners: Every `(module, tensor name)` that holds it; several if the weight is tied.
         initial_mask: False for the zeros that were fixed when the run began, bool in the weight's
             shape; None if there were none.
-        positions: The number of multiply-adds that each of its weights takes part in, for one
-            example; None if it is not known.
         threshold: The threshold, the same for all owners; a controller sets it.
         dense: Whether the parameter holds the dense weight. While a controller is called it does.
             Between the steps of an optimiser it holds the sparse weight, unless the threshold is
             trained.
+        positions: The number of multiply-adds that each of its weights takes part in, for one
+            example; None if it is not known.
     """
 
     name: str
     component: str
     owners: tuple[tuple[nn.Module, str], ...]
     initial_mask: Tensor | None = None
-    positions: float | None = None
     threshold: SoftThreshold = field(default_factory=SoftThreshold)
     dense: bool = True
+    positions: float | None = None
 
     @property
     def weight(self) -> nn.Parameter:

@@ -46,7 +46,7 @@ class Method(ABC):
             layers: The layers, in the order of `model.parameters()`.
             model: The plain model, without thresholds.
             target_sparsity: What is to be pruned at the end, as a fraction: zeros among all weights
-                of the layers, or the multiply-adds that they save (`layers.count`).
+                of the layers, or the multiply-adds that they save (`layers.counts`).
             total_steps: Number of steps of the run.
         """
 
@@ -67,7 +67,7 @@ class Controller(KeepsPrecision, ABC):
     Args:
         layers: The layers. A subclass sets `layer.threshold` of each.
         target_sparsity: What is to be pruned at the end, as a fraction: zeros among all weights of
-            the layers, or the multiply-adds that they save (`layers.count`).
+            the layers, or the multiply-adds that they save (`layers.counts`).
         total_steps: Number of steps of the run.
 
     Attributes:
@@ -191,11 +191,11 @@ class Controller(KeepsPrecision, ABC):
         """
         zeros = [flat.numel() - int(torch.count_nonzero(flat)) for flat in keep]
         if not self.layers.meets(zeros, self.budget):
-            what = "zeros" if self.layers.count == "weights" else "multiply-adds"
+            weights, pruned = self.layers.units
             raise RuntimeError(
-                f"{type(self).__name__} was to fix {self.budget:.12g} {what} of "
-                f"{self.layers.total_cost:.12g}, and chose {self.layers.cost(zeros):.12g}: choose "
-                f"that many, as fix_lowest() does"
+                f"{type(self).__name__} was to fix {self.budget:.12g} {pruned} of "
+                f"{self.layers.total_cost:.12g} {weights}, and chose "
+                f"{self.layers.cost(zeros):.12g}: choose that many, as fix_lowest() does"
             )
         for layer, flat in zip(self.layers, keep, strict=True):
             layer.threshold.mask = shaped_like(layer.weight, flat)

@@ -176,7 +176,7 @@ class AdaptiveController(Controller):
     ) -> None:
         assert isinstance(method.allocation, Allocation)
         self.method, self.allocation = method, method.allocation
-        if method.position_power is not None and layers.count == "weights":
+        if method.position_power is not None and layers.counts == "weights":
             raise ValueError(
                 f"position_power={method.position_power} has no effect if weights are counted: "
                 f"pass count='macs', or leave it out"

@@ -81,11 +81,11 @@ class MaskController(Controller):
         self.schedule = schedule
         self._initial = layers.cost(layers.initial_zeros)
         if self._initial > self.budget and not layers.meets(layers.initial_zeros, self.budget):
-            what = "zeros" if layers.count == "weights" else "multiply-adds to be removed"
             raise ValueError(
-                f"target_sparsity={target_sparsity} asks for {self.budget:.12g} {what}, but masks "
-                f"that are there already, or zeros that are kept, hold {self._initial:.12g}: raise "
-                f"the target, pass keep_zeros=False, or remove the masks"
+                f"target_sparsity={target_sparsity} asks for {self.budget:.12g} "
+                f"{layers.units[1]}, but masks that are there already, or zeros that are kept, "
+                f"hold {self._initial:.12g}: raise the target, pass keep_zeros=False, or remove "
+                f"the masks"
             )
         for layer in layers:
             weight = layer.weight
@@ -127,7 +127,7 @@ class MaskController(Controller):
         """Mark the weights to prune, as many as the budget: a flat bool tensor for each layer.
 
         Args:
-            budget: How many, or how many multiply-adds they are to save (`layers.count`).
+            budget: How many, or how many multiply-adds they are to save (`layers.counts`).
         """
         return lowest(self.open_scores(), budget, self.layers.costs)
 
@@ -146,9 +146,7 @@ class MaskController(Controller):
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Prune to the sparsity of the schedule after `step` steps."""
-        self.prune(
-            self.layers.budget(self.schedule(step, self.total_steps, self.target_sparsity))
-        )
+        self.prune(self.layers.budget(self.schedule(step, self.total_steps, self.target_sparsity)))
 
     @torch.no_grad()
     def prune(self, budget: float) -> None:
