@@ -159,8 +159,8 @@ def apply_adapmtl(
         exclude=exclude,
     )
     pruned = _pruned_tensors(components)
-    inventory = Inventory(inner, prunable, exclude)
-    positions = positions_of(count, pruned, inventory.select, synchronize=synchronize)
+    inventory = Inventory(inner, prunable, exclude) if isinstance(count, Mapping) else None
+    positions = positions_of(count, pruned, inventory, synchronize=synchronize)
     layers = Layers(
         (
             Layer(

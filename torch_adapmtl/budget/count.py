@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 
 from torch_adapmtl._checks import check_choice, check_numbers
 from torch_adapmtl._distributed import agree
-from torch_adapmtl.components._inventory import Selector
+from torch_adapmtl.components._inventory import Inventory, Selector
 from torch_adapmtl.components.find import PrunableTensor
 
 __all__ = ["Count", "check_budget_count", "positions_of"]
@@ -38,7 +38,7 @@ def check_budget_count(count: object) -> Literal["weights", "macs"]:
 def positions_of(
     count: Count,
     tensors: Sequence[PrunableTensor],
-    select: Callable[[Selector, str], set[int]],
+    inventory: Inventory | None,
     *,
     synchronize: bool,
 ) -> list[float | None]:
@@ -47,15 +47,16 @@ def positions_of(
     Args:
         count: What the user asks for.
         tensors: The tensors.
-        select: Returns the ids of the prunable parameters that a selector of an argument matches.
+        inventory: Finds the tensors that a mapping selects; not needed if `count` is a word.
         synchronize: Whether processes that train together use the numbers of the first one.
 
     Raises:
         ValueError: If a selector matches nothing.
     """
     given: dict[int, float] = {}
-    for selector, positions in (count if isinstance(count, Mapping) else {}).items():
-        selected = select(selector, "count")
+    for selector, positions in count.items() if isinstance(count, Mapping) else ():
+        assert inventory is not None
+        selected = inventory.select(selector, "count")
         if not selected:
             raise ValueError(
                 f"count: {selector!r} matches no prunable tensor: name one of "
