@@ -42,7 +42,8 @@ class Pruner(nn.Module):
         components: The prunable tensors of the model, by component.
         layers: The tensors that are pruned; frozen and unused ones are not.
         tasks: The task names, in order.
-        target_sparsity: Zeros among all prunable weights at the end, as a fraction.
+        target_sparsity: What is pruned at the end, as a fraction: zeros among all prunable weights,
+            or, with `count="macs"`, the share of their multiply-adds that the zeros save.
         total_steps: Number of calls of `step` in the whole run.
         weighting: The loss weighting.
         controller: The object that moves the thresholds, made by the method.
@@ -122,7 +123,7 @@ class Pruner(nn.Module):
 
     @property
     def target_sparsity(self) -> float:
-        """Zeros among all prunable weights at the end, as a fraction."""
+        """What is pruned at the end, as a fraction: zeros, or the multiply-adds that they save."""
         return self.controller.target_sparsity
 
     @property
@@ -212,8 +213,9 @@ class Pruner(nn.Module):
         Most calls only count the step. Every few steps the thresholds are solved from a sample
         of the weights, which waits for the device. When the schedule fixes the zeros (after 90 % of
         the steps by default), the sparse weights are written into the parameters: exactly
-        `round(target_sparsity * N)` of them are zero. From then on masks keep these zeros, and the
-        other weights train without a threshold.
+        `round(target_sparsity * N)` of them are zero, or, with `count="macs"`, as many as save that
+        share of the multiply-adds. From then on masks keep these zeros, and the other weights train
+        without a threshold.
 
         Raises:
             RuntimeError: After `finalize`, or while attached to an optimiser. Also, at an update
@@ -395,7 +397,8 @@ class Pruner(nn.Module):
         retargeted in the same way. This includes an average of the model.
 
         Args:
-            target_sparsity: Zeros among all prunable weights at the end, as a fraction in [0, 1).
+            target_sparsity: What is pruned at the end, as a fraction in [0, 1), of what the run
+                counts.
             total_steps: How often `step` will be called from now on.
 
         Raises:

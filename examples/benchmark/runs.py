@@ -112,8 +112,9 @@ def run(
         progress: Called after each step with their number so far.
 
     Returns:
-        Settings, versions, seconds, the sparsity reached overall and by component, the metrics by
-        task, and what `finalize` warned of: one JSON line.
+        Settings, versions, seconds, what is pruned at the end (of weights, or of multiply-adds, as
+        the target counts), the sparsity by component, the share of multiply-adds that is left, the
+        metrics by task, and what `finalize` warned of: one JSON line.
 
     Raises:
         KeyError: If there is no method of that name.
@@ -183,7 +184,7 @@ def run(
     return {
         **settings(problem, method, sparsity, seed, options, device=device, bf16=bf16),
         "seconds": round(seconds, 2),
-        "reached": report.sparsity if report else 0.0,
+        "reached": report.pruned if report else 0.0,
         "zeros": report.zeros if report else 0,
         "weights": report.weights if report else 0,
         "macs_left": _macs_left(report),

@@ -125,9 +125,16 @@ def _by_hand(body: Any, x: Tensor) -> Tensor:
     return (y[..., None, :6] * body.second.weight).sum(-1)
 
 
+def _joined_unevenly(body: Any, x: Tensor) -> Tensor:
+    return F.linear(x, torch.cat([body.first.weight, body.second.weight])[:7])
+
+
 CUSTOM: dict[str, tuple[Callable[..., Tensor], int, dict[str, float | None]]] = {
     # The inputs are (3, 5, width).
     "joined": (_joined, 6, {"first.weight": 5, "second.weight": 5}),
+    "a part of what is joined": (
+        _joined_unevenly, 6, {"first.weight": 5 * 7 / 12, "second.weight": 5 * 7 / 12},
+    ),
     # Once for the whole batch, and so a third of 4 and of 8 for each of three examples.
     "a product of weights": (_product, 4, {"first.weight": 4 / 3, "second.weight": 8 / 3}),
     "by hand": (_by_hand, 6, {"first.weight": 5, "second.weight": 5}),
@@ -138,7 +145,7 @@ CUSTOM: dict[str, tuple[Callable[..., Tensor], int, dict[str, float | None]]] = 
         {"first.weight": 5, "second.weight": 5},
     ),
     "a product that is not known": (
-        lambda body, x: body.first(x).sum() + torch.cdist(x, body.second.weight.expand(3, 4, 6)), 6,
+        lambda body, x: body.first(x).sum() + torch.cdist(x, body.second.weight.expand(len(x), 4, 6)), 6,
         {"first.weight": 5, "second.weight": None},
     ),
 }  # fmt: skip
@@ -147,7 +154,10 @@ CUSTOM: dict[str, tuple[Callable[..., Tensor], int, dict[str, float | None]]] = 
 @pytest.mark.parametrize("name", CUSTOM)
 def test_custom_uses_of_a_weight(name: str) -> None:
     call, width, expected = CUSTOM[name]
-    assert positions(Whole(Pair(), call), torch.randn(3, 5, width)) == pytest.approx(expected)
+    model, x = Whole(Pair(), call), torch.randn(3, 5, width)
+    assert positions(model, x) == pytest.approx(expected)
+    if name != "a product of weights":  # to the last bit, because checkpoints compare them
+        assert positions(model, torch.cat([x, x, x])) == positions(model, x)
 
 
 def test_a_fused_recurrent_layer_uses_its_weights_at_every_step() -> None:

@@ -27,7 +27,7 @@ def factors(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def multiply_adds(
     function: Any, args: tuple[Any, ...], out: Any, weight: Tensor, *, product: bool
-) -> float | None:
+) -> int | None:
     """Count the multiply-adds that an operation makes with a weight, over the whole batch.
 
     Args:
@@ -47,16 +47,16 @@ def multiply_adds(
         x, kernel = args[:2]
         transposed = name != "deform_conv2d" and args[6]
         positions = x.shape[0] * prod((x if transposed else out).shape[2:])
-        return float(positions * kernel.numel())
+        return int(positions * kernel.numel())
     if name in _MATRICES:
         a, b = factors(name, args)[:2]
-        return float(a.numel() * (b.shape[-1] if b.ndim > 1 else 1))
+        return int(a.numel() * (b.shape[-1] if b.ndim > 1 else 1))
     if name in _RECURRENT:
-        return float(args[0].shape[:-1].numel() * weight.numel())
+        return int(args[0].shape[:-1].numel() * weight.numel())
     if plain in ("mul", "addcmul", "addr"):
-        return float(out.numel())
+        return int(out.numel())
     unknown = product or namespace not in ("aten", "prims")
-    return None if unknown and name not in _LOOK_UPS else 0.0
+    return None if unknown and name not in _LOOK_UPS else 0
 
 
 def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:

@@ -6,9 +6,9 @@ computes another weight first, as weight standardisation does, or writes to the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -126,7 +126,9 @@ class WeightUseMode(TorchDispatchMode):
         self._remade: set[int] = set()
         self._remade_beside: set[int] = set()  # perhaps not in place of the weight
         self._written: set[int] = set()
-        self._multiply_adds = dict.fromkeys(self._weights, 0.0)  # NaN if they are not known
+        # Exact fractions, so that the same model has the same positions whatever the batch.
+        self._positions = dict.fromkeys(self._weights, Fraction(0))
+        self._uncounted: set[int] = set()
         for tensor in (*model.parameters(), *model.buffers()):
             self._register(tensor)
 
@@ -153,9 +155,9 @@ class WeightUseMode(TorchDispatchMode):
         remade = self._remade | (self._remade_beside - self._used)
         present = {id(parameter) for parameter in self._model.parameters()}
         positions = {
-            key: total / (self._weights[key].numel() * self._examples)
-            for key, total in self._multiply_adds.items()
-            if total > 0
+            key: float(positions / self._examples)
+            for key, positions in self._positions.items()
+            if positions and key not in self._uncounted
         }
         return WeightUse(
             used=frozenset(self._used),
@@ -271,10 +273,12 @@ class WeightUseMode(TorchDispatchMode):
         if not sources or all(tensor is not factor for factor in tensors_in(factors(name, args))):
             return
         count = multiply_adds(func, args, out, tensor, product=product)
+        if count is None:
+            self._uncounted |= sources
+            return
+        each = Fraction(count, sum(self._weights[key].numel() for key in sources))
         for key in sources:
-            size = self._weights[key].numel()
-            share = size / sum(self._weights[source].numel() for source in sources)
-            self._multiply_adds[key] += math.nan if count is None else count * share
+            self._positions[key] += each
 
     def _start(self, tensor: Tensor, half: int) -> torch.UntypedStorage:
         """Return a copy of the storage of a parameter or a constant for the trace."""

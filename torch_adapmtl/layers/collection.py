@@ -21,6 +21,9 @@ class Layers(Sequence[Layer]):
         count: What the budget counts: `"weights"`, or `"macs"` for the multiply-adds that the
             weights take part in.
 
+    Raises:
+        ValueError: If multiply-adds are counted, and those of a layer are not known.
+
     Attributes:
         counts: What the budget counts.
         costs: What a weight of each layer counts in the budget: 1, or `layer.positions`.
@@ -151,9 +154,10 @@ class Layers(Sequence[Layer]):
 def _positions(layer: Layer) -> float:
     if layer.positions is None:
         raise ValueError(
-            f"count='macs': it is not known how many multiply-adds the weights of {layer.name!r} "
-            f"take part in, because no run on example inputs has shown it, or an operation uses "
-            f"them that is not known. Pass example_inputs=; or pass the number for a weight, as in "
+            f"count='macs': no multiply-adds are known that the weights of {layer.name!r} take "
+            f"part in. No example inputs have run through the model, or an operation that is not "
+            f"known uses the weights, or none multiplies by them (as with an embedding). Pass "
+            f"example_inputs=; or pass the number for one weight and one example, as in "
             f"count={{{layer.name!r}: 64}}; or leave the tensor out with exclude="
         )
     return layer.positions

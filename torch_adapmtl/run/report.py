@@ -118,13 +118,13 @@ class Report:
         >>> print(
         ...     Report(
         ...         components=(
-        ...             ComponentRow("shared", 2, 600, 480),
-        ...             ComponentRow("seg", 1, 400, 400),
+        ...             ComponentRow("shared", 2, 600, 480, 5400.0, 1480.0),
+        ...             ComponentRow("seg", 1, 400, 400, 400.0, 0.0),
         ...         ),
         ...         layers=(
-        ...             LayerRow("body.0.weight", "shared", (20, 15), 200, 0.01),
-        ...             LayerRow("body.1.weight", "shared", (20, 15), 280, 0.03),
-        ...             LayerRow("seg.weight", "seg", (20, 20), 400, 0.02),
+        ...             LayerRow("body.0.weight", "shared", (20, 15), 200, 0.01, 14.0),
+        ...             LayerRow("body.1.weight", "shared", (20, 15), 280, 0.03, 4.0),
+        ...             LayerRow("seg.weight", "seg", (20, 20), 400, 0.02, 1.0),
         ...         ),
         ...         target_sparsity=0.9,
         ...         step=70,
@@ -133,10 +133,10 @@ class Report:
         ...         task_weights={"seg": 1.0},
         ...     )
         ... )
-        component  tensors  weights  zeros  sparsity      threshold
-        shared           2      600    480   80.00 %  0.01 ... 0.03
-        seg              1      400    400  100.00 %           0.02
-        overall          3    1,000    880   88.00 %
+        component  tensors  weights  zeros  sparsity  MACs left      threshold
+        shared           2      600    480   80.00 %    27.41 %  0.01 ... 0.03
+        seg              1      400    400  100.00 %     0.00 %           0.02
+        overall          3    1,000    880   88.00 %    25.52 %
         target 90.00 %, step 70 of 100
         task weights: seg 1.00
         left dense, not counted: 1,200 weights
