@@ -145,7 +145,7 @@ CUSTOM: dict[str, tuple[Callable[..., Tensor], int, dict[str, float | None]]] = 
         {"first.weight": 5, "second.weight": 5},
     ),
     "a product that is not known": (
-        lambda body, x: body.first(x).sum() + torch.cdist(x, body.second.weight.expand(len(x), 4, 6)), 6,
+        lambda body, x: body.first(x).sum() + torch.cdist(x, body.second.weight[None]), 6,
         {"first.weight": 5, "second.weight": None},
     ),
 }  # fmt: skip
