@@ -188,6 +188,20 @@ def test_the_calls_of_several_tasks_add_up() -> None:
     }
 
 
+def test_what_one_call_hides_is_not_known() -> None:
+    class Switched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(6, 8, bias=False)
+
+        def forward(self, x: Tensor, task: str) -> Tensor:
+            return self.body(x) if task == "a" else torch.cdist(x, self.body.weight)
+
+    x = torch.randn(3, 6)
+    found = find_components(Switched(), task_inputs={"a": (x, "a"), "b": (x, "b")})
+    assert found.tensors[0].positions is None
+
+
 def test_layers_that_only_one_mode_uses_are_counted_once() -> None:
     class Dropped(nn.Module):
         def __init__(self) -> None:

@@ -6,6 +6,7 @@ computes another weight first, as weight standardisation does, or writes to the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -48,7 +49,7 @@ class WeightUse:
         written: Weights that the model writes to.
         replaced: Weights in whose place the model puts other parameters.
         positions: How many multiply-adds each weight of a tensor takes part in, on average over the
-            tensor and for one example, if that is known and more than 0.
+            tensor and for one example, if there are any; NaN if that is not known.
     """
 
     used: frozenset[int] = frozenset()
@@ -155,9 +156,9 @@ class WeightUseMode(TorchDispatchMode):
         remade = self._remade | (self._remade_beside - self._used)
         present = {id(parameter) for parameter in self._model.parameters()}
         positions = {
-            key: float(positions / self._examples)
+            key: math.nan if key in self._uncounted else float(positions / self._examples)
             for key, positions in self._positions.items()
-            if positions and key not in self._uncounted
+            if positions or key in self._uncounted
         }
         return WeightUse(
             used=frozenset(self._used),

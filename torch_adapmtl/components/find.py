@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -160,6 +161,9 @@ def find_components(
     that computes another weight in `forward`, with no zeros where the weight has them (as weight
     standardisation does), or that writes to its weight is an error: leave it out with `exclude`.
 
+    It also counts the multiply-adds that the weights of each tensor take part in, for
+    `apply_adapmtl(count="macs")` and reports.
+
     The graph is one of whole tensors, for these inputs. Where outputs are joined and sliced again,
     the joint part is shared. Where the input decides which parts run, only those that these inputs
     reach are found.
@@ -269,7 +273,7 @@ def find_components(
                 owned.parameter,
                 tuple(owned.owners),
                 component_of[key],
-                use.positions.get(key),
+                None if math.isnan(use.positions.get(key, math.nan)) else use.positions[key],
             )
             for key, owned in inventory.prunable.items()
         ),
