@@ -28,6 +28,7 @@ WEIGHTS: Mapping[str, Sequence[float]] = {
     "digits": (0.974, 0.941),
     "digits convnext": (0.98, 0.946),
     "words": (0.889, 0.787),
+    "rooms3": (0.931, 0.858),
 }
 SEEDS = (3, 4, 5)
 

@@ -28,7 +28,7 @@ from torch_adapmtl.tensor.soft_threshold import SoftThreshold
 __all__ = ["Adaptive", "AdaptiveController"]
 
 # Default of `position_power`.
-_POWER = 0.25
+_POWER = 0.125
 
 _ALLOCATIONS: Mapping[str, type[Allocation]] = {
     "lamp": LAMPAllocation,
@@ -68,7 +68,7 @@ class Adaptive(Method):
             `count="macs"`, these two are shares of the multiply-adds that are left.
         position_power: Only with `count="macs"`: the threshold of a layer grows with this power of
             its positions, so that more is pruned where a zero saves more; in [0, 1]. If None, it
-            is 0.25.
+            is 0.125.
 
     Raises:
         ValueError: If an argument is out of range. Also in `apply_adapmtl`, if the bounds make the
@@ -162,7 +162,6 @@ class AdaptiveController(Controller):
     Attributes:
         level: The level of each layer, (L,): the common level, or a lower or higher one where a
             bound applies.
-        tilt: The factor of each layer's threshold that `position_power` makes, (L,).
         offsets: The offsets, one for each pool of layers that share it, in units of log alpha.
 
     Raises:
