@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -40,10 +41,9 @@ def lowest(
         count = int((cost.cumsum(0) - cost / 2 < budget).sum())
         marked = torch.zeros_like(flat, dtype=torch.bool)
         marked[order[:count]] = True
-    elif budget == 0:
+    elif (count := ceil(budget - 0.5)) == 0:
         marked = torch.zeros_like(flat, dtype=torch.bool)
     else:
-        count = int(budget)
         level = flat.kthvalue(count).values
         marked = flat < level
         ties = (flat == level).nonzero().squeeze(1)
