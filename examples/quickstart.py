@@ -42,11 +42,11 @@ COLORS = {
 Metrics = dict[str, dict[str, float]]
 
 
-def make_model(seed: int) -> MultiTaskModel:
+def make_model(seed: int, channels: Sequence[int] = (32, 64, 128, 256)) -> MultiTaskModel:
     """A narrow ResNet-18 from timm, with random weights, and a head for each task."""
     torch.manual_seed(seed)
     encoder = timm.create_model(
-        "resnet18", pretrained=False, in_chans=1, num_classes=0, channels=(32, 64, 128, 256)
+        "resnet18", pretrained=False, in_chans=1, num_classes=0, channels=channels
     )
     width = encoder.num_features
 

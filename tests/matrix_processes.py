@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from matrix import (
+    COMMON,
     MORE,
     STAGES,
     STEPS,
-    TARGET,
     Run,
     adam,
     start,
@@ -30,14 +30,23 @@ PROCESSES = {
 }
 
 
-def in_two_processes(kind: str, folder: Path) -> dict[str, list[Any]]:
-    """What becomes of the run at every stage, in each of two processes."""
-    two_that_meet(_process, folder, kind)
+def in_two_processes(
+    kind: str, folder: Path, common: dict[str, Any] | None = None
+) -> dict[str, list[Any]]:
+    """What becomes of the run at every stage, in each of two processes.
+
+    Args:
+        kind: One of `PROCESSES`.
+        folder: Where to write.
+        common: Options of every run, as `matrix.COMMON`.
+    """
+    two_that_meet(_process, folder, kind, common or {})
     both = [torch.load(folder / f"{kind}{rank}.pt") for rank in range(2)]
     return {stage: [one[stage] for one in both] for stage in STAGES}
 
 
-def _process(rank: int, folder: str, kind: str) -> None:
+def _process(rank: int, folder: str, kind: str, common: dict[str, Any]) -> None:
+    COMMON.update(common)
     found = {
         stage: _distributed(start(stage), kind, rank, f"{folder}/{kind} {stage}")
         for stage in STAGES
@@ -54,6 +63,7 @@ def _distributed(run: Run, kind: str, rank: int, folder: str) -> dict[str, Tenso
             run.optimizer.zero_grad()
             run.advance()
 
+    wanted = run.zeros()
     if run.pruner is None:
         keep_zeros(run.net)
     steps = max(0, STEPS - run.step) + MORE
@@ -80,9 +90,10 @@ def _distributed(run: Run, kind: str, rank: int, folder: str) -> dict[str, Tenso
         whole.net.load_state_dict(full)
     if whole.pruner is None:
         release_zeros(whole.net)
+        assert whole.zeros() == wanted
     else:
         whole.pruner.finalize()
-    assert whole.zeros() == round(TARGET * whole.weights)
+        whole.assert_met()
     return whole.net.state_dict()
 
 

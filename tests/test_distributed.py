@@ -247,3 +247,18 @@ def _alone(rank: int, folder: str) -> None:
 def test_processes_with_models_of_their_own(tmp_path: Path) -> None:
     """With different numbers of steps, so that any exchange would never end."""
     two_that_meet(_alone, tmp_path)
+
+
+def _measured_on_other_sizes(rank: int, folder: str) -> None:
+    inputs = torch.ones(2, 3 + 4 * rank, 6)
+    pruner = prepare(TwoTasks(), count="macs", example_inputs=inputs)
+    alone = prepare(TwoTasks(), count="macs", example_inputs=inputs, synchronize=False)
+    torch.save((pruner.layers.costs, alone.layers.costs), f"{folder}/{rank}.pt")
+
+
+def test_all_processes_count_as_the_first_one(tmp_path: Path) -> None:
+    two_that_meet(_measured_on_other_sizes, tmp_path)
+    for rank in range(2):
+        together, alone = torch.load(tmp_path / f"{rank}.pt")
+        assert together == [3, 3, 3]
+        assert alone == [3 + 4 * rank] * 3

@@ -318,5 +318,5 @@ def test_the_error_of_an_early_finalize_says_that_zeros_are_not_fixed() -> None:
         optimizer.step()
         pruner.step()
     assert pruner.sparsity() == 0.5
-    with pytest.raises(RuntimeError, match=r"not fixed yet: 50\.00% .* are zero now.*undo\(\)"):
+    with pytest.raises(RuntimeError, match=r"not fixed yet: 50\.00% .* are pruned now.*undo\(\)"):
         pruner.finalize()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from matrix import STAGES, check
+from matrix import COMMON, STAGES, check
 from matrix_processes import PROCESSES, in_two_processes
 from matrix_rows import ROWS
 
@@ -47,6 +47,31 @@ def test_cell(name: str, stage: str, record: Callable[..., None]) -> None:
     record("matrix", **line, result="works")
 
 
+# Other positions than one, of which the measured ones of `spectral_norm` are no integers.
+MACS = {"heads.a": 3, "heads.b": 2.5}
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*was called more than total_steps", "ignore:'body.weight' is pruned, but had"
+)
+@pytest.mark.parametrize("name", ROWS)
+def test_a_budget_of_multiply_adds_in_the_middle_of_a_run(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = ROWS[name]
+    if name == "to another device" and not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+    if row.needs is not None:
+        pytest.importorskip(row.needs)
+    monkeypatch.setitem(COMMON, "count", MACS)
+    if "mid-run" in row.raises:
+        error, text = row.raises["mid-run"]
+        with pytest.raises(error, match=text):
+            check(row, "mid-run")
+    else:
+        check(row, "mid-run")
+
+
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 @pytest.mark.parametrize("name", PROCESSES)
 def test_processes(name: str, tmp_path: Path, record: Callable[..., None]) -> None:
@@ -57,6 +82,13 @@ def test_processes(name: str, tmp_path: Path, record: Callable[..., None]) -> No
         assert list(first) == list(second), stage
         assert all(torch.equal(value, second[key]) for key, value in first.items()), stage
         record("matrix", row=name, stage=stage, place=place(name, stage), result="works")
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+@pytest.mark.parametrize("kind", ["ddp", "dcp"])
+def test_processes_share_a_budget_of_multiply_adds(kind: str, tmp_path: Path) -> None:
+    for first, second in in_two_processes(kind, tmp_path, {"count": MACS}).values():
+        assert all(torch.equal(value, second[key]) for key, value in first.items())
 
 
 def test_the_committed_lines_are_those_of_the_matrix(request: pytest.FixtureRequest) -> None:

@@ -88,7 +88,7 @@ def mean_over_processes(values: Tensor, accepted: Tensor) -> tuple[Tensor, Tenso
 
 
 def agree(tensor: Tensor) -> Tensor:
-    """Copy the boolean tensor of the first process to all others, in place."""
+    """Copy the tensor of the first process, with at least one dimension, to all others in place."""
     if _together():
         dist.broadcast(tensor.view(torch.uint8), 0)
     return tensor

@@ -11,11 +11,18 @@ from torch import Tensor, nn
 
 from torch_adapmtl._checks import check_choice, check_flag, check_fraction, check_steps
 from torch_adapmtl.allocation._base import Allocator
-from torch_adapmtl.components._inventory import Groups, Selectors
+from torch_adapmtl.budget.count import Count, check_budget_count, positions_of
+from torch_adapmtl.components._inventory import Groups, Inventory, Selectors
 from torch_adapmtl.components._outputs import TaskOutputs
 from torch_adapmtl.components._prunable import Prunable
 from torch_adapmtl.components._unwrap import unwrap
-from torch_adapmtl.components.find import FROZEN, UNUSED, Components, find_components
+from torch_adapmtl.components.find import (
+    FROZEN,
+    UNUSED,
+    Components,
+    PrunableTensor,
+    find_components,
+)
 from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.layers.layer import Layer, zeros_to_keep
 from torch_adapmtl.layers.sparse_weights import pruned_parameter
@@ -39,6 +46,7 @@ def apply_adapmtl(
     *,
     target_sparsity: float,
     total_steps: int,
+    count: Count = "weights",
     method: Literal["adaptive", "paper"] | Method = "adaptive",
     weighting: str
     | Mapping[str, float]
@@ -67,8 +75,16 @@ def apply_adapmtl(
         model: Any module with several outputs, one for each task. The wrappers of `torch.compile`
             and `DistributedDataParallel` are accepted: the module inside is prepared. For a method
             that trains thresholds, call this function before wrapping the model.
-        target_sparsity: Zeros among all prunable weights at the end, as a fraction in [0, 1).
+        target_sparsity: Zeros among all prunable weights at the end, as a fraction in [0, 1); with
+            `count="macs"`, the share of their multiply-adds that the zeros save.
         total_steps: How often `step` will be called: the number of optimiser steps of the run.
+        count: What `target_sparsity` counts. `"weights"`: every weight is one. `"macs"`: every
+            weight counts as many multiply-adds as it takes part in for one example, its
+            *positions*, which the run on the example inputs shows. The multiply-adds of the zeros
+            at the end differ from the target by less than the largest number of positions. A
+            mapping gives the positions of some tensors itself, by selectors as in `groups`; of
+            several that match a tensor, the last counts. See
+            [Multiply-adds](../concepts/budget.md#multiply-adds).
         method: The way of pruning. `"adaptive"`, the default, is
             [`Adaptive()`][torch_adapmtl.Adaptive]: an exact budget over the paper's thresholds.
             `"paper"` is [`Paper()`][torch_adapmtl.Paper], the mechanism as published. Any other
@@ -128,6 +144,7 @@ def apply_adapmtl(
     """
     target_sparsity = check_fraction("target_sparsity", target_sparsity)
     total_steps = check_steps(total_steps)
+    counted = check_budget_count(count)
     check_flag("keep_zeros", keep_zeros)
     check_flag("synchronize", synchronize)
     method = _check_method(method)
@@ -142,13 +159,32 @@ def apply_adapmtl(
         prunable=prunable,
         exclude=exclude,
     )
-    layers = _make_layers(components, keep_zeros)
+    pruned = _pruned_tensors(components)
+    inventory = Inventory(inner, prunable, exclude) if isinstance(count, Mapping) else None
+    positions = positions_of(count, pruned, inventory, synchronize=synchronize)
+    layers = Layers(
+        (
+            Layer(
+                tensor.name,
+                tensor.component,
+                tensor.owners,
+                zeros_to_keep(*tensor.owners[0], keep_zeros=keep_zeros),
+                positions=number,
+            )
+            for tensor, number in zip(pruned, positions, strict=True)
+        ),
+        counted,
+    )
+    layers.check_ties()
     losses = make_weighting(weighting, components.tasks, total_steps)
-    config = {
+    config: dict[str, Any] = {
         "method": as_json(method.config(), "method"),
         "weighting": as_json(losses.config(), "weighting"),
         "tasks": list(losses.tasks),
+        "count": {"of": counted},
     }
+    if counted == "macs":
+        config["count"]["positions"] = dict(zip(layers.names, layers.costs, strict=True))
     controller = method.controller(
         layers, inner, target_sparsity=target_sparsity, total_steps=total_steps
     )
@@ -222,19 +258,14 @@ def _check_plain(model: nn.Module) -> None:
         )
 
 
-def _make_layers(components: Components, keep_zeros: bool) -> Layers:
+def _pruned_tensors(components: Components) -> list[PrunableTensor]:
     pruned = [t for t in components.tensors if t.component not in (UNUSED, FROZEN)]
     if not pruned:
         raise ValueError(
             "the model has no prunable weights that are trained and reach an output: "
             + ", ".join(f"{t.name} is {t.component}" for t in components.tensors[:5])
         )
-    layers = Layers(
-        Layer(t.name, t.component, t.owners, zeros_to_keep(*t.owners[0], keep_zeros=keep_zeros))
-        for t in pruned
-    )
-    layers.check_ties()
-    return layers
+    return pruned
 
 
 def _warn_of_frozen(components: Components, prunable: int) -> None:

@@ -23,7 +23,7 @@ from torch_adapmtl.run._step_hook import StepHook
 from torch_adapmtl.run.checkpoint import load, save, unguard
 from torch_adapmtl.run.diagnostics import Watch, signs
 from torch_adapmtl.run.parameter_groups import parameter_groups
-from torch_adapmtl.run.report import ComponentRow, LayerRow, Report
+from torch_adapmtl.run.report import ComponentRow, LayerRow, Report, total_macs
 from torch_adapmtl.tensor.torch_prune import SoftThresholdPruning
 from torch_adapmtl.weighting._base import LossWeighting
 from torch_adapmtl.weighting.stability import StabilityWeighting
@@ -42,7 +42,8 @@ class Pruner(nn.Module):
         components: The prunable tensors of the model, by component.
         layers: The tensors that are pruned; frozen and unused ones are not.
         tasks: The task names, in order.
-        target_sparsity: Zeros among all prunable weights at the end, as a fraction.
+        target_sparsity: What is pruned at the end, as a fraction: zeros among all prunable weights,
+            or, with `count="macs"`, the share of their multiply-adds that the zeros save.
         total_steps: Number of calls of `step` in the whole run.
         weighting: The loss weighting.
         controller: The object that moves the thresholds, made by the method.
@@ -123,7 +124,7 @@ class Pruner(nn.Module):
 
     @property
     def target_sparsity(self) -> float:
-        """Zeros among all prunable weights at the end, as a fraction."""
+        """What is pruned at the end, as a fraction: zeros, or the multiply-adds that they save."""
         return self.controller.target_sparsity
 
     @property
@@ -213,8 +214,9 @@ class Pruner(nn.Module):
         Most calls only count the step. Every few steps the thresholds are solved from a sample
         of the weights, which waits for the device. When the schedule fixes the zeros (after 90 % of
         the steps by default), the sparse weights are written into the parameters: exactly
-        `round(target_sparsity * N)` of them are zero. From then on masks keep these zeros, and the
-        other weights train without a threshold.
+        `round(target_sparsity * N)` of them are zero, or, with `count="macs"`, as many as save that
+        share of the multiply-adds. From then on masks keep these zeros, and the other weights train
+        without a threshold.
 
         Raises:
             RuntimeError: After `finalize`, or while attached to an optimiser. Also, at an update
@@ -401,7 +403,8 @@ class Pruner(nn.Module):
         retargeted in the same way. This includes an average of the model.
 
         Args:
-            target_sparsity: Zeros among all prunable weights at the end, as a fraction in [0, 1).
+            target_sparsity: What is pruned at the end, as a fraction in [0, 1), of what the run
+                counts.
             total_steps: How often `step` will be called from now on.
 
         Raises:
@@ -428,7 +431,7 @@ class Pruner(nn.Module):
         target_sparsity = check_fraction("target_sparsity", target_sparsity)
         total_steps = check_steps(total_steps)
         self._check_layers()
-        zeros = sum(self.layers.count_zeros())
+        zeros = self.layers.count_zeros()
         with self.sparse_weights.dense():
             self.controller.retarget(target_sparsity, total_steps, zeros)
             self.sparse_weights.fix(self.controller.fixed)
@@ -480,7 +483,14 @@ class Pruner(nn.Module):
         self._check_layers()
         alphas = self.controller.thresholds().tolist()
         rows = tuple(
-            LayerRow(layer.name, layer.component, tuple(layer.weight.shape), zeros, alpha)
+            LayerRow(
+                layer.name,
+                layer.component,
+                tuple(layer.weight.shape),
+                zeros,
+                alpha,
+                layer.positions,
+            )
             for layer, zeros, alpha in zip(
                 self.layers, self.layers.count_zeros(), alphas, strict=True
             )
@@ -501,6 +511,8 @@ class Pruner(nn.Module):
                     len(members),
                     sum(row.weights for row in members),
                     sum(row.zeros for row in members),
+                    total_macs(row.macs for row in members),
+                    total_macs(row.macs_left for row in members),
                 )
                 for name, members in by_component.items()
             ),
@@ -511,6 +523,7 @@ class Pruner(nn.Module):
             dense=dense,
             task_weights=self.weighting.as_dict(),
             given=sum(count_zeros(layer.initial_mask) for layer in self.layers),
+            count=self.layers.counts,
         )
 
     def __repr__(self) -> str:
@@ -577,13 +590,14 @@ class Pruner(nn.Module):
                 "prepared alike and not sharded, and finalize this one"
             )
         if self.controller.exact and not self.controller.fixed:
+            weights, _ = self.layers.units
             raise RuntimeError(
                 f"finalize() was called after {self._step} of total_steps={self.total_steps} "
-                f"steps, and the zeros are not fixed yet: {self.sparsity():.2%} of the weights are "
-                f"zero now, and {self.target_sparsity:.2%} are to be at the end. Call fix_zeros() "
-                f"to prune the model to its target now (and train on to recover), call step() "
-                f"after every optimizer step until the end, or call undo() to remove the pruner "
-                f"without pruning."
+                f"steps, and the zeros are not fixed yet: {self.report().pruned:.2%} of the "
+                f"{weights} are pruned now, and {self.target_sparsity:.2%} are to be at the end. "
+                f"Call fix_zeros() to prune the model to its target now (and train on to recover), "
+                f"call step() after every optimizer step until the end, or call undo() to remove "
+                f"the pruner without pruning."
             )
         self._warn()
         if self.controller.fixed:
@@ -651,12 +665,12 @@ class Pruner(nn.Module):
                 )
 
     def _check_exact(self) -> None:
-        zeros, wanted = sum(self.layers.count_zeros()), self.controller.zeros
-        if zeros != wanted:
+        zeros, wanted = self.layers.count_zeros(), self.controller.budget
+        if not self.layers.meets(zeros, wanted):
             raise RuntimeError(
-                f"finalize() found {zeros} zeros in place of the {wanted} that "
-                f"{type(self.controller).__name__} has fixed: its thresholds or masks have been "
-                f"changed since. Leave both alone after fix_zeros()"
+                f"finalize() found {self.layers.cost(zeros):.12g} {self.layers.units[1]} in place "
+                f"of the {wanted:.12g} that {type(self.controller).__name__} has fixed: its "
+                f"thresholds or masks have been changed since. Leave both alone after fix_zeros()"
             )
 
     def _warn(self) -> None:
@@ -670,9 +684,9 @@ class Pruner(nn.Module):
             self.weighting.record,
             task_weights=report.task_weights if adaptive else {},
         )
-        if reason := self.controller.missed(report.sparsity):
+        if reason := self.controller.missed(report.pruned):
             texts.append(
-                f"the run ended at a sparsity of {report.sparsity:.2%}, not "
+                f"the run ended at a sparsity of {report.pruned:.2%}, not "
                 f"{self.target_sparsity:.2%}: {reason}"
             )
         for text in texts:

@@ -19,7 +19,7 @@ from torch_adapmtl import (
     Taylor,
 )
 
-__all__ = ["BASELINES", "DENSE", "METHODS", "SETTINGS", "UNAIMED", "VARIANTS"]
+__all__ = ["BASELINES", "DENSE", "MACS", "METHODS", "SETTINGS", "UNAIMED", "VARIANTS"]
 
 Options = dict[str, Any]
 
@@ -124,10 +124,20 @@ SETTINGS: Mapping[str, Callable[[Problem], Options]] = {
     "mask gradient": _ours(gradient="mask"),
 }
 
+#: The default method with a budget of multiply-adds, and powers of the positions.
+MACS: Mapping[str, Callable[[Problem], Options]] = {
+    f"adaptive, macs, power {power}": lambda problem, power=power: {  # type: ignore[misc]
+        **_ours(position_power=power)(problem),
+        "count": "macs",
+    }
+    for power in (0.25, 0.125, 0.5)
+}
+
 #: Every method by name; each makes the options of `apply_adapmtl`, `weighting="equal"` unless said.
 METHODS: Mapping[str, Callable[[Problem], Options]] = {
     DENSE: lambda _: {},
     **BASELINES,
     **VARIANTS,
     **SETTINGS,
+    **MACS,
 }

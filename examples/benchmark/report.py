@@ -19,6 +19,7 @@ from typing import Any
 
 from examples.benchmark.figures import allocation_figure, tradeoff_figure
 from examples.benchmark.lines import provenance, read
+from examples.benchmark.macs import equal_work_table
 from examples.benchmark.methods import BASELINES, DENSE, METHODS, OURS, PUBLISHED
 from examples.benchmark.page import fill
 from examples.benchmark.problems import PROBLEMS
@@ -83,13 +84,14 @@ def blocks(lines: Mapping[str, Lines]) -> dict[str, Callable[[], str]]:
         "at 90 %": lambda: overview_table([row for row in eight if row.method in methods], 0.9),
         "comparison: ablation": lambda: difference_table(comparison, ABLATION, (0.9, 0.97)),
         "settings: ablation": lambda: difference_table(rows["settings"], VARIED, (0.95,)),
+        "macs": lambda: equal_work_table(lines["macs"]),
         "better": lambda: better_table([*eight, *rows["sensitivities"]], (0.9, 0.97)),
     }
 
 
 def _overall(lines: Mapping[str, Lines]) -> str:
     """What all studies of the page took together."""
-    pages = ("comparison", "others", "sensitivities", "settings")
+    pages = ("comparison", "others", "sensitivities", "settings", "macs")
     return provenance([run for name in pages for run in lines[name]])
 
 

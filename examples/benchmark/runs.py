@@ -22,6 +22,7 @@ from examples.benchmark.data import Data
 from examples.benchmark.methods import DENSE, METHODS
 from examples.benchmark.problem import Problem
 from torch_adapmtl import Adaptive, GradientAllocation, IterativeMagnitude, Pruner, apply_adapmtl
+from torch_adapmtl.run import Report
 from torch_adapmtl.weighting._make import make_weighting
 
 __all__ = ["machine", "run", "settings"]
@@ -49,7 +50,7 @@ def settings(
         method: A name from `METHODS`.
         sparsity: Zeros among the prunable weights, as a fraction.
         seed: Of the initial weights and the order of batches.
-        options: `method` and `weighting` of `apply_adapmtl` in place of the method's own.
+        options: `method`, `weighting` and `count` of `apply_adapmtl` in place of the method's own.
         device: Where.
         bf16: Whether the forward pass runs under autocast to bfloat16.
 
@@ -64,6 +65,8 @@ def settings(
         tasks = list(problem.make_tasks())
         weighting = make_weighting(chosen["weighting"], tasks, problem.steps)
         config = {"method": chosen["method"].config(), "weighting": weighting.config()}
+        if "count" in chosen:
+            config["count"] = chosen["count"]
     return {
         "problem": problem.name,
         "method": method,
@@ -103,14 +106,15 @@ def run(
         method: A name from `METHODS`.
         sparsity: Zeros among the prunable weights, as a fraction; of no meaning to the dense model.
         seed: Of the initial weights and the order of batches.
-        options: `method` and `weighting` of `apply_adapmtl` in place of the method's own.
+        options: `method`, `weighting` and `count` of `apply_adapmtl` in place of the method's own.
         device: Where.
         bf16: Whether the forward pass runs under autocast to bfloat16.
         progress: Called after each step with their number so far.
 
     Returns:
-        Settings, versions, seconds, the sparsity reached overall and by component, the metrics by
-        task, and what `finalize` warned of: one JSON line.
+        Settings, versions, seconds, what is pruned at the end (of weights, or of multiply-adds, as
+        the target counts), the sparsity by component, the share of multiply-adds that is left, the
+        metrics by task, and what `finalize` warned of: one JSON line.
 
     Raises:
         KeyError: If there is no method of that name.
@@ -180,9 +184,10 @@ def run(
     return {
         **settings(problem, method, sparsity, seed, options, device=device, bf16=bf16),
         "seconds": round(seconds, 2),
-        "reached": report.sparsity if report else 0.0,
+        "reached": report.pruned if report else 0.0,
         "zeros": report.zeros if report else 0,
         "weights": report.weights if report else 0,
+        "macs_left": _macs_left(report),
         "components": {row.name: row.sparsity for row in report.components} if report else {},
         "task_weights": dict(report.task_weights) if report else {},
         "metrics": metrics,
@@ -192,6 +197,13 @@ def run(
         "threads": torch.get_num_threads(),
         "versions": _versions(),
     }
+
+
+def _macs_left(report: Report | None) -> float:
+    """The share of the multiply-adds of the prunable weights that is left, as a fraction."""
+    if report is None or not report.macs or report.macs_left is None:
+        return 1.0
+    return report.macs_left / report.macs
 
 
 @torch.no_grad()

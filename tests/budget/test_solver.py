@@ -64,6 +64,109 @@ def test_select_is_plain_sorting(seed: int, values: int | None, bounded: bool) -
     assert _marked(problem.scores, levels, numbers) == problem.plain()
 
 
+class Priced(Problem):
+    """The same with costs, and with bounds and a budget that are costs."""
+
+    def __init__(self, seed: int, *, values: int | None = None, bounded: bool = True) -> None:
+        super().__init__(seed, values=values, bounded=bounded)
+        rng = random.Random(seed)
+        self.costs = [rng.choice([1.0, 2.0, 7.0, 64.0, 1024.0, 10 / 3]) for _ in self.sizes]
+        limits = self.limits
+        room = [0.0] * len(limits.most)
+        for c, n, cost in zip(limits.component, limits.layer_max, self.costs, strict=True):
+            room[c] += n * cost
+        self.most = [n * rng.uniform(0.5, 1) if bounded else n for n in room]
+        self.least = [n * rng.random() if bounded and rng.random() < 0.4 else 0 for n in self.most]
+        self.budget = rng.uniform(sum(self.least), sum(self.most))
+
+    @property
+    def bounds(self) -> Bounds:
+        limits = self.limits
+        numbers = (limits.layer_max, self.least, self.most, self.costs)
+        tensors = (torch.tensor(k, dtype=torch.float64) for k in numbers)
+        return Bounds(torch.tensor(limits.component), *tensors)
+
+    def by_component(self, numbers: list[int]) -> list[float]:
+        found = [0.0] * len(self.most)
+        for c, number, cost in zip(self.limits.component, numbers, self.costs, strict=True):
+            found[c] += number * cost
+        return found
+
+
+SLIP = 1 + 1e-9  # of rounding errors: costs are not all integers
+
+
+@given(st.integers(0, 10**6), st.sampled_from([None, 1, 3, 20]), st.booleans())
+def test_costs_are_met_to_half_of_the_largest(seed: int, values: int | None, bounded: bool) -> None:
+    problem = Priced(seed, values=values, bounded=bounded)
+    levels, numbers = select(problem.ready(), problem.bounds, problem.budget)
+    marked = _marked(problem.scores, levels, numbers)
+    assert [sum(gone) for gone in marked] == numbers
+    found, largest = problem.by_component(numbers), max(problem.costs)
+    assert abs(sum(found) - problem.budget) <= largest / 2 * SLIP
+    assert all(n <= m for n, m in zip(numbers, problem.limits.layer_max, strict=True))
+    for cost, least, most in zip(found, problem.least, problem.most, strict=True):
+        assert least - largest * SLIP <= cost <= most + largest * SLIP
+    if not bounded:  # then nothing that is left has a lower score than what is pruned
+        bits = [to_bits(score).tolist() for score in problem.scores]
+        pairs = [
+            pair
+            for own, gone in zip(bits, marked, strict=True)
+            for pair in zip(own, gone, strict=True)
+        ]
+        pruned, left = ([b for b, gone in pairs if gone == which] for which in (True, False))
+        assert max(pruned, default=0) <= min(left, default=math.inf)
+
+
+@given(st.integers(0, 10**6))
+def test_without_ties_costs_are_those_of_the_lowest_scores(seed: int) -> None:
+    """Plain sorting: one weight after the other, as long as that comes nearer to the budget."""
+    problem = Priced(seed, bounded=False)
+    order = sorted((score, i) for i, own in enumerate(problem.scores) for score in own.tolist())
+    expected, pruned = [0] * len(problem.sizes), 0.0
+    for _, i in order:
+        if pruned + problem.costs[i] / 2 >= problem.budget:
+            break
+        pruned += problem.costs[i]
+        expected[i] += 1
+    assert select(problem.ready(), problem.bounds, problem.budget)[1] == expected
+
+
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([None, 3, 20]),
+    st.booleans(),
+    st.sampled_from([1.0, 3.0, 1024.0]),
+)
+def test_equal_costs_are_a_budget_of_weights(
+    seed: int, values: int | None, bounded: bool, cost: float
+) -> None:
+    problem = Problem(seed, values=values, bounded=bounded)
+    plain = problem.bounds
+    costly = Bounds(
+        plain.component,
+        plain.layer_max,
+        plain.least * cost,
+        plain.most * cost,
+        torch.full_like(plain.layer_max, cost),
+    )
+    expected = select(problem.ready(), plain, problem.zeros)
+    assert select(problem.ready(), costly, problem.zeros * cost) == expected
+    budget = torch.tensor(problem.zeros, dtype=torch.float64)
+    level = solve(problem.ready(), plain, budget)
+    assert torch.equal(solve(problem.ready(), costly, budget * cost), level)
+
+
+@given(st.integers(0, 10**6))
+def test_solve_reaches_costs_and_not_a_weight_more(seed: int) -> None:
+    problem = Priced(seed, bounded=False)
+    budget = torch.tensor(problem.budget, dtype=torch.float64)
+    level = from_bits(solve(problem.ready(), problem.bounds, budget))
+    numbers = [int((s <= at).sum()) for s, at in zip(problem.scores, level, strict=True)]
+    pruned = sum(problem.by_component(numbers))
+    assert problem.budget / SLIP <= pruned < problem.budget + max(problem.costs)
+
+
 @given(st.integers(0, 10**6), st.booleans())
 def test_solve_meets_the_budget_where_no_scores_tie(seed: int, bounded: bool) -> None:
     problem = Problem(seed, bounded=bounded)

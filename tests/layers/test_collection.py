@@ -46,7 +46,7 @@ def test_figures_are_those_of_plain_loops(
         sizes.append(size)
     assert layers.sizes == sizes
     assert layers.total == sum(sizes)
-    assert layers.zeros_at(sparsity) == round(sparsity * sum(sizes))
+    assert layers.budget(sparsity) == round(sparsity * sum(sizes))
 
     order: list[str] = []
     for i in range(len(shapes)):

@@ -111,7 +111,7 @@ class RisingThresholds(Controller):
             layer.threshold.set_threshold(0.0 if self.fixed else alpha)
 
     def fix(self) -> None:
-        left, keep = self.zeros, []
+        left, keep = self.budget, []
         for size in self.layers.sizes:
             keep.append(torch.arange(size) >= left)
             left = max(0, left - size)

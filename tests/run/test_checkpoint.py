@@ -114,7 +114,7 @@ STATES = [
          "weighting.direction='stable'", ALIKE),
         *(
             (f"version {version}", load(header(version=version)), "adapmtl state",
-             f"version {version}, this version of torch-adapmtl reads 3",
+             f"version {version}, this version of torch-adapmtl reads 4",
              "the version that it was saved with")
             for version in (2, 99)
         ),

@@ -87,6 +87,8 @@ def test_dict_is_json() -> None:
         "weights": 600,
         "zeros": 480,
         "sparsity": 0.8,
+        "macs": None,
+        "macs_left": None,
         "thresholds": [0.01, 0.03],
     }
     assert found["layers"][3]["shape"] == [20, 20]

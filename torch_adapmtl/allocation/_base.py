@@ -28,7 +28,7 @@ class Allocator(KeepsPrecision, ABC):
 
     @abstractmethod
     def moves(
-        self, sample: Sample, magnitudes: Scores, thresholds: Tensor, offsets: Tensor, zeros: float
+        self, sample: Sample, magnitudes: Scores, thresholds: Tensor, offsets: Tensor, budget: float
     ) -> Tensor:
         """Return how far the offset of each layer moves.
 
@@ -37,7 +37,7 @@ class Allocator(KeepsPrecision, ABC):
             magnitudes: The same magnitudes, sorted within each layer.
             thresholds: The threshold of each layer, (L,).
             offsets: The offset of each layer, (L,).
-            zeros: How many weights the schedule asks to be zero.
+            budget: What the schedule asks to be pruned: a number of zeros, or of multiply-adds.
 
         Returns:
             The moves in units of log alpha, (L,); equal within a pool.

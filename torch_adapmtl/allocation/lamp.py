@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -84,11 +85,12 @@ class LAMP(Allocator):
         self._pool = (offsets,)  # in a tuple, so that it is not registered as a submodule
 
     def moves(
-        self, sample: Sample, magnitudes: Scores, thresholds: Tensor, offsets: Tensor, zeros: float
+        self, sample: Sample, magnitudes: Scores, thresholds: Tensor, offsets: Tensor, budget: float
     ) -> Tensor:
         """Return how far the offset of each layer moves."""
         (pool,) = self._pool
-        alpha = lamp_thresholds(magnitudes, zeros)
+        costs = None if self._layers.counts == "weights" else self._layers.costs
+        alpha = lamp_thresholds(magnitudes, budget, costs)
         known = alpha > 0  # 0 has no logarithm: nothing is pruned yet, or all weights are zero
         weight = torch.tensor(self._layers.sizes, device=offsets.device) * known
         log = alpha.masked_fill(~known, 1.0).log()
@@ -99,12 +101,15 @@ class LAMP(Allocator):
         return torch.where(move.isfinite(), move, 0.0)
 
 
-def lamp_thresholds(magnitudes: Scores, zeros: float) -> Tensor:
-    """Return the threshold of each layer at which LAMP prunes `zeros` weights in total.
+def lamp_thresholds(
+    magnitudes: Scores, budget: float, costs: Sequence[float] | None = None
+) -> Tensor:
+    """Return the threshold of each layer at which what LAMP prunes meets the budget.
 
     Args:
         magnitudes: The magnitudes of the layers' weights, or of a sample of them.
-        zeros: How many weights to prune.
+        budget: The total cost of the weights to prune.
+        costs: The cost of a weight of each layer; 1 if None.
 
     Returns:
         The largest magnitude that is pruned in each layer, float32 of shape (L,); 0 if none is
@@ -124,10 +129,13 @@ def lamp_thresholds(magnitudes: Scores, zeros: float) -> Tensor:
     score = torch.where(square > 0, score, 0.0).float()
     ranks = base[layer] | to_bits(score)
 
+    if costs is not None:
+        weights = weights * torch.tensor(costs, dtype=torch.float64, device=weights.device)
+
     def count(level: Tensor) -> Tensor:
         return (_rank(ranks, base, start, level.unsqueeze(-1)) * weights).sum(-1)
 
-    wanted = torch.full((), zeros, dtype=torch.float64, device=score.device)
+    wanted = torch.full((), budget, dtype=torch.float64, device=score.device)
     level = bisect(count, wanted)
     pruned = torch.where(level < 0, 0, _rank(ranks, base, start, level.clamp(min=0)))
     return torch.where(pruned > 0, values[(start + pruned - 1).clamp(min=0)], 0.0)

@@ -111,7 +111,7 @@ class Sensitivity(Allocator):
         self._gradients[index] = sampled.clone() if where is None else sampled
 
     def moves(
-        self, sample: Sample, magnitudes: Scores, thresholds: Tensor, offsets: Tensor, zeros: float
+        self, sample: Sample, magnitudes: Scores, thresholds: Tensor, offsets: Tensor, budget: float
     ) -> Tensor:
         """Add the sampled gradients to the statistic, and return how far each offset moves."""
         self._hooks.note_update("allocation='sensitivity'")

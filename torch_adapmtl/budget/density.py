@@ -1,4 +1,4 @@
-"""Bounds on the number of zeros of each layer and component, from `min_density`, `max_density`."""
+"""Bounds on the zeros of each layer and component, from `min_density` and `max_density`."""
 
 from __future__ import annotations
 
@@ -23,18 +23,22 @@ _LAYER_FLOOR = 0.1
 
 
 class DensityBounds:
-    """Bounds on the numbers of zeros, which follow from densities and fixed zeros.
+    """Bounds on the zeros, which follow from densities and fixed zeros.
+
+    The density of a component is the share of its weights that are not zero, or the share of its
+    multiply-adds that are left, as `layers.counts` says.
 
     Args:
         layers: The layers.
         masked: The number of fixed zeros of each layer.
-        target_sparsity: Zeros among all weights at the end, as a fraction.
+        target_sparsity: What is to be pruned at the end, as a fraction.
         min_density: Smallest density of a component, as a fraction; one number for all components,
             or a mapping by component.
         max_density: Largest density of a component, in the same form.
 
     Attributes:
-        zeros: The number of zeros at the end, `round(target_sparsity * N)`.
+        budget: What is to be pruned at the end: `layers.budget(target_sparsity)`, or what the fixed
+            zeros count if they meet this already.
         masked: The number of fixed zeros of each layer.
 
     Raises:
@@ -51,57 +55,72 @@ class DensityBounds:
     ) -> None:
         least = _by_component("min_density", min_density, 0.0, layers.components)
         most = _by_component("max_density", max_density, 1.0, layers.components)
-        self.zeros, self.masked = layers.zeros_at(target_sparsity), masked
-        self._component = layers.component
+        self.budget, self.masked = layers.budget(target_sparsity), masked
+        if layers.meets(masked, self.budget):  # from above, by a part of a weight
+            self.budget = max(self.budget, layers.cost(masked))
+        self._layers = layers
         kept = [
             _floor(layer, min(1.0 - target_sparsity, most[component]))
             for layer, component in zip(layers, layers.component, strict=True)
         ]
         at_least_one = [max(1, k) for k in kept]
-        if sum(at_least_one) <= layers.total - self.zeros:
+        if layers.cost(at_least_one) <= layers.total_cost - self.budget:
             kept = at_least_one
         self._layer_max = [
             max(size - k, m) for size, k, m in zip(layers.sizes, kept, masked, strict=True)
         ]
+        weights, pruned = layers.units
         sizes = layers.sum_components(layers.sizes)
         room, fixed = layers.sum_components(self._layer_max), layers.sum_components(masked)
-        self._min_zeros, self._max_zeros = [], []
+        self._least: list[float] = []
+        self._most: list[float] = []
         rows = []
+        slack = 1e-12 * layers.total_cost  # for rounding errors; much less than a weight counts
         for c, name in enumerate(layers.components):
-            highest = min(_share(1.0 - least[c], sizes[c]), room[c])
-            lowest = max(sizes[c] - _share(most[c], sizes[c]), fixed[c])
-            if lowest > highest:
+            highest = min(self._part(1.0 - least[c], sizes[c]), room[c])
+            lowest = max(sizes[c] - self._part(most[c], sizes[c]), fixed[c])
+            if lowest > highest + slack:
                 raise ValueError(
                     f"min_density={least[c]} and max_density={most[c]} leave component "
-                    f"{name!r} no room: of its {sizes[c]} weights at least {lowest} and at most "
-                    f"{highest} would have to be zero. Lower the one or raise the other."
+                    f"{name!r} no room: of its {sizes[c]:.12g} {weights} at least {lowest:.12g} "
+                    f"and at most {highest:.12g} would have to be zero. Lower the one or raise the "
+                    f"other."
                 )
-            self._min_zeros.append(lowest)
-            self._max_zeros.append(highest)
-            rows.append(f"  {name}: {lowest} to {highest} of {sizes[c]} weights zero")
-        if not sum(self._min_zeros) <= self.zeros <= sum(self._max_zeros):
+            self._least.append(lowest)
+            self._most.append(highest)
+            rows.append(
+                f"  {name}: {lowest:.12g} to {highest:.12g} of {sizes[c]:.12g} {weights} zero"
+            )
+        if not sum(self._least) - slack <= self.budget <= sum(self._most) + slack:
             raise ValueError(
-                f"target_sparsity={target_sparsity} asks for {self.zeros} zeros, but the bounds "
-                f"(min_density, max_density, and the {sum(masked)} weights that are zero already "
-                f"and stay so) allow {sum(self._min_zeros)} to {sum(self._max_zeros)}:\n"
+                f"target_sparsity={target_sparsity} asks for {self.budget:.12g} {pruned}, but the "
+                f"bounds (min_density, max_density, and the {sum(masked)} weights that are zero "
+                f"already and stay so) allow {sum(self._least):.12g} to {sum(self._most):.12g}:\n"
                 + "\n".join(rows)
                 + "\nChange the target or the bounds, or pass keep_zeros=False."
             )
 
-    def at(self, zeros: float, device: torch.device) -> Bounds:
-        """Return the bounds for an update at which `zeros` weights should be zero."""
-        # The smallest numbers of zeros of the components rise in proportion to all zeros.
-        share = min(1.0, zeros / self.zeros) if self.zeros else 1.0
+    def at(self, budget: float, device: torch.device) -> Bounds:
+        """Return the bounds for an update that is to prune `budget`."""
+        # What the components prune at least rises in proportion to all that is pruned.
+        share = min(1.0, budget / self.budget) if self.budget else 1.0
+        layers, whole = self._layers, self._layers.counts == "weights"
+        least = [math.floor(k * share) if whole else k * share for k in self._least]
 
-        def counts(values: Sequence[float]) -> Tensor:
+        def tensor(values: Sequence[float]) -> Tensor:
             return torch.tensor(values, dtype=torch.float64, device=device)
 
         return Bounds(
-            torch.tensor(self._component, device=device),
-            counts(self._layer_max),
-            counts([math.floor(k * share) for k in self._min_zeros]),
-            counts(self._max_zeros),
+            torch.tensor(layers.component, device=device),
+            tensor(self._layer_max),
+            tensor(least),
+            tensor(self._most),
+            None if whole else tensor(layers.costs),
         )
+
+    def _part(self, fraction: float, cost: float) -> float:
+        """`fraction * cost`, which is an integer if weights are counted."""
+        return _share(fraction, cost) if self._layers.counts == "weights" else fraction * cost
 
 
 def check_density(argument: str, density: object) -> None:
@@ -145,6 +164,6 @@ def _floor(layer: Layer, density: float) -> int:
     return _share(density * min(1.0, max(_LAYER_FLOOR, needed)), size)
 
 
-def _share(fraction: float, size: int) -> int:
+def _share(fraction: float, size: float) -> int:
     """`fraction * size`, rounded down but for rounding errors: `(1 - 0.9) * 10` gives 1."""
     return math.floor(fraction * size + 1e-6)

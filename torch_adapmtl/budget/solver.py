@@ -1,7 +1,9 @@
-"""The solver of the sparsity budget: it finds the level at which the model has so many zeros.
+"""The solver of the sparsity budget: it finds the level at which the zeros of the model meet it.
 
 The *score* of a weight is `|w| / exp(offset)`, with the offset of its layer. Weights with scores up
-to a common level are pruned, and the solver finds the level that meets the budget. It works on the
+to a common level are pruned, and the solver finds the level that meets the budget. Each zero of a
+layer counts as much as its *cost*: 1 in a budget of zeros, the number of multiply-adds that a
+weight takes part in for a budget of multiply-adds. The solver works on the
 bits of the scores as integers, because the bits of non-negative float32 numbers have the same order
 as the numbers. So the search is exact after a few rounds, and never waits for the device.
 """
@@ -27,29 +29,33 @@ _WAYS, _ROUNDS = 16, 9
 
 @dataclass(frozen=True)
 class Bounds:
-    """The smallest and largest numbers of zeros of layers and components, in float64.
+    """The limits of layers and components, and the costs of their zeros, in float64.
 
     Attributes:
         component: The index of each layer's component, shape (L,).
         layer_max: Largest number of zeros of each layer, shape (L,).
-        min_zeros: Smallest number of zeros of each component, shape (C,).
-        max_zeros: Largest number of zeros of each component, shape (C,).
+        least: Smallest total cost of the zeros of each component, shape (C,).
+        most: Largest total cost of the zeros of each component, shape (C,).
+        costs: The cost of a zero of each layer, shape (L,); 1 if None.
     """
 
     component: Tensor
     layer_max: Tensor
-    min_zeros: Tensor
-    max_zeros: Tensor
+    least: Tensor
+    most: Tensor
+    costs: Tensor | None = None
 
     def total(self, counts: Tensor) -> Tensor:
-        """Clamp `counts` (..., L) to the bounds of the layers; sum them by component (..., C)."""
+        """Clamp `counts` (..., L) to the bounds of the layers; sum their costs (..., C)."""
         capped = torch.minimum(counts, self.layer_max)
-        zeros = self.min_zeros.new_zeros(*counts.shape[:-1], len(self.min_zeros))
-        return zeros.index_add_(-1, self.component, capped)
+        if self.costs is not None:
+            capped = capped * self.costs
+        costs = self.least.new_zeros(*counts.shape[:-1], len(self.least))
+        return costs.index_add_(-1, self.component, capped)
 
-    def clamp(self, zeros: Tensor) -> Tensor:
-        """Clamp the numbers of zeros of the components (..., C) to their bounds."""
-        return zeros.clamp(self.min_zeros, self.max_zeros)
+    def clamp(self, costs: Tensor) -> Tensor:
+        """Clamp the total costs of the components (..., C) to their bounds."""
+        return costs.clamp(self.least, self.most)
 
 
 class Scores:
@@ -153,12 +159,11 @@ def bisect(count: Callable[[Tensor], Tensor], wanted: Tensor) -> Tensor:
     return high.clamp(min=-1)
 
 
-def _common(scores: Scores, bounds: Bounds, zeros: Tensor) -> tuple[Tensor, Callable[..., Tensor]]:
-    """Find the common level (0-d) at which the components, within their bounds, have `zeros` zeros.
+def _common(scores: Scores, bounds: Bounds, budget: Tensor) -> tuple[Tensor, Callable[..., Tensor]]:
+    """Find the common level (0-d) at which the components, within their bounds, meet the budget.
 
-    Also returns the function that counts the zeros of the components (..., C) at levels of the
-    components (..., C). Its counts respect the bounds of the layers, but not those of the
-    components.
+    Also returns the function that sums the costs of the components (..., C) at levels of the
+    components (..., C). It respects the bounds of the layers, but not those of the components.
     """
 
     def at(level: Tensor) -> Tensor:
@@ -168,26 +173,26 @@ def _common(scores: Scores, bounds: Bounds, zeros: Tensor) -> tuple[Tensor, Call
         counts = scores.count(level.unsqueeze(-1).expand(*level.shape, len(bounds.component)))
         return bounds.clamp(bounds.total(counts)).sum(-1)
 
-    return bisect(overall, zeros), at
+    return bisect(overall, budget), at
 
 
-def solve(scores: Scores, bounds: Bounds, zeros: Tensor) -> Tensor:
-    """Find the level of each layer, in bits, at which the model has `zeros` zero weights.
+def solve(scores: Scores, bounds: Bounds, budget: Tensor) -> Tensor:
+    """Find the level of each layer, in bits, at which the zeros of the model meet the budget.
 
     All layers share one level, except where the bound of a layer or a component applies. If scores
-    are equal or only a sample is known, the number of zeros is approximate; `select` finds it
+    are equal or only a sample is known, the budget is met approximately; `select` meets it
     exactly. Nothing here waits for the device.
 
     Args:
         scores: The scores to count.
-        bounds: Bounds in numbers of zeros.
-        zeros: The budget, a 0-d float64 tensor.
+        bounds: The bounds and costs.
+        budget: The total cost of all zeros, a 0-d float64 tensor.
 
     Returns:
         The levels, int64 of shape (L,); `from_bits` turns them into thresholds on the scores.
     """
-    common, at = _common(scores, bounds, zeros)
-    unbounded = at(common.expand_as(bounds.min_zeros))
+    common, at = _common(scores, bounds, budget)
+    unbounded = at(common.expand_as(bounds.least))
     bounded = bounds.clamp(unbounded)
     level = torch.where(unbounded != bounded, bisect(at, bounded), common)[bounds.component]
     cap = bisect(scores.count, bounds.layer_max)
@@ -196,48 +201,54 @@ def solve(scores: Scores, bounds: Bounds, zeros: Tensor) -> Tensor:
     return torch.minimum(level, cap)
 
 
-def select(scores: Scores, bounds: Bounds, zeros: int) -> tuple[list[int], list[int]]:
+def select(scores: Scores, bounds: Bounds, budget: float) -> tuple[list[int], list[int]]:
     """Find exactly which weights to prune: a level in bits and a number of zeros for each layer.
 
     In a layer with level b and number k, all weights with scores below b are pruned. Of the weights
     whose scores equal b, the first in storage order are pruned, until k weights are pruned. Equal
-    scores in several components or layers are pruned in the first of them. The numbers sum to
-    `zeros`.
+    scores in several components or layers are pruned in the first of them.
+
+    If all costs are 1, the numbers sum to `budget`, an integer. Otherwise their total cost differs
+    from it by at most half of the largest cost, and a bound of a component can be exceeded by at
+    most the largest cost.
 
     Args:
         scores: The scores of all weights, or of all weights near the resulting levels.
-        bounds: Bounds in numbers of zeros.
-        zeros: The budget.
+        bounds: The bounds and costs.
+        budget: The total cost of all zeros.
 
     Returns:
         The levels in bits and the numbers of zeros, one of each for each layer.
     """
-    budget = torch.tensor(zeros, dtype=torch.float64, device=scores.keys.device)
-    common, at = _common(scores, bounds, budget)
-    common = common.expand_as(bounds.min_zeros)
+    device = scores.keys.device
+    common, at = _common(scores, bounds, torch.tensor(budget, dtype=torch.float64, device=device))
+    common = common.expand_as(bounds.least)
     below, upto = at(common - 1), at(common)
     by_component = bounds.clamp(below).tolist()
-    _fill(by_component, bounds.clamp(upto).tolist(), range(len(by_component)), zeros)
+    missing = budget - sum(by_component)
+    for c, most in enumerate(bounds.clamp(upto).tolist()):
+        extra = min(missing, most - by_component[c])
+        by_component[c] += extra
+        missing -= extra
 
-    wanted = torch.tensor(by_component, dtype=torch.float64, device=budget.device)
+    wanted = torch.tensor(by_component, dtype=torch.float64, device=device)
     bounded = (wanted < below) | (wanted > upto)  # components whose bounds apply
     component_level = torch.where(bounded, bisect(at, wanted), common)[bounds.component]
     level = torch.minimum(component_level, bisect(scores.count, bounds.layer_max))
-    most = torch.minimum(scores.count(component_level), bounds.layer_max).tolist()
-    numbers = torch.minimum(scores.count(component_level - 1), bounds.layer_max).tolist()
-    for c, number in enumerate(by_component):
+    upto = torch.minimum(scores.count(component_level), bounds.layer_max)
+    below = torch.minimum(scores.count(component_level - 1), bounds.layer_max)
+    numbers, room = below.tolist(), (upto - below).tolist()
+    costs = [1.0] * len(numbers) if bounds.costs is None else bounds.costs.tolist()
+    missing = 0.0
+    for c, cost in enumerate(by_component):
         members = (bounds.component == c).nonzero().squeeze(1).tolist()
-        _fill(numbers, most, members, number)
+        # What one component misses or exceeds by a part of a weight goes to the next.
+        missing += cost - sum(numbers[i] * costs[i] for i in members)
+        for i in members:
+            extra = max(0, min(round(missing / costs[i]), room[i]))
+            numbers[i] += extra
+            missing -= extra * costs[i]
     return level.tolist(), [int(k) for k in numbers]
-
-
-def _fill(numbers: list[float], most: list[float], order: Sequence[int], wanted: float) -> None:
-    """Raise `numbers` to at most `most`, in the given order, until their sum is `wanted`."""
-    missing = wanted - sum(numbers[i] for i in order)
-    for i in order:
-        extra = min(missing, most[i] - numbers[i])
-        numbers[i] += extra
-        missing -= extra
 
 
 def to_bits(scores: Tensor) -> Tensor:

@@ -180,7 +180,8 @@ def _use_in_both_modes(
         return in_training
     only_in_training = (in_training.remade & in_eval.used) - in_eval.remade
     use = in_training | in_eval
-    return replace(use, remade=use.remade - only_in_training)
+    positions = {**in_eval.positions, **in_training.positions}  # of one run, not the sum of two
+    return replace(use, remade=use.remade - only_in_training, positions=positions)
 
 
 def _run(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from torch_adapmtl.components._multiply_adds import batch_size
 from torch_adapmtl.components._snapshot import untouched
 from torch_adapmtl.components._weight_use import WeightUse, WeightUseMode
 
@@ -59,7 +60,9 @@ def probe(
         # The model may change its input in place. The copies are also ordinary tensors where the
         # caller's were made in inference mode.
         copied_args, copied_kwargs = _copy(args), _copy(dict(kwargs))
-        watch = WeightUseMode(model, weights) if weights and guard is not None else None
+        watch = None
+        if weights and guard is not None:
+            watch = WeightUseMode(model, weights, batch_size(args, kwargs))
         with guard or nullcontext():
             with watch or nullcontext():
                 output = model(*copied_args, **copied_kwargs)

@@ -6,8 +6,10 @@ computes another weight first, as weight standardisation does, or writes to the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torch_adapmtl.components._multiply_adds import factors, multiply_adds
 from torch_adapmtl.components._snapshot import storage_of, written_by
 from torch_adapmtl.components._trace import Trace, key_of, tensors_in, with_zeros
 
@@ -45,12 +48,15 @@ class WeightUse:
         remade: Weights of which an operation receives other values, not zero where the weight is.
         written: Weights that the model writes to.
         replaced: Weights in whose place the model puts other parameters.
+        positions: How many multiply-adds each weight of a tensor takes part in, on average over the
+            tensor and for one example, if there are any; NaN if that is not known.
     """
 
     used: frozenset[int] = frozenset()
     remade: frozenset[int] = frozenset()
     written: frozenset[int] = frozenset()
     replaced: frozenset[int] = frozenset()
+    positions: Mapping[int, float] = field(default_factory=dict)
 
     def __or__(self, other: WeightUse) -> WeightUse:
         """Return what two runs do together."""
@@ -59,6 +65,10 @@ class WeightUse:
             self.remade | other.remade,
             self.written | other.written,
             self.replaced | other.replaced,
+            {
+                key: self.positions.get(key, 0.0) + other.positions.get(key, 0.0)
+                for key in self.positions.keys() | other.positions.keys()
+            },
         )
 
 
@@ -100,11 +110,14 @@ class WeightUseMode(TorchDispatchMode):
     Args:
         model: The model.
         weights: Its prunable weights.
+        examples: The number of examples that the run is on.
     """
 
-    def __init__(self, model: nn.Module, weights: Iterable[nn.Parameter]) -> None:
+    def __init__(
+        self, model: nn.Module, weights: Iterable[nn.Parameter], examples: int = 1
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._model = model
+        self._model, self._examples = model, examples
         self._weights = {id(weight): weight for weight in weights}
         self._before = {key: weight.detach() for key, weight in self._weights.items()}
         self._known: dict[int, _Memory] = {}  # by the key of the storage
@@ -114,6 +127,9 @@ class WeightUseMode(TorchDispatchMode):
         self._remade: set[int] = set()
         self._remade_beside: set[int] = set()  # perhaps not in place of the weight
         self._written: set[int] = set()
+        # Exact fractions, so that the same model has the same positions whatever the batch.
+        self._positions = dict.fromkeys(self._weights, Fraction(0))
+        self._uncounted: set[int] = set()
         for tensor in (*model.parameters(), *model.buffers()):
             self._register(tensor)
 
@@ -139,11 +155,17 @@ class WeightUseMode(TorchDispatchMode):
                 self._written.add(key)
         remade = self._remade | (self._remade_beside - self._used)
         present = {id(parameter) for parameter in self._model.parameters()}
+        positions = {
+            key: math.nan if key in self._uncounted else float(positions / self._examples)
+            for key, positions in self._positions.items()
+            if positions or key in self._uncounted
+        }
         return WeightUse(
             used=frozenset(self._used),
             remade=frozenset(remade - self._written),
             written=frozenset(self._written),
             replaced=frozenset(self._weights.keys() - present),
+            positions=positions,
         )
 
     def __torch_dispatch__(
@@ -176,6 +198,7 @@ class WeightUseMode(TorchDispatchMode):
         product = name in _PRODUCTS or "convolution" in name
         for tensor, memory in known if data or product else ():
             self._receive(tensor, memory, data=data, product=product)
+            self._count(func, name, args, out, tensor, memory, product=product)
         written = []
         if func._schema.is_mutable and name not in _NO_WRITES:
             written = [t for t in tensors_in(written_by(func, args, kwargs)) if self._knows(t)]
@@ -234,6 +257,29 @@ class WeightUseMode(TorchDispatchMode):
             self._remade |= sources
         else:
             self._remade_beside |= sources
+
+    def _count(
+        self,
+        func: Any,
+        name: str,
+        args: tuple[Any, ...],
+        out: Any,
+        tensor: Tensor,
+        memory: _Memory,
+        *,
+        product: bool,
+    ) -> None:
+        """Add the multiply-adds of an operation to the weights that a factor is computed from."""
+        sources = memory.sources_of(tensor)
+        if not sources or all(tensor is not factor for factor in tensors_in(factors(name, args))):
+            return
+        count = multiply_adds(func, args, out, tensor, product=product)
+        if count is None:
+            self._uncounted |= sources
+            return
+        each = Fraction(count, sum(self._weights[key].numel() for key in sources))
+        for key in sources:
+            self._positions[key] += each
 
     def _start(self, tensor: Tensor, half: int) -> torch.UntypedStorage:
         """Return a copy of the storage of a parameter or a constant for the trace."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -53,12 +54,17 @@ class PrunableTensor:
             weight has several owners; some may be of types that are not prunable themselves.
         component: `"shared"`, a task, several tasks as in `"depth+normal"`, a name from `groups=`,
             `"unused"` or `"frozen"`.
+        positions: The number of multiply-adds that each of its weights takes part in, in one
+            forward pass of one example: the positions of a convolution's output map (of its input
+            map if it is transposed), the tokens of a linear layer, summed over all uses. It is an
+            average if the tensor's weights are not all used alike, and None if it is not known.
     """
 
     name: str
     parameter: nn.Parameter
     owners: tuple[tuple[nn.Module, str], ...]
     component: str
+    positions: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,6 +160,9 @@ def find_components(
     The run also shows whether the operations of the model receive the zeros of its weights. A layer
     that computes another weight in `forward`, with no zeros where the weight has them (as weight
     standardisation does), or that writes to its weight is an error: leave it out with `exclude`.
+
+    It also counts the multiply-adds that the weights of each tensor take part in, for
+    `apply_adapmtl(count="macs")` and reports.
 
     The graph is one of whole tensors, for these inputs. Where outputs are joined and sliced again,
     the joint part is shared. Where the input decides which parts run, only those that these inputs
@@ -259,7 +268,13 @@ def find_components(
     components = Components(
         tasks,
         tuple(
-            PrunableTensor(owned.names[0], owned.parameter, tuple(owned.owners), component_of[key])
+            PrunableTensor(
+                owned.names[0],
+                owned.parameter,
+                tuple(owned.owners),
+                component_of[key],
+                None if math.isnan(use.positions.get(key, math.nan)) else use.positions[key],
+            )
             for key, owned in inventory.prunable.items()
         ),
     )

@@ -37,6 +37,8 @@ class Layer:
         dense: Whether the parameter holds the dense weight. While a controller is called it does.
             Between the steps of an optimiser it holds the sparse weight, unless the threshold is
             trained.
+        positions: The number of multiply-adds that each of its weights takes part in, for one
+            example; None if it is not known.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Layer:
     initial_mask: Tensor | None = None
     threshold: SoftThreshold = field(default_factory=SoftThreshold)
     dense: bool = True
+    positions: float | None = None
 
     @property
     def weight(self) -> nn.Parameter:

@@ -45,7 +45,8 @@ class Method(ABC):
         Args:
             layers: The layers, in the order of `model.parameters()`.
             model: The plain model, without thresholds.
-            target_sparsity: Zeros among all weights of the layers at the end, as a fraction.
+            target_sparsity: What is to be pruned at the end, as a fraction: zeros among all weights
+                of the layers, or the multiply-adds that they save (`layers.counts`).
             total_steps: Number of steps of the run.
         """
 
@@ -65,14 +66,16 @@ class Controller(KeepsPrecision, ABC):
 
     Args:
         layers: The layers. A subclass sets `layer.threshold` of each.
-        target_sparsity: Zeros among all weights of the layers at the end, as a fraction.
+        target_sparsity: What is to be pruned at the end, as a fraction: zeros among all weights of
+            the layers, or the multiply-adds that they save (`layers.counts`).
         total_steps: Number of steps of the run.
 
     Attributes:
-        zeros: The number of zeros at the end, `round(target_sparsity * N)`.
+        budget: What is to be pruned at the end, `layers.budget(target_sparsity)`: a number of
+            zeros, or of multiply-adds.
         fix_step: The step at which the zeros are fixed; no update is due after it.
         interval: Approximate number of steps between two updates.
-        exact: Whether the run ends with exactly `zeros` zeros, fixed by masks.
+        exact: Whether the run ends with zeros that meet the budget, fixed by masks.
         fixed: Whether the zeros are fixed.
         threshold_decay: Weight decay of thresholds that the optimiser trains.
         initial: The sparsity that the schedule starts from, as a fraction.
@@ -98,7 +101,7 @@ class Controller(KeepsPrecision, ABC):
         self.fix_step = total_steps
         # At least 50 updates in a run, and in a long run not many more than 250.
         self.interval = max(1, min(total_steps // 50, max(10, total_steps // 250)))
-        self.zeros = self.layers.zeros_at(target_sparsity)
+        self.budget = self.layers.budget(target_sparsity)
 
     # --- for subclasses to define -----------------------------------------------------------------
 
@@ -138,13 +141,13 @@ class Controller(KeepsPrecision, ABC):
     def refresh(self) -> None:
         """Recompute everything that the state dict does not hold, after it was loaded."""
 
-    def retarget(self, target_sparsity: float, total_steps: int, zeros: int) -> None:
+    def retarget(self, target_sparsity: float, total_steps: int, zeros: Sequence[int]) -> None:
         """Start a new run to another target.
 
         Args:
-            target_sparsity: Zeros among all weights of the layers at the end, as a fraction.
+            target_sparsity: What is to be pruned at the end, as a fraction.
             total_steps: Number of steps of the new run.
-            zeros: The present number of zeros.
+            zeros: The present number of zeros of each layer.
 
         Raises:
             RuntimeError: Unless a subclass supports it.
@@ -159,7 +162,7 @@ class Controller(KeepsPrecision, ABC):
         """Explain why the run missed its target, with a remedy; an empty string if it did not.
 
         Args:
-            sparsity: Zeros among all weights of the layers, as a fraction.
+            sparsity: What is pruned, as a fraction of what the budget counts.
         """
         return ""
 
@@ -184,13 +187,15 @@ class Controller(KeepsPrecision, ABC):
             keep: Which weights of each layer remain, one flat bool tensor for each layer.
 
         Raises:
-            RuntimeError: If they do not leave exactly `zeros` zeros.
+            RuntimeError: If the zeros do not meet the budget (`layers.meets`).
         """
-        zeros = self.layers.total - sum(int(torch.count_nonzero(flat)) for flat in keep)
-        if zeros != self.zeros:
+        zeros = [flat.numel() - int(torch.count_nonzero(flat)) for flat in keep]
+        if not self.layers.meets(zeros, self.budget):
+            weights, pruned = self.layers.units
             raise RuntimeError(
-                f"{type(self).__name__} was to fix {self.zeros} zeros of {self.layers.total} "
-                f"weights, and chose {zeros}: choose that many, as fix_lowest() does"
+                f"{type(self).__name__} was to fix {self.budget:.12g} {pruned} of "
+                f"{self.layers.total_cost:.12g} {weights}, and chose "
+                f"{self.layers.cost(zeros):.12g}: choose that many, as fix_lowest() does"
             )
         for layer, flat in zip(self.layers, keep, strict=True):
             layer.threshold.mask = shaped_like(layer.weight, flat)
@@ -200,7 +205,7 @@ class Controller(KeepsPrecision, ABC):
         self.fixed = True
 
     def fix_lowest(self, scores: Sequence[Tensor]) -> None:
-        """Prune the weights with the lowest scores to exactly the target, and fix the zeros.
+        """Prune the weights with the lowest scores to the target, and fix the zeros.
 
         Args:
             scores: A tensor for each layer, in the weight's shape or flat. Weights that a mask has
@@ -209,7 +214,8 @@ class Controller(KeepsPrecision, ABC):
         opened = [
             open_score(score, layer) for score, layer in zip(scores, self.layers, strict=True)
         ]
-        self.fix_zeros([~flat for flat in lowest(opened, self.zeros)])
+        pruned = lowest(opened, self.budget, self.layers.costs)
+        self.fix_zeros([~flat for flat in pruned])
 
     @torch.no_grad()
     def write(self) -> None:

@@ -16,8 +16,8 @@ __all__ = ["choose"]
 _TINY = torch.finfo(torch.float32).tiny
 
 
-def choose(layers: Layers, factors: Tensor, bounds: Bounds, zeros: int) -> list[Tensor]:
-    """Choose the weights that remain when exactly `zeros` are pruned, lowest scores first.
+def choose(layers: Layers, factors: Tensor, bounds: Bounds, budget: float) -> list[Tensor]:
+    """Choose the weights that remain when the others meet the budget, lowest scores first.
 
     A sample gives a window of levels that contains the exact levels, so that only the scores in
     this window are sorted.
@@ -25,21 +25,21 @@ def choose(layers: Layers, factors: Tensor, bounds: Bounds, zeros: int) -> list[
     Args:
         layers: The layers.
         factors: The factor of each layer, (L,): a score is the magnitude times the factor.
-        bounds: Bounds in numbers of zeros.
-        zeros: How many weights to prune.
+        bounds: The bounds and costs.
+        budget: The total cost of the weights to prune; their number, if all costs are 1.
 
     Returns:
         Which weights of each layer remain, one flat bool tensor for each layer.
     """
     sample = Sample.draw(layers, large=True)
     scores = Scores(sample.values, sample.lengths, sample.weights).scaled(factors)
-    budget = torch.tensor(zeros, dtype=torch.float64, device=factors.device)
-    low, high = scores.window(solve(scores, bounds, budget))
-    level, numbers = select(_near(layers, factors, low, high), bounds, zeros)
+    wanted = torch.tensor(budget, dtype=torch.float64, device=factors.device)
+    low, high = scores.window(solve(scores, bounds, wanted))
+    level, numbers = select(_near(layers, factors, low, high), bounds, budget)
     exact = torch.tensor(level, device=factors.device)
     if not bool(((low <= exact) & (exact <= high)).all()):  # the sample was not representative
         low, high = torch.full_like(low, -1), torch.full_like(high, MAX_BITS)
-        level, numbers = select(_near(layers, factors, low, high), bounds, zeros)
+        level, numbers = select(_near(layers, factors, low, high), bounds, budget)
     rows = zip(layers, factors.tolist(), level, numbers, strict=True)
     return [_remaining(*row) for row in rows]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -12,13 +13,17 @@ from torch_adapmtl.layers.layer import Layer
 __all__ = ["lowest", "open_score"]
 
 
-def lowest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Mark the `count` lowest scores of all tensors together; among equal scores, the first ones.
+def lowest(
+    scores: Sequence[Tensor], budget: float, costs: Sequence[float] | None = None
+) -> list[Tensor]:
+    """Mark the lowest scores of all tensors together; among equal scores, the first ones.
 
     Args:
         scores: Tensors of any shapes. -inf, the score of weights that are pruned already, is the
             lowest; NaN counts as the next lowest.
-        count: How many scores to mark.
+        budget: The total cost of what is marked: the number of scores, if all costs are 1.
+        costs: The cost of marking a score of each tensor; 1 if None. The total cost of what is
+            marked differs from the budget by at most half of the largest cost.
 
     Returns:
         A flat boolean tensor for each of `scores`.
@@ -27,14 +32,23 @@ def lowest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
     # NaN must rank above -inf: otherwise a pruned weight could become nonzero again.
     least = torch.finfo(flat.dtype).min
     flat = flat.nan_to_num(nan=least, posinf=torch.inf, neginf=-torch.inf)
-    if count == 0:
+    sizes = [part.numel() for part in scores]
+    if costs is not None and any(cost != 1 for cost in costs):
+        order = flat.argsort(stable=True)
+        cost = torch.tensor(costs, dtype=torch.float64, device=flat.device)
+        cost = cost.repeat_interleave(torch.tensor(sizes, device=flat.device))[order]
+        # A score is marked if that leaves the total nearer to the budget.
+        count = int((cost.cumsum(0) - cost / 2 < budget).sum())
+        marked = torch.zeros_like(flat, dtype=torch.bool)
+        marked[order[:count]] = True
+    elif (count := ceil(budget - 0.5)) == 0:
         marked = torch.zeros_like(flat, dtype=torch.bool)
     else:
         level = flat.kthvalue(count).values
         marked = flat < level
         ties = (flat == level).nonzero().squeeze(1)
         marked[ties[: count - int(marked.sum())]] = True
-    return list(marked.split([part.numel() for part in scores]))
+    return list(marked.split(sizes))
 
 
 def open_score(score: Tensor, layer: Layer) -> Tensor:

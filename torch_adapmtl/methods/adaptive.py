@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from torch_adapmtl._checks import check_choice, check_reach
+from torch_adapmtl._checks import check_choice, check_numbers, check_reach
 from torch_adapmtl.allocation._base import Allocation, CommonAllocation
 from torch_adapmtl.allocation.gradient import GradientAllocation
 from torch_adapmtl.allocation.lamp import LAMPAllocation
@@ -26,6 +26,9 @@ from torch_adapmtl.methods._exact import choose
 from torch_adapmtl.tensor.soft_threshold import SoftThreshold
 
 __all__ = ["Adaptive", "AdaptiveController"]
+
+# Default of `position_power`.
+_POWER = 0.125
 
 _ALLOCATIONS: Mapping[str, type[Allocation]] = {
     "lamp": LAMPAllocation,
@@ -61,7 +64,11 @@ class Adaptive(Method):
         min_density: Smallest share of nonzero weights in a component, as a fraction: one number for
             all components, or a mapping by component. Independently of it, each layer keeps at
             least a tenth of the overall density, and a layer with few weights keeps more.
-        max_density: Largest share of nonzero weights in a component, in the same form.
+        max_density: Largest share of nonzero weights in a component, in the same form. With
+            `count="macs"`, these two are shares of the multiply-adds that are left.
+        position_power: Only with `count="macs"`: the threshold of a layer grows with this power of
+            its positions, so that more is pruned where a zero saves more; in [0, 1]. If None, it
+            is 0.125.
 
     Raises:
         ValueError: If an argument is out of range. Also in `apply_adapmtl`, if the bounds make the
@@ -82,8 +89,14 @@ class Adaptive(Method):
     reach: float = 1.1
     min_density: float | Mapping[str, float] | None = None
     max_density: float | Mapping[str, float] | None = None
+    position_power: float | None = None
 
     def __post_init__(self) -> None:
+        if self.position_power is not None:
+            check_numbers(position_power=self.position_power)
+            if not 0 <= self.position_power <= 1:
+                raise ValueError(f"position_power must lie in [0, 1], got {self.position_power}")
+            object.__setattr__(self, "position_power", float(self.position_power))
         check_schedule(self.schedule)
         check_choice("granularity", self.granularity, ("layer", "component"))
         if not isinstance(self.allocation, Allocation):
@@ -104,6 +117,8 @@ class Adaptive(Method):
         config = super().config()
         if self.gradient == "mask":
             del config["schedule"]["regrow_until"]
+        if self.position_power is None:
+            del config["position_power"]
         for name, unbounded in (("min_density", 0.0), ("max_density", 1.0)):
             if isinstance(density := config[name], dict):
                 bounds = {c: d for c, d in density.items() if d not in (None, unbounded)}
@@ -141,7 +156,7 @@ class AdaptiveController(Controller):
     Args:
         method: The settings.
         layers: The layers.
-        target_sparsity: Zeros among all weights of the layers at the end, as a fraction.
+        target_sparsity: What is to be pruned at the end, as a fraction (see `Controller`).
         total_steps: Number of steps of the run.
 
     Attributes:
@@ -160,10 +175,15 @@ class AdaptiveController(Controller):
     ) -> None:
         assert isinstance(method.allocation, Allocation)
         self.method, self.allocation = method, method.allocation
+        if method.position_power is not None and layers.counts == "weights":
+            raise ValueError(
+                f"position_power={method.position_power} has no effect if weights are counted: "
+                f"pass count='macs', or leave it out"
+            )
         super().__init__(layers, target_sparsity, total_steps)
         self.shardable = self.allocation.shardable
         self._bound(layers.initial_zeros, target_sparsity)
-        share = sum(self._density.masked) / layers.total
+        share = layers.cost(self._density.masked) / layers.total_cost
         self.initial = max(min(method.schedule.initial, target_sparsity), share)
 
         self.register_buffer("level", torch.zeros(len(layers), device=layers.device))
@@ -194,7 +214,7 @@ class AdaptiveController(Controller):
 
         Once the zeros are fixed, these are the thresholds of the last update.
         """
-        return self.level * self.offsets.by_layer().exp()
+        return self.level * self._tilt() * self.offsets.by_layer().exp()
 
     # --- in the course of the run -----------------------------------------------------------------
 
@@ -215,16 +235,16 @@ class AdaptiveController(Controller):
         """Move the offsets, then solve for the level that meets the schedule."""
         schedule = self.method.schedule
         sparsity = schedule(step, self.total_steps, self.target_sparsity, self.initial)
-        zeros = sparsity * self.layers.total
+        budget = sparsity * self.layers.total_cost
         sample = Sample.draw(self.layers)
         magnitudes = Scores(sample.values, sample.lengths, sample.weights)
         offsets = self.offsets.by_layer()
         if self.allocator is not None:
             thresholds = self.thresholds()
-            moves = self.allocator.moves(sample, magnitudes, thresholds, offsets, zeros)
+            moves = self.allocator.moves(sample, magnitudes, thresholds, offsets, budget)
             offsets = offsets + self._mobility(step) * moves
         self._set_offsets(offsets)
-        self.level.copy_(from_bits(self._solve(magnitudes.scaled(self._factors()), zeros)))
+        self.level.copy_(from_bits(self._solve(magnitudes.scaled(self._factors()), budget)))
         self._set_thresholds()
 
     def _mobility(self, step: int) -> float:
@@ -243,15 +263,22 @@ class AdaptiveController(Controller):
 
     def _factors(self) -> Tensor:
         """The factor of each layer, (L,): a score is the magnitude times the factor."""
-        return self.offsets.by_layer().neg().exp()
+        return self.offsets.by_layer().neg().exp() / self._tilt()
 
-    def _solve(self, scores: Scores, zeros: float) -> Tensor:
-        budget = torch.tensor(zeros, dtype=torch.float64, device=self.level.device)
-        return solve(scores, self._bounds(zeros), budget)
+    def _tilt(self) -> Tensor:
+        """The factor of each layer's threshold that grows with its positions, (L,)."""
+        log = torch.tensor(self.layers.costs, dtype=torch.float64).log()
+        power = self.method.position_power
+        tilt = ((_POWER if power is None else power) * (log - log.mean())).exp()
+        return tilt.float().to(self.level.device)
+
+    def _solve(self, scores: Scores, budget: float) -> Tensor:
+        wanted = torch.tensor(budget, dtype=torch.float64, device=self.level.device)
+        return solve(scores, self._bounds(budget), wanted)
 
     def _set_thresholds(self) -> None:
         """Write the thresholds into the layers, after an update."""
-        alphas = self.level if self.allocation.trained else self.thresholds()
+        alphas = self.level * self._tilt() if self.allocation.trained else self.thresholds()
         for layer, alpha in zip(self.layers, alphas.tolist(), strict=True):
             value = 0.0 if self.fixed else min(alpha, torch.finfo(layer.weight.dtype).max)
             layer.threshold.set_threshold(value)
@@ -264,19 +291,19 @@ class AdaptiveController(Controller):
             self.layers, masked, target_sparsity, method.min_density, method.max_density
         )
 
-    def _bounds(self, zeros: float) -> Bounds:
-        """The bounds while `zeros` weights are to be zero."""
+    def _bounds(self, budget: float) -> Bounds:
+        """The bounds while `budget` is to be pruned."""
         density, method = self._density, self.method
         # While the sparsity falls to the target, the floors follow the present density.
-        if zeros > density.zeros:
+        if budget > density.budget:
             density = DensityBounds(
                 self.layers,
                 density.masked,
-                zeros / self.layers.total,
+                budget / self.layers.total_cost,
                 method.min_density,
                 method.max_density,
             )
-        return density.at(zeros, self.level.device)
+        return density.at(budget, self.level.device)
 
     # --- fixing the zeros, another target, a loaded state -----------------------------------------
 
@@ -288,12 +315,13 @@ class AdaptiveController(Controller):
         zeros becomes exact. So the model's output hardly changes at this step.
         """
         self._set_offsets(self.offsets.by_layer())
-        self.fix_zeros(choose(self.layers, self._factors(), self._bounds(self.zeros), self.zeros))
+        budget = self._density.budget
+        self.fix_zeros(choose(self.layers, self._factors(), self._bounds(budget), budget))
         if self.allocator is not None:
             self.allocator.stop()
 
-    def retarget(self, target_sparsity: float, total_steps: int, zeros: int) -> None:
-        """Start a new run, from the present number of `zeros` to another target.
+    def retarget(self, target_sparsity: float, total_steps: int, zeros: Sequence[int]) -> None:
+        """Start a new run, from the present `zeros` of each layer to another target.
 
         If the target is higher, fixed zeros stay zero. If it is lower, pruned weights may become
         nonzero again, except those that were zero when the first run began.
@@ -301,7 +329,8 @@ class AdaptiveController(Controller):
         Raises:
             ValueError: If the bounds make the target impossible; nothing is changed then.
         """
-        rising = self.layers.zeros_at(target_sparsity) >= zeros
+        pruned, budget = self.layers.cost(zeros), self.layers.budget(target_sparsity)
+        rising = budget >= pruned or self.layers.meets(zeros, budget)
         masks = [layer.mask if rising else layer.initial_mask for layer in self.layers]
         self._bound([count_zeros(mask) for mask in masks], target_sparsity)
         if self.fixed:
@@ -309,7 +338,7 @@ class AdaptiveController(Controller):
         for layer, mask in zip(self.layers, masks, strict=True):
             layer.threshold.mask = None if mask is None else mask.to(layer.weight.device)
         self.aim(target_sparsity, total_steps)
-        self.initial, self.fixed = zeros / self.layers.total, False
+        self.initial, self.fixed = pruned / self.layers.total_cost, False
         self.update(0)
 
     def refresh(self) -> None:

@@ -107,8 +107,8 @@ class IterativeController(MagnitudeController):
         rounds = self.method.rounds
         phase = self.method.phases(self.total_steps).index(step)
         density = (1 - self.target_sparsity) ** (phase / rounds)
-        zeros = min(self.zeros, self.layers.zeros_at(1 - density))
-        self.prune(self.zeros if phase == rounds else zeros)
+        budget = min(self.budget, self.layers.budget(1 - density))
+        self.prune(self.budget if phase == rounds else budget)
         if self.method.rewind:
             for i, tensor in enumerate(self._tensors()):
                 tensor.copy_(self.get_buffer(f"initial_{i}"))

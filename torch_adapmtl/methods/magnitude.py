@@ -83,31 +83,39 @@ class MagnitudeController(MaskController):
         """The magnitude of each weight."""
         return [layer.weight.abs() for layer in self.layers]
 
-    def choose(self, zeros: int) -> list[Tensor]:
+    def choose(self, budget: float) -> list[Tensor]:
         """Mark the smallest weights of the model, or of each layer in proportion to its size."""
         if not self.uniform:
-            return super().choose(zeros)
+            return super().choose(budget)
         scores = self.open_scores()
         pruned = [int((score == -torch.inf).sum()) for score in scores]
-        shares = _shares(zeros, self.layers.sizes, pruned)
+        shares = _shares(budget, self.layers.sizes, pruned, self.layers.costs)
         return [lowest([score], share)[0] for score, share in zip(scores, shares, strict=True)]
 
 
-def _shares(zeros: int, sizes: Sequence[int], least: Sequence[int]) -> list[int]:
-    """Split `zeros` in proportion to `sizes` into integers with the sum `zeros`.
+def _shares(
+    budget: float, sizes: Sequence[int], least: Sequence[int], costs: Sequence[float]
+) -> list[int]:
+    """Split a budget in proportion to `sizes` into numbers of zeros.
 
-    No part is smaller than its entry of `least`, whose sum must be at most `zeros`.
+    Their total cost is the budget if all costs are 1, and otherwise less than it by less than the
+    largest cost. No number is smaller than its entry of `least`, whose cost must be at most the
+    budget.
     """
     shares = list(least)
-    free = list(range(len(sizes)))
+    # From the largest cost to the smallest, because what one layer leaves over goes to the next.
+    free = sorted(range(len(sizes)), key=lambda i: -costs[i])
     while free:
-        total, before = sum(sizes[i] for i in free), 0
-        rest = zeros - sum(shares[i] for i in range(len(sizes)) if i not in free)
+        total = sum(sizes[i] * costs[i] for i in free)
+        rest = budget - sum(shares[i] * costs[i] for i in range(len(sizes)) if i not in free)
         proportional = {}
+        before: float = 0
+        pruned: float = 0
         for i in free:
-            after = before + sizes[i]
-            proportional[i] = rest * after // total - rest * before // total
-            before = after
+            before += sizes[i] * costs[i]
+            number = (rest * before - pruned * total) // (total * costs[i])
+            proportional[i] = min(int(number), sizes[i])
+            pruned += proportional[i] * costs[i]
         short = [i for i in free if proportional[i] < least[i]]
         if not short:
             for i in free:

@@ -50,7 +50,7 @@ class MaskController(Controller):
 
     Args:
         layers: The layers. Their thresholds, all zero, are made here.
-        target_sparsity: Zeros among all weights of the layers at the end, as a fraction.
+        target_sparsity: What is to be pruned at the end, as a fraction (see `Controller`).
         total_steps: Number of steps of the run.
         schedule: How the sparsity rises.
 
@@ -65,7 +65,7 @@ class MaskController(Controller):
         ...         return [-layer.weight.abs() for layer in self.layers]
         >>> linear = torch.nn.Linear(4, 4)
         >>> layers = Layers([Layer("weight", "main", ((linear, "weight"),))])
-        >>> LargestFirst(layers, 0.5, 100, SparsitySchedule()).zeros
+        >>> LargestFirst(layers, 0.5, 100, SparsitySchedule()).budget
         8
     """
 
@@ -79,12 +79,13 @@ class MaskController(Controller):
         check_schedule(schedule)
         super().__init__(layers, target_sparsity, total_steps)
         self.schedule = schedule
-        self._initial_zeros = sum(layers.initial_zeros)
-        if self._initial_zeros > self.zeros:
+        self._initial = layers.cost(layers.initial_zeros)
+        if self._initial > self.budget and not layers.meets(layers.initial_zeros, self.budget):
             raise ValueError(
-                f"target_sparsity={target_sparsity} asks for {self.zeros} zeros, but masks that "
-                f"are there already, or zeros that are kept, hold {self._initial_zeros}: raise the "
-                f"target, pass keep_zeros=False, or remove the masks"
+                f"target_sparsity={target_sparsity} asks for {self.budget:.12g} "
+                f"{layers.units[1]}, but masks that are there already, or zeros that are kept, "
+                f"hold {self._initial:.12g}: raise the target, pass keep_zeros=False, or remove "
+                f"the masks"
             )
         for layer in layers:
             weight = layer.weight
@@ -127,9 +128,13 @@ class MaskController(Controller):
     def _uses_gradients(self) -> bool:
         return type(self).on_gradient is not MaskController.on_gradient
 
-    def choose(self, zeros: int) -> list[Tensor]:
-        """Mark the `zeros` weights to prune: a flat bool tensor for each layer."""
-        return lowest(self.open_scores(), zeros)
+    def choose(self, budget: float) -> list[Tensor]:
+        """Mark the weights to prune, as many as the budget: a flat bool tensor for each layer.
+
+        Args:
+            budget: How many, or how many multiply-adds they are to save (`layers.counts`).
+        """
+        return lowest(self.open_scores(), budget, self.layers.costs)
 
     def open_scores(self) -> list[Tensor]:
         """The scores, float32 and flat; -inf for weights that a mask has pruned already."""
@@ -138,9 +143,9 @@ class MaskController(Controller):
             for score, layer in zip(self.scores(), self.layers, strict=True)
         ]
 
-    def _agreed(self, zeros: int) -> list[Tensor]:
+    def _agreed(self, budget: float) -> list[Tensor]:
         """The result of `choose`, made equal in all processes, whose batches differ."""
-        chosen = self.choose(zeros)
+        chosen = self.choose(budget)
         return [agree(flat) for flat in chosen] if self.synchronize else chosen
 
     @torch.no_grad()
@@ -148,26 +153,24 @@ class MaskController(Controller):
         """Prune to the sparsity of the schedule after `step` steps."""
         if self._uses_gradients:
             self._hooks.note_update(type(self).__name__.removesuffix("Controller"))
-        self.prune(
-            self.layers.zeros_at(self.schedule(step, self.total_steps, self.target_sparsity))
-        )
+        self.prune(self.layers.budget(self.schedule(step, self.total_steps, self.target_sparsity)))
 
     @torch.no_grad()
-    def prune(self, zeros: int) -> None:
-        """Prune the weights with the lowest scores, to `zeros` zeros in total."""
-        pruned = self._agreed(max(zeros, self._initial_zeros))
+    def prune(self, budget: float) -> None:
+        """Prune the weights with the lowest scores, as many in total as the budget."""
+        pruned = self._agreed(max(budget, self._initial))
         for layer, flat in zip(self.layers, pruned, strict=True):
             layer.threshold.mask = shaped_like(layer.weight, ~flat) if bool(flat.any()) else None
 
     @torch.no_grad()
     def fix(self) -> None:
         """Prune to exactly the target now, and fix the zeros by masks."""
-        self.fix_zeros([~flat for flat in self._agreed(self.zeros)])
+        self.fix_zeros([~flat for flat in self._agreed(max(self.budget, self._initial))])
 
     def refresh(self) -> None:
         """Count the initial zeros of the loaded state; its parameters may be new ones."""
         self._hooks.remove()  # `prepare` registers them again
-        self._initial_zeros = sum(self.layers.initial_zeros)
+        self._initial = self.layers.cost(self.layers.initial_zeros)
 
     def store(self, name: str) -> None:
         """Register a float32 buffer of zeros for each layer; they are part of the state dict."""
@@ -259,8 +262,8 @@ class OneShotController(MaskController):
         if self._seen == self.batches:
             with torch.no_grad():
                 share = self._share_without_effect()
-                self.prune(self.zeros)
-            if share >= self._MANY and self.zeros > self._initial_zeros:
+                self.prune(self.budget)
+            if share >= self._MANY and self.budget > self._initial:
                 warnings.warn(
                     f"{share:.0%} of the prunable weights score exactly zero on the batches that "
                     f"were scored, since no loss depends on them yet, and are pruned first, whole "

@@ -143,8 +143,12 @@ class PaperController(Controller):
         s, stopped = self.s.values, self.stopped.values
         s.copy_(torch.where(self.reached, stopped, s))  # the optimiser may have moved it
         stopped.copy_(s)
-        zeros = sum((layer.sparse() == 0).sum() for layer in self.layers)
-        self.reached |= zeros >= self.zeros
+        pruned = sum(
+            zeros if cost == 1 else zeros.double() * cost
+            for cost, layer in zip(self.layers.costs, self.layers, strict=True)
+            for zeros in [(layer.sparse() == 0).sum()]
+        )
+        self.reached |= pruned >= self.budget
 
     def fix(self) -> None:
         """Raise an error, because this method has no exact target.

@@ -19,7 +19,7 @@ from torch_adapmtl.tensor.torch_prune import attached_threshold
 
 __all__ = ["guard", "load", "save", "unguard"]
 
-_VERSION = 3
+_VERSION = 4
 _PREFIX = "adapmtl."
 
 

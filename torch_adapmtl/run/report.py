@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch_adapmtl._tables import details, html_table, text_table
 
-__all__ = ["ComponentRow", "DensePart", "LayerRow", "Report"]
+__all__ = ["ComponentRow", "DensePart", "LayerRow", "Report", "total_macs"]
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,16 @@ class ComponentRow:
         tensors: Number of prunable tensors in it.
         weights: Number of prunable weights in it.
         zeros: Number of those that are zero.
+        macs: Multiply-adds of its weights for one example; None if they are not known.
+        macs_left: Multiply-adds of those that are not zero.
     """
 
     name: str
     tensors: int
     weights: int
     zeros: int
+    macs: float | None = None
+    macs_left: float | None = None
 
     @property
     def sparsity(self) -> float:
@@ -45,6 +49,8 @@ class LayerRow:
         shape: Its shape.
         zeros: Number of its weights that are zero.
         threshold: The magnitude up to which its weights are zero.
+        positions: Number of multiply-adds that each of its weights takes part in, for one example;
+            None if it is not known.
     """
 
     name: str
@@ -52,6 +58,7 @@ class LayerRow:
     shape: tuple[int, ...]
     zeros: int
     threshold: float
+    positions: float | None = None
 
     @property
     def weights(self) -> int:
@@ -62,6 +69,16 @@ class LayerRow:
     def sparsity(self) -> float:
         """Zeros as a fraction of the tensor's weights."""
         return _fraction(self.zeros, self.weights)
+
+    @property
+    def macs(self) -> float | None:
+        """Multiply-adds of all its weights for one example; None if they are not known."""
+        return None if self.positions is None else self.positions * self.weights
+
+    @property
+    def macs_left(self) -> float | None:
+        """Multiply-adds of its nonzero weights for one example; None if they are not known."""
+        return None if self.positions is None else self.positions * (self.weights - self.zeros)
 
 
 class DensePart(NamedTuple):
@@ -84,29 +101,30 @@ class Report:
 
     A report prints as a table of components; in a notebook it also shows the layers. Sparsity is
     the number of zeros divided by the number of prunable weights, as a fraction in the attributes
-    and in percent in the tables.
+    and in percent in the tables. Multiply-adds are those of the prunable weights, for one example.
 
     Attributes:
         components: One row per component.
         layers: One row per prunable tensor.
-        target_sparsity: Zeros among all prunable weights at the end, as a fraction.
+        target_sparsity: What is to be pruned at the end, as a fraction of what `count` says.
         step: Number of steps taken.
         total_steps: Number of steps of the run.
         dense: The tensors that stay dense; tuples of name, reason and weights are accepted.
         task_weights: The present weight of each task's loss.
         given: How many zeros were fixed when the run began.
+        count: What the target counts: `"weights"` or `"macs"`.
 
     Example:
         >>> print(
         ...     Report(
         ...         components=(
-        ...             ComponentRow("shared", 2, 600, 480),
-        ...             ComponentRow("seg", 1, 400, 400),
+        ...             ComponentRow("shared", 2, 600, 480, 5400.0, 1480.0),
+        ...             ComponentRow("seg", 1, 400, 400, 400.0, 0.0),
         ...         ),
         ...         layers=(
-        ...             LayerRow("body.0.weight", "shared", (20, 15), 200, 0.01),
-        ...             LayerRow("body.1.weight", "shared", (20, 15), 280, 0.03),
-        ...             LayerRow("seg.weight", "seg", (20, 20), 400, 0.02),
+        ...             LayerRow("body.0.weight", "shared", (20, 15), 200, 0.01, 14.0),
+        ...             LayerRow("body.1.weight", "shared", (20, 15), 280, 0.03, 4.0),
+        ...             LayerRow("seg.weight", "seg", (20, 20), 400, 0.02, 1.0),
         ...         ),
         ...         target_sparsity=0.9,
         ...         step=70,
@@ -115,10 +133,10 @@ class Report:
         ...         task_weights={"seg": 1.0},
         ...     )
         ... )
-        component  tensors  weights  zeros  sparsity      threshold
-        shared           2      600    480   80.00 %  0.01 ... 0.03
-        seg              1      400    400  100.00 %           0.02
-        overall          3    1,000    880   88.00 %
+        component  tensors  weights  zeros  sparsity  MACs left      threshold
+        shared           2      600    480   80.00 %    27.41 %  0.01 ... 0.03
+        seg              1      400    400  100.00 %     0.00 %           0.02
+        overall          3    1,000    880   88.00 %    25.52 %
         target 90.00 %, step 70 of 100
         task weights: seg 1.00
         left dense, not counted: 1,200 weights
@@ -133,6 +151,7 @@ class Report:
     dense: Sequence[tuple[str, str, int]] = ()
     task_weights: Mapping[str, float] = field(default_factory=dict)
     given: int = 0
+    count: Literal["weights", "macs"] = "weights"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "components", tuple(self.components))
@@ -154,6 +173,23 @@ class Report:
     def sparsity(self) -> float:
         """Zeros as a fraction of all prunable weights."""
         return _fraction(self.zeros, self.weights)
+
+    @property
+    def macs(self) -> float | None:
+        """Multiply-adds of the prunable weights for one example; None if they are not known."""
+        return total_macs(row.macs for row in self.components)
+
+    @property
+    def macs_left(self) -> float | None:
+        """Multiply-adds of the nonzero weights for one example; None if they are not known."""
+        return total_macs(row.macs_left for row in self.components)
+
+    @property
+    def pruned(self) -> float:
+        """What is pruned as a fraction of what the target counts: weights, or multiply-adds."""
+        if self.count == "weights" or self.macs is None or self.macs_left is None:
+            return self.sparsity
+        return 1.0 - _share(self.macs_left, self.macs)
 
     def thresholds(self, component: str) -> tuple[float, float] | None:
         """Return the smallest and largest threshold of a component; None if it has no layer."""
@@ -182,9 +218,12 @@ class Report:
         """Return the report as dicts, lists, strings and numbers, which JSON can hold."""
         return {
             "target_sparsity": self.target_sparsity,
+            "count": self.count,
             "sparsity": self.sparsity,
             "weights": self.weights,
             "zeros": self.zeros,
+            "macs": self.macs,
+            "macs_left": self.macs_left,
             "given": self.given,
             "step": self.step,
             "total_steps": self.total_steps,
@@ -196,6 +235,8 @@ class Report:
                     "weights": row.weights,
                     "zeros": row.zeros,
                     "sparsity": row.sparsity,
+                    "macs": row.macs,
+                    "macs_left": row.macs_left,
                     "thresholds": list(self.thresholds(row.name) or ()),
                 }
                 for row in self.components
@@ -209,6 +250,7 @@ class Report:
                     "zeros": row.zeros,
                     "sparsity": row.sparsity,
                     "threshold": row.threshold,
+                    "positions": row.positions,
                 }
                 for row in self.layers
             ],
@@ -235,10 +277,13 @@ class Report:
             blocks.append(f"<p>{escape(self._given_line())}</p>")
         if self.layers:
             rows = [["layer", "component", "shape", "weights", "zeros", "sparsity", "threshold"]]
+            rows[0] += ["positions"] * (self.macs is not None)
             for row in self.layers:
                 shape = " x ".join(map(str, row.shape))
                 counts = [f"{row.weights:,}", f"{row.zeros:,}", _percent(row.sparsity)]
-                rows.append([row.name, row.component, shape, *counts, f"{row.threshold:.3g}"])
+                positions = [] if self.macs is None else [f"{row.positions:,.6g}"]
+                alpha = f"{row.threshold:.3g}"
+                rows.append([row.name, row.component, shape, *counts, alpha, *positions])
             blocks.append(details(f"{len(self.layers)} layers", html_table(rows, left=3)))
         if self.dense:
             rows = [["tensor", "reason", "weights"]]
@@ -247,18 +292,29 @@ class Report:
         return "<div>" + "".join(blocks) + "</div>"
 
     def _component_table(self) -> list[list[str]]:
-        rows = [["component", "tensors", "weights", "zeros", "sparsity", "threshold"]]
-        for row in self.components:
+        known = ["MACs left"] * (self.macs is not None)
+        rows = [["component", "tensors", "weights", "zeros", "sparsity", *known, "threshold"]]
+        overall = ComponentRow(
+            "overall",
+            sum(row.tensors for row in self.components),
+            self.weights,
+            self.zeros,
+            self.macs,
+            self.macs_left,
+        )
+        for row in (*self.components, overall):
             thresholds = dict.fromkeys(f"{x:.3g}" for x in self.thresholds(row.name) or ())
             counts = [f"{row.tensors:,}", f"{row.weights:,}", f"{row.zeros:,}"]
-            rows.append([row.name, *counts, _percent(row.sparsity), " ... ".join(thresholds)])
-        tensors = sum(row.tensors for row in self.components)
-        counts = [f"{tensors:,}", f"{self.weights:,}", f"{self.zeros:,}"]
-        rows.append(["overall", *counts, _percent(self.sparsity), ""])
+            left = [_percent(_share(row.macs_left, row.macs))] * len(known)
+            rows.append(
+                [row.name, *counts, _percent(row.sparsity), *left, " ... ".join(thresholds)]
+            )
         return rows
 
     def _progress(self) -> str:
         target = _percent(self.target_sparsity)
+        if self.count == "macs":
+            target += " of the multiply-adds"
         return f"target {target}, step {self.step:,} of {self.total_steps:,}"
 
     def _weights_line(self) -> str:
@@ -270,6 +326,16 @@ class Report:
 
     def _dense_line(self) -> str:
         return f"left dense, not counted: {sum(part[2] for part in self.dense):,} weights"
+
+
+def total_macs(parts: Iterable[float | None]) -> float | None:
+    """Sum multiply-adds; None if some are not known, or there are none."""
+    known = list(parts)
+    return None if not known or None in known else sum(part for part in known if part is not None)
+
+
+def _share(left: float | None, macs: float | None) -> float:
+    return left / macs if left is not None and macs else 0.0
 
 
 def _fraction(zeros: int, weights: int) -> float:
