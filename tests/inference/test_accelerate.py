@@ -169,6 +169,18 @@ def test_weights_that_are_computed(make: Callable[[], nn.Module], used: bool) ->
     assert {*fast[0].choices.values()} == {"sparse"}
 
 
+def test_tensors_with_a_history_that_a_model_keeps() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if "b" not in self.cache:
+            self.cache["b"] = [self.b * 2]
+        return self.c(x) + self.cache["b"][0]
+
+    model = pruned(net(forward, c=conv(), b=nn.Parameter(torch.randn(8, 1, 1)), cache={}))
+    model(*images())
+    assert not model.cache["b"][0].is_leaf
+    check(all_sparse(model, images()), model, images())
+
+
 def test_old_norms_of_weights_stay_dense() -> None:
     with pytest.warns(FutureWarning, match="weight_norm"):
         model = nn.Sequential(nn.utils.weight_norm(conv()), nn.BatchNorm2d(8), conv()).eval()

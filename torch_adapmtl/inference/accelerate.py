@@ -211,8 +211,9 @@ def _check_input(x: Tensor) -> None:
 def _plain_copy(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode whose weights are parameters, masked and parametrized for good."""
     memo: dict[int, Any] = {}
-    for module in model.modules():  # a weight under torch's prune has a history and is not copied
-        for value in vars(module).values():
+    # What has a history is not copied: weights under torch's prune, and what a model caches.
+    for module in model.modules():
+        for value in tree_leaves(vars(module)):
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
     result = copy.deepcopy(model, memo).eval()
