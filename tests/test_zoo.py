@@ -1,4 +1,7 @@
-"""The zoo: real models through detection, a short training to an exact target, and finalize."""
+"""The zoo: real models through detection, a short training to an exact target, and finalize.
+
+Each is also pruned at random and accelerated.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,11 @@ from typing import Any
 
 import pytest
 import torch
+from accelerating import LAYERS, all_sparse, assert_same, pruned
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from zoo import ENTRIES, SAMPLE, Entry
+from zoo.entry import images
 
 from examples.benchmark import read
 from torch_adapmtl import apply_adapmtl
@@ -27,6 +32,8 @@ from torch_adapmtl.components.find import FROZEN, SHARED, UNUSED
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 TARGET = 0.7
 STEPS = 3
+# Rounding decides how many boxes these find: compared are the features that they are found from.
+BEFORE_BOXES = {"ssdlite320_mobilenet_v3_large"}
 Weights = dict[str, tuple[nn.Module, str]]
 
 
@@ -192,6 +199,23 @@ def check(entry: Entry, record: Callable[..., None]) -> None:
         seconds_steps=round(stepped, 3),
         versions={p: version(p) for p in ("torch", entry.needs) if p},
     )
+
+
+def test_accelerated(entry: Entry) -> None:
+    if entry.needs:
+        pytest.importorskip(entry.needs)
+    with warnings.catch_warnings():
+        for message in entry.ignored:
+            warnings.filterwarnings("ignore", message)
+        model, inputs = pruned(entry.make()), entry.inputs()
+        if entry.name in BEFORE_BOXES:
+            model, inputs = model.get_submodule("backbone"), images(64)
+        expected = list(tensors(run(model, inputs)))
+        fast = all_sparse(model, inputs)
+        found = list(tensors(run(fast, inputs)))
+    if any(isinstance(module, LAYERS) for module in model.modules()):
+        assert "sparse" in fast.choices.values()
+    assert_same(found, [t.detach() for t in expected])
 
 
 def test_the_names_are_told_apart() -> None:

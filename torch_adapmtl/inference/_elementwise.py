@@ -5,6 +5,7 @@ Each computes what torch does if its arguments show no maps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ._call import copy_into
-from ._maps import Held, Map, held, padded, show
+from ._maps import Held, Map, contiguous, held, padded, show
 
 
 def image(x: Any) -> Held | None:
@@ -59,7 +60,7 @@ def add(x: Any, y: Any) -> Any:
     """``x + y``."""
     a, b = image(x), image(y)
     if a is None or b is None or not _alike(a.layout, b.layout) or x.shape != y.shape:
-        return x + y
+        return contiguous(x) + contiguous(y)  # else the sum would lie in memory as the map does
     buffer = _empty(a.layout)
     torch.add(a.body, b.body, out=buffer[a.layout.lead : a.layout.size - a.layout.lead])
     return show_like(a.layout, buffer, a, b)
@@ -71,7 +72,9 @@ def multiply(x: Any, y: Any) -> Any:
         x, y = y, x
     a = image(x)
     if a is None or not isinstance(y, Tensor) or y.shape != (*x.shape[:2], 1, 1):
-        return x * y
+        return contiguous(x) * contiguous(y)
+    if not math.isfinite(float(y.sum())):  # the zeros around the images would not stay zero
+        return contiguous(x) * y
     layout = a.layout
     buffer = _empty(layout)
     shape = (layout.channels, layout.batch, layout.rows * layout.columns)
@@ -93,7 +96,7 @@ def mean(x: Any, dim: Sequence[int] = (-2, -1), keepdim: bool = False) -> Any:
     shape = (layout.channels, layout.batch, layout.rows * layout.columns)
     strides = (layout.pitch, layout.rows * layout.columns, 1)
     total = a.buffer.as_strided(shape, strides, layout.lead).sum(2).t()
-    result = total / (layout.height * layout.width)
+    result = (total / (layout.height * layout.width)).contiguous()
     return result[:, :, None, None] if keepdim else result
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections import Counter
 from typing import Any, cast
 
 import torch
@@ -22,6 +23,8 @@ from ._map_modules import (
     MapUpsample,
     Norm,
 )
+from ._maps import contiguous
+from ._trace import is_plain
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
 _LAYERS = (*_CONVOLUTIONS, nn.Linear)
@@ -70,6 +73,32 @@ _IN_PLACE = {
     ]
 } | {operator.setitem, operator.delitem}
 
+_MAP_FUNCTIONS = {
+    _elementwise.add,
+    _elementwise.multiply,
+    _elementwise.mean,
+    _elementwise.concatenate,
+}
+_MAP_MAKERS = (MapActivation, MapMaxPool2d, MapNorm2d, MapUpsample)
+_MAP_MODULES = (FusedLayer, MapMean, *_MAP_MAKERS)
+# These return new tensors that have no gaps, and their channels in order, whatever they are given.
+_ANY_STRIDES_MODULES = (
+    nn.AdaptiveAvgPool2d,
+    nn.AvgPool2d,
+    nn.MaxPool2d,
+    nn.BatchNorm2d,
+    nn.GroupNorm,
+    nn.Upsample,
+)
+_ANY_STRIDES_METHODS = ("mean", "size", "sum")
+_ANY_STRIDES_FUNCTIONS = {
+    torch.mean,
+    F.adaptive_avg_pool2d,
+    F.avg_pool2d,
+    F.max_pool2d,
+    F.interpolate,
+}
+
 
 def fuse_layers(module: nn.Module) -> nn.Module:
     """Replace each layer by a fused one, with what follows it where a graph shows that.
@@ -88,36 +117,59 @@ def fuse_layers(module: nn.Module) -> nn.Module:
     for name, part in list(module.named_modules(remove_duplicate=False)):
         if _is_layer(part) and id(part) not in inner:
             module.set_submodule(name, done.setdefault(id(part), FusedLayer(part, name)))
+    _mark(module)
+    for part in module.modules():
+        if isinstance(part, fx.GraphModule):
+            _leave_maps(part)
     return module
+
+
+def _mark(module: nn.Module) -> None:
+    """Note which layers only graphs call."""
+    called: dict[int, int] = {}
+    for graph in module.modules():
+        if isinstance(graph, fx.GraphModule):
+            names = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
+            for name in names:
+                key = id(graph.get_submodule(name))
+                called[key] = called.get(key, 0) + 1
+    found = Counter(id(part) for _, part in module.named_modules(remove_duplicate=False))
+    for part in module.modules():
+        if isinstance(part, FusedLayer):
+            part.in_graph = called.get(id(part), 0) == found[id(part)]
 
 
 def link(model: nn.Module) -> None:
     """Let a sparse linear layer hand its map to linear layers that follow, if all are sparse."""
+    users: dict[FusedLayer, list[nn.Module | None]] = {}
     for graph in model.modules():
         if not isinstance(graph, fx.GraphModule):
             continue
         for node in graph.graph.nodes:
             layer = _module(graph, node)
             if isinstance(layer, FusedLayer) and isinstance(layer.sparse, SparseLinear):
-                users = [_module(graph, user) for user in node.users]
-                layer.sparse.keeps_map = bool(users) and all(
-                    isinstance(user, FusedLayer)
-                    and user.choice == "sparse"
-                    and isinstance(user.sparse, SparseLinear)
-                    for user in users
-                )
+                users.setdefault(layer, []).extend(_module(graph, user) for user in node.users)
+    for layer, found in users.items():
+        assert isinstance(layer.sparse, SparseLinear)
+        layer.sparse.keeps_map = layer.in_graph and all(
+            isinstance(user, FusedLayer)
+            and user.choice == "sparse"
+            and isinstance(user.sparse, SparseLinear)
+            for user in found
+        )
 
 
 def _fuse(graph: fx.GraphModule, prefix: str) -> None:
     _drop_what_does_nothing(graph)
     order = {node: i for i, node in enumerate(graph.graph.nodes)}
-    calls = [node.target for node in order if node.op == "call_module"]
+    calls = Counter(str(node.target) for node in order if node.op == "call_module")
+    appearances = Counter(id(part) for _, part in graph.named_modules(remove_duplicate=False))
     for node in list(order):
         dense = _module(graph, node)
         if dense is None or not _is_layer(dense) or len(node.args) != 1 or node.kwargs:
             continue
         name = str(node.target)
-        if calls.count(node.target) > 1 or _appearances(graph, dense) > 1:
+        if calls[name] > 1 or appearances[id(dense)] > 1:
             continue  # what follows differs from call to call
         fused, residual, activation = [node], None, None
         following = _only_user(node)
@@ -136,10 +188,11 @@ def _fuse(graph: fx.GraphModule, prefix: str) -> None:
             if activation is not None:
                 fused.append(following)
         graph.set_submodule(name, FusedLayer(dense, prefix + name, activation))
-        with graph.graph.inserting_before(fused[-1]):
+        place = node if residual is None else fused[-1]  # not after what writes to the input
+        with graph.graph.inserting_before(place):
             args = (node.args[0],) if residual is None else (node.args[0], residual)
             new = graph.graph.call_module(name, args)
-        order[new] = order[fused[-1]]
+        order[new] = order[place]
         fused[-1].replace_all_uses_with(new)
         for part in reversed(fused):
             _erase(graph, part)
@@ -151,19 +204,16 @@ def _module(graph: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     return graph.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-def _appearances(graph: fx.GraphModule, module: nn.Module) -> int:
-    return sum(part is module for _, part in graph.named_modules(remove_duplicate=False))
-
-
 def _is_layer(module: nn.Module) -> bool:
     """Whether it is one of torch's layers, or of a subclass that computes the same."""
     for kind in _LAYERS:
         if isinstance(module, kind):
-            given = type(module)
-            same = given.forward is kind.forward
-            return same and given.__dict__.get("_conv_forward") in (
-                None,
-                kind.__dict__.get("_conv_forward"),
+            given: Any = type(module)
+            convolves = getattr(given, "_conv_forward", None)
+            return (
+                given.forward is kind.forward
+                and convolves is getattr(kind, "_conv_forward", None)
+                and is_plain(module)
             )
     return False
 
@@ -185,7 +235,9 @@ def _drop_what_does_nothing(graph: fx.GraphModule) -> None:
     """Drop dropout, stochastic depth and identities, and assertions: they held for the examples."""
     for node in list(graph.graph.nodes):
         module = _module(graph, node)
-        nothing = isinstance(module, nn.Identity | nn.Dropout | nn.Dropout1d | nn.Dropout2d)
+        nothing = type(module) in (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d) and (
+            is_plain(module)
+        )
         if node.op == "call_function" and getattr(node.target, "__name__", "") in _NOTHING:
             flags = (*node.args[1:], *node.kwargs.values())
             nothing = any(flag is False for flag in flags) and True not in flags
@@ -222,7 +274,9 @@ def _norm(graph: fx.GraphModule, node: fx.Node | None) -> Norm | None:
     if node is None or not node.args:
         return None
     module = _module(graph, node)
-    if isinstance(module, _NORMS) and type(module).forward is nn.BatchNorm2d.forward:
+    if isinstance(module, _NORMS):
+        if type(module).forward is not nn.BatchNorm2d.forward or not is_plain(module):
+            return None
         if module.running_mean is None or module.running_var is None:
             return None
         return Norm(module.running_mean, module.running_var, module.eps, module.weight, module.bias)
@@ -265,7 +319,9 @@ def _fold(layer: Any, norm: Norm) -> None:
 
 
 def _maps_zero_to_zero(module: nn.Module | None) -> bool:
-    if not isinstance(module, _ZERO_TO_ZERO) or not type(module).__module__.startswith("torch.nn"):
+    if not isinstance(module, _ZERO_TO_ZERO) or not is_plain(module):
+        return False
+    if not type(module).__module__.startswith("torch.nn"):
         return False
     return not isinstance(module, nn.Hardtanh) or module.min_val <= 0 <= module.max_val
 
@@ -345,6 +401,7 @@ def _use_maps(graph: fx.GraphModule) -> None:
             function, args, kwargs = found
             with graph.graph.inserting_before(node):
                 new = graph.graph.call_function(function, args, kwargs)
+                new.meta["is_wrapped"] = True  # else a pickle would hold what it does to proxies
             node.replace_all_uses_with(new)
             graph.graph.erase_node(node)
 
@@ -369,16 +426,74 @@ def _replace(
     kwargs: Any,
 ) -> None:
     """Replace a chain of nodes by the call of a new module."""
-    number = sum(child.startswith(name) for child, _ in graph.named_children())
-    graph.add_submodule(f"{name}_{number}", module)
-    with graph.graph.inserting_before(nodes[-1]):
-        new = graph.graph.call_module(f"{name}_{number}", args, kwargs)
+    taken = {child for child, _ in graph.named_children()}
+    name = next(f"{name}_{i}" for i in range(len(taken) + 1) if f"{name}_{i}" not in taken)
+    graph.add_submodule(name, module)
+    with graph.graph.inserting_before(nodes[0]):  # not after what writes to the input
+        new = graph.graph.call_module(name, args, kwargs)
     nodes[-1].replace_all_uses_with(new)
     for part in reversed(nodes):
         _erase(graph, part)
 
 
+def _leave_maps(graph: fx.GraphModule) -> None:
+    """Let only what knows of maps see them: how a tensor lies in memory may matter to the rest.
+
+    A view of it, for one, may be possible only if there are no gaps.
+    """
+    makers = [
+        node
+        for node in graph.graph.nodes
+        if _makes_map(graph, node) and not all(_knows_maps(graph, user) for user in node.users)
+    ]
+    if not makers:
+        return
+    # What is written in place must be the same tensor for all.
+    writes = any(_writes(graph, node) or _is_in_place(graph, node) for node in graph.graph.nodes)
+    for node in makers:
+        users = [user for user in node.users if writes or not _knows_maps(graph, user)]
+        with graph.graph.inserting_after(node):
+            new = graph.graph.call_function(contiguous, (node,))
+            new.meta["is_wrapped"] = True
+        for user in users:
+            user.replace_input_with(node, new)
+    graph.recompile()
+
+
+def _makes_map(graph: fx.GraphModule, node: fx.Node) -> bool:
+    module = _module(graph, node)
+    if isinstance(module, FusedLayer):
+        return isinstance(module.dense, _CONVOLUTIONS)
+    return node.target in _MAP_FUNCTIONS or isinstance(module, _MAP_MAKERS)
+
+
+def _is_in_place(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node changes a map that others see, too."""
+    module = _module(graph, node)
+    return (
+        isinstance(module, MapActivation)
+        and bool(getattr(module.module, "inplace", False))
+        and any(len(given.users) > 1 for given in node.all_input_nodes)
+    )
+
+
+def _knows_maps(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node takes maps, or computes the same however its inputs lie in memory."""
+    module = _module(graph, node)
+    if module is not None:
+        return isinstance(module, _MAP_MODULES) or (
+            type(module) in _ANY_STRIDES_MODULES and is_plain(module)
+        )
+    if node.op == "call_method":
+        return node.target in _ANY_STRIDES_METHODS
+    if node.target is getattr:
+        return node.args[1] in ("shape", "dtype", "device", "ndim")
+    return node.target in _MAP_FUNCTIONS or node.target in _ANY_STRIDES_FUNCTIONS
+
+
 def _map_module(module: nn.Module) -> nn.Module | None:
+    if not is_plain(module):
+        return None
     if type(module) is nn.Upsample:
         return MapUpsample(module)
     if _maps_zero_to_zero(module):

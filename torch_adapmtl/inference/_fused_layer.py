@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._call import clock
-from ._layers import Activation, SparseLinear
+from ._layers import Activation, SparseLinear, fits
+from ._maps import contiguous
 from ._windows import SparseConv2d, SparseConvTranspose2d
 
 
@@ -32,6 +33,9 @@ class FusedLayer(nn.Module):
         self.weights = int(weight.numel())
         self.nonzeros = int(weight.count_nonzero())
         self.positions = 0  # how often each weight is used, noted with the times
+        self.outputs = int(getattr(dense, "out_channels", getattr(dense, "out_features", 0)))
+        self.in_graph = False  # only called by graphs, which know that its output may be a map
+        self.is_read = False  # the model's code reads attributes of the layer, such as its weight
         self.seconds: list[float] | None = None  # where the time of each call is noted
 
     @property
@@ -72,32 +76,53 @@ class FusedLayer(nn.Module):
 
     def settle(self) -> None:
         """Keep only what was chosen."""
-        if self.choice == "sparse":
-            self.dense = None
-        else:
+        if self.choice == "dense":
             self.sparse = None
+        elif not self.is_read:
+            self.dense = None
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def __getattr__(self, name: str) -> Any:
+        """What the model's code may read of its layer, such as the weight or its dtype."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            dense = self.__dict__.get("_modules", {}).get("dense")
+            if dense is None:
+                raise
+            value = getattr(dense, name)
+            self.is_read = True
+            return value
+
+    def forward(self, input: Tensor, other: Any = None, *, output_size: Any = None) -> Tensor:
+        """Compute the output.
+
+        Args:
+            input: As torch calls it.
+            other: The residual; of a transposed convolution, `output_size`, as in torch.
+            output_size: As for :class:`torch.nn.ConvTranspose2d`.
+        """
+        other = output_size if other is None else other
         if self.seconds is None:
-            return self._compute(x, residual)
+            return self._compute(input, other)
         begin = clock()
-        y = self._compute(x, residual)
+        y = self._compute(input, other)
         self.seconds.append(clock() - begin)
         transposed = isinstance(self.dense, nn.ConvTranspose2d)
-        counted, channels = (
-            (x, self.dense.in_channels) if transposed else (y, len(self.dense.weight))
-        )
-        self.positions = counted.numel() // channels
+        counted, channels = (input, self.dense.in_channels) if transposed else (y, self.outputs)
+        self.positions = counted.numel() // max(1, channels)
         return y
 
-    def _compute(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def _compute(self, x: Tensor, other: Any) -> Tensor:
         if self.choice == "sparse":
             assert self.sparse is not None
-            y: Tensor = self.sparse(x) if residual is None else self.sparse(x, residual)
-            return y
-        y = self._dense(x)
-        if residual is not None:
-            y += residual
+            y: Tensor = self.sparse(x) if other is None else self.sparse(x, other)
+            return y if self.in_graph else contiguous(y)
+        if isinstance(self.dense, nn.ConvTranspose2d):
+            y, other = self.dense(x, other), None
+        else:
+            y = self._dense(x)
+        if other is not None:
+            y = y.add_(other) if fits(other, y.shape) else y + other
         return y if self.activation is None else self.activation(y)
 
     def _dense(self, x: Tensor) -> Tensor:

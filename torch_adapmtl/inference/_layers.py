@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ._call import LEAD, RESIDUAL, TAIL, THREADS, Fields, X, Y, run, threads, transpose_into
 from ._filters import Filters
 from ._kernels import CLAMP, HARDSWISH, NONE
-from ._maps import Held, Map, held, show
+from ._maps import MOST_FLOATS, Held, Map, held, show
 
 MOST_PLANS = 4  # sizes of inputs that a layer remembers
 
@@ -24,6 +25,7 @@ class Activation:
     """
 
     def __init__(self, module: nn.Module | None = None) -> None:
+        self.module = module
         self.kernel: tuple[int, float, float] = (NONE, 0.0, 0.0)
         self.after: Callable[[Tensor], Tensor] | None = None
         if isinstance(module, nn.Hardtanh):  # ReLU6 is one
@@ -72,7 +74,7 @@ class SparseLayer(nn.Module):
         return len(self.filters.bias)
 
     def _plan(self, key: Hashable, source: Map, output: Map, direct: bool) -> Plan:
-        if max(source.size, output.size) >= 2**31:
+        if max(source.size, output.size) >= MOST_FLOATS:
             raise ValueError(
                 f"an input of {source.positions:,} positions is too large for {self}: "
                 "split the batch"
@@ -80,7 +82,7 @@ class SparseLayer(nn.Module):
         call, alive = self.filters.call(source, output, self.activation.kernel)
         plan = Plan(source, output, direct, call, alive, len(self.filters) * output.positions)
         while len(self._plans) >= MOST_PLANS:
-            self._plans.pop(next(iter(self._plans)), None)
+            self._plans.pop(list(self._plans)[0], None)  # noqa: RUF015  other threads change it
         self._plans[key] = plan
         return plan
 
@@ -113,6 +115,14 @@ def check_input(layer: nn.Module, x: Tensor) -> None:
         )
 
 
+def fits(other: Any, shape: Sequence[int]) -> bool:
+    """Whether a float32 tensor of that shape stays what it is if `other` is added to it."""
+    if not isinstance(other, Tensor) or other.dtype is not torch.float32:
+        return False
+    sizes = zip(reversed(other.shape), reversed(shape), strict=False)
+    return other.dim() <= len(shape) and all(n in (1, most) for n, most in sizes)
+
+
 class SparseLinear(SparseLayer):
     """A linear layer that skips the zeros of its weight; the rows of its input are positions.
 
@@ -137,14 +147,14 @@ class SparseLinear(SparseLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         check_input(self, x)
-        *leading, inputs = x.shape
+        *leading, inputs = x.shape or (0,)
         if inputs != self.filters.columns:
             raise ValueError(
                 f"expected {self.filters.columns} features, got an input of shape {tuple(x.shape)}"
             )
-        positions = x.numel() // max(inputs, 1)
-        if not positions:
-            return x.new_empty(*leading, self.outputs)
+        positions = math.prod(leading)
+        if not (positions and inputs and self.outputs):
+            return self._without_inputs(leading)
         plan = self._plans.get(positions)
         if plan is None:
             source, output = (Map(1, n, 1, positions, 1, positions) for n in (inputs, self.outputs))
@@ -163,6 +173,11 @@ class SparseLinear(SparseLayer):
         y = torch.empty(positions, self.outputs)
         transpose_into(buffer.view(self.outputs, pitch)[:, :positions], y, self.outputs)
         return y.view(*leading, self.outputs)
+
+    def _without_inputs(self, leading: Sequence[int]) -> Tensor:
+        """The activation of the bias."""
+        y = self.filters.bias.repeat(*leading, 1)
+        return y if self.activation.module is None else self.activation.module(y)
 
 
 def _strides(leading: Sequence[int], pitch: int) -> tuple[int, ...]:

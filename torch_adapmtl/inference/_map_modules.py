@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ._call import engine, fields, interleave, run, threads
 from ._elementwise import image, mean, show_like
 from ._layers import Activation
-from ._maps import held, padded, show
+from ._maps import MOST_FLOATS, contiguous, held, padded, show
 from ._windows import SparseConv2d, Window, pair
 
 
@@ -68,8 +68,8 @@ class MapUpsample(nn.Module):
         """Leave so many rows and columns of zeros around each image of the output."""
         self.margin = (max(rows, self.margin[0]), max(columns, self.margin[1]))
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        settings = {**self.settings, **kwargs}
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        x, settings = input, {**self.settings, **kwargs}
         if held(x) is None or x.dim() != 4 or not _doubles(x, *args, **settings):
             return F.interpolate(x, *args, **settings)
         batch, channels, height, width = x.shape
@@ -122,10 +122,11 @@ class MapMaxPool2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.dtype is not torch.float32 or not len(x):
-            y: Tensor = self.pool(x)
-            return y
+            return self._by_torch(x)
         batch, channels, height, width = x.shape
         out_h, out_w = self.window.output_size(height, width)
+        if out_h < 1 or out_w < 1:
+            return self._by_torch(x)  # torch's error
         down, right = int(self.down.max()), int(self.right.max())
         rows, columns = out_h + max(down, self.margin[0]), out_w + max(right, self.margin[1])
         source = padded(
@@ -137,6 +138,8 @@ class MapMaxPool2d(nn.Module):
             columns,
             down * columns + right,
         )
+        if source.size >= MOST_FLOATS:
+            return self._by_torch(x)
         output = padded(batch, channels, out_h, out_w, rows, columns)
         # Before the first phase and after the last one lie zeros, which no position of the output
         # that is kept reads.
@@ -163,6 +166,10 @@ class MapMaxPool2d(nn.Module):
         )
         run(call)
         return show(output, result, output.shape, output.strides, self)
+
+    def _by_torch(self, x: Tensor) -> Tensor:
+        y: Tensor = self.pool(contiguous(x))
+        return y
 
 
 class MapActivation(nn.Module):

@@ -14,11 +14,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+MOST_FLOATS = 2**31  # in a map, whose places kernels know as 32-bit integers
 ALIGN = 16  # floats in the widest vector: every channel begins at a multiple of it
 
 
@@ -116,3 +117,8 @@ def held(x: Tensor) -> Held | None:
     if found is None or x.data_ptr() != found.address:
         return None
     return found if x.shape == found.shape and x.stride() == found.strides else None
+
+
+def contiguous(x: Any) -> Any:
+    """What `x` is, but a tensor that shows a map without the gaps: as torch would have made it."""
+    return x.contiguous() if isinstance(x, Tensor) and held(x) is not None else x

@@ -27,9 +27,11 @@ class _Tracer(fx.Tracer):
             return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module does more than its forward pass."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def is_plain(module: nn.Module | None) -> bool:
+    """Whether a call of the module does what its class says: no hooks, no forward of its own."""
+    if module is None or "forward" in vars(module):
+        return False
+    return not (module._forward_hooks or module._forward_pre_hooks)
 
 
 class Calls:
@@ -90,7 +92,7 @@ def trace(model: nn.Module, calls: Calls, depth: int = 0) -> nn.Module:
         result = module
         if next(module.children(), None) is not None:
             constants = calls.constants(module)
-            if level >= depth and constants is not None and not _has_hooks(module):
+            if level >= depth and constants is not None and is_plain(module):
                 try:
                     graph = _Tracer().trace(module, constants)
                     result = fx.GraphModule(module, graph, type(module).__name__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 
 from ._call import copy_into, deinterleave, interleave
 from ._filters import Filters
-from ._layers import Activation, Plan, SparseLayer, check_input
-from ._maps import Held, Map, held, padded, show
+from ._layers import Activation, Plan, SparseLayer, check_input, fits
+from ._maps import Held, Map, contiguous, held, padded, show
 
 WASTE = 1.35  # a map may have so many times the positions of its images
 
@@ -232,26 +233,38 @@ class SparseConv2d(SparseLayer):
         output = padded(batch, self.outputs, out_h, out_w, source.rows, source.columns)
         return self._plan(x.shape if found is None else found.layout, source, output, direct)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Any = None) -> Tensor:
         check_input(self, x)
         found = held(x)
+        if x.dim() not in (3 - self.flat, 4 - self.flat):
+            raise ValueError(
+                f"expected an input of {3 - self.flat} or {4 - self.flat} dimensions, found one of "
+                f"shape {tuple(x.shape)}, for {self}"
+            )
+        given = x
         if x.dim() == 3 - self.flat:
-            added = None if residual is None else residual[None]
-            return self.forward(x[None], added)[0]
+            if residual is not None:
+                return self._add_later(x, residual)
+            return self.forward(x[None]).contiguous()[0]
         if self.sides is not None:
             x, found = F.pad(x, self.sides[: 4 - 2 * self.flat], mode=self.mode), None
         if self.flat:
-            x, residual = x.unsqueeze(2), None if residual is None else residual.unsqueeze(2)
+            x = x.unsqueeze(2)
         if not x.shape[0]:
             y = x.new_empty(0, self.outputs, *self.window.output_size(*x.shape[2:]))
-            return y.squeeze(2) if self.flat else y
+            y = y.squeeze(2) if self.flat else y
+            return y if residual is None else y + residual
         if self.calibrating:
             self._calibrate(x, found)
         plan = self._plans.get(x.shape if found is None else found.layout)
         if plan is None:
             plan = self._make_plan(x, found)
         output = plan.output
-        added_map = None if residual is None else self._residual(residual, output)
+        added_map = None
+        if residual is not None:
+            if self.flat or not fits(residual, output.shape):
+                return self._add_later(given, residual)
+            added_map = self._residual(residual, output)
         if plan.direct and found is not None:
             source = found.buffer
         elif self.window.moves_by_one:
@@ -262,6 +275,13 @@ class SparseConv2d(SparseLayer):
         if self.flat:
             shape, strides = shape[:2] + shape[3:], strides[:2] + strides[3:]
         return show(output, self._run(plan, source, added_map), shape, strides, self)
+
+    def _add_later(self, x: Tensor, residual: Any) -> Tensor:
+        """As torch does it: for what the kernels cannot add, such as numbers or larger tensors."""
+        plain = copy.copy(self)
+        plain.activation, plain._plans = Activation(), {}
+        y: Tensor = contiguous(plain(x)) + residual
+        return y if self.activation.module is None else self.activation.module(y)
 
     def _residual(self, residual: Tensor, output: Map) -> Held:
         """The residual in the layout of the output."""
@@ -335,26 +355,49 @@ class SparseConvTranspose2d(nn.Module):
         )
         self.margin = (0, 0)
 
+    def _sizes(self, x: Tensor, output_size: Any) -> list[int]:
+        """Height and width of the output."""
+        least = [
+            (n - 1) * s - 2 * p + d * (k - 1) + 1
+            for n, s, p, d, k in zip(
+                x.shape[2:],
+                self.stride,
+                self.padding,
+                self.dilation,
+                self.kernel_size,
+                strict=True,
+            )
+        ]
+        if output_size is None:
+            return [n + more for n, more in zip(least, self.output_padding, strict=True)]
+        sizes = list(output_size)[-2:]
+        most = [n + s - 1 for n, s in zip(least, self.stride, strict=True)]
+        if not all(a <= n <= b for a, n, b in zip(least, sizes, most, strict=True)):
+            raise ValueError(
+                f"output_size is {tuple(output_size)}, but for an input of shape {tuple(x.shape)} "
+                f"it must lie between {tuple(least)} and {tuple(most)}"
+            )
+        return sizes
+
     def forward(self, x: Tensor, output_size: Any = None) -> Tensor:
-        if output_size is not None:
-            raise TypeError(
-                "an accelerated ConvTranspose2d takes no output_size: set output_padding instead"
+        check_input(self, x)
+        if x.dim() not in (3, 4):
+            raise ValueError(
+                "expected an input of 3 or 4 dimensions for a transposed convolution, found one of "
+                f"shape {tuple(x.shape)}"
             )
         if x.dim() == 3:
-            return self.forward(x[None])[0]
-        sizes, missing = [], []
-        for n, k, s, p, d, more, reach in zip(
+            return self.forward(x[None], output_size).contiguous()[0]
+        sizes, missing = self._sizes(x, output_size), []
+        for n, size, s, p, reach in zip(
             x.shape[2:],
-            self.kernel_size,
+            sizes,
             self.stride,
             self.padding,
-            self.dilation,
-            self.output_padding,
             self.phases.window.padding,
             strict=True,
         ):
-            sizes.append((n - 1) * s - 2 * p + d * (k - 1) + more + 1)
-            missing.append(max(0, -(-(sizes[-1] + p) // s) - (n + reach)))
+            missing.append(max(0, -(-(size + p) // s) - (n + reach)))
         if any(missing):  # the output padding goes beyond what the input reaches
             x = F.pad(x, (0, missing[1], 0, missing[0]))
         y = self.phases(x)

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from torch_adapmtl.components._inputs import call_arguments
 
 from ._fuse import fuse_layers, link
 from ._fused_layer import FusedLayer
-from ._maps import held
-from ._measure import Candidate, measure
+from ._measure import MOST, Candidate, measure
 from ._trace import Calls, trace
 from ._windows import SparseConv2d
 from .report import AccelerationReport, LayerChoice
@@ -51,10 +50,15 @@ class AcceleratedModel(nn.Module):
     """
 
     def __init__(
-        self, module: nn.Module, report: AccelerationReport, defaults: Mapping[str, Any]
+        self,
+        module: nn.Module,
+        report: AccelerationReport,
+        names: Iterable[str],
+        defaults: Mapping[str, Any],
     ) -> None:
         super().__init__()
         self.module, self._report, self._defaults = module, report, dict(defaults)
+        self._names = tuple(names)
         self.choices = {row.name: row.choice for row in report.layers}
         self.eval()
 
@@ -67,18 +71,30 @@ class AcceleratedModel(nn.Module):
             RuntimeError: If an input requires gradients while they are enabled, or under
                 `torch.autocast`.
         """
-        for x in tree_leaves((args, kwargs)):
-            if isinstance(x, Tensor):
-                _check_input(x)
+        _check_inputs(args, kwargs)
         if torch.is_autocast_enabled("cpu"):
             raise RuntimeError("an accelerated model computes float32: call it outside of autocast")
-        for name in self._defaults.keys() & kwargs.keys():
-            if kwargs.pop(name) is not self._defaults[name]:
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        for name in self._defaults.keys() & given.keys():
+            kwargs.pop(name, None)
+            if not _is_default(given[name], self._defaults[name]):
                 raise TypeError(
                     f"an accelerated model has no argument {name!r}, because the example inputs of "
                     f"accelerate() had none: accelerate the model with it"
                 )
-        return tree_map(_contiguous, self.module(*args, **kwargs))
+        with torch.no_grad():  # such as for checkpoints, whose outputs would require gradients
+            return self.module(*args, **kwargs)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> AcceleratedModel:
+        """What `to()`, `half()`, `cuda()` and the like call: only copies are allowed."""
+        probe = fn(torch.zeros(1))
+        if probe.device.type != "cpu" or probe.dtype is not torch.float32:
+            raise TypeError(
+                f"an accelerated model computes float32 on the CPU, it cannot become {probe.dtype} "
+                f"on {probe.device}: convert the model that accelerate() was given"
+            )
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def report(self) -> AccelerationReport:
         """Return what was chosen for each layer, and the times that it was chosen by."""
@@ -127,7 +143,8 @@ def accelerate(
 
     Raises:
         ImportError: If llvmlite is not installed: `pip install "torch-adapmtl[fast]"`.
-        TypeError: If `example_inputs` is none of the above.
+        TypeError: If `model` is no module, if `example_inputs` is none of the above, or if a tensor
+            in it is not on the CPU or of another floating-point type than float32.
         ValueError: If the model is not on the CPU in float32, or if `choices` names a layer that
             the model does not have or gives it another value.
 
@@ -141,9 +158,12 @@ def accelerate(
         >>> torch.allclose(fast(x), model(x), atol=1e-5)
         True
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
     args, kwargs = call_arguments(example_inputs, "example_inputs")
     _check_llvmlite()
     with torch.no_grad():
+        _check_inputs(args, kwargs)
         plain = _plain_copy(model)
         module = _fused_copy(plain, args, kwargs)
         layers = [part for part in module.modules() if isinstance(part, FusedLayer)]
@@ -168,6 +188,12 @@ def _check_llvmlite() -> None:
         ) from error
 
 
+def _check_inputs(args: Any, kwargs: Any) -> None:
+    for x in tree_leaves((args, kwargs)):
+        if isinstance(x, Tensor):
+            _check_input(x)
+
+
 def _check_input(x: Tensor) -> None:
     if x.device.type != "cpu":
         raise TypeError(f"an accelerated model runs on the CPU, but an input is on {x.device}")
@@ -182,25 +208,21 @@ def _check_input(x: Tensor) -> None:
         )
 
 
-def _contiguous(x: Any) -> Any:
-    return x.contiguous() if isinstance(x, Tensor) and held(x) is not None else x
-
-
 def _plain_copy(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode whose weights are parameters, masked and parametrized for good."""
     memo: dict[int, Any] = {}
-    for module in model.modules():  # a weight under torch's prune has a history and is not copied
-        for value in vars(module).values():
+    # What has a history is not copied: weights under torch's prune, and what a model caches.
+    for module in model.modules():
+        for value in tree_leaves(vars(module)):
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
     result = copy.deepcopy(model, memo).eval()
     for module in list(result.modules()):
         if parametrize.is_parametrized(module):
-            parametrized: Any = module
-            for name in list(parametrized.parametrizations):
-                parametrize.remove_parametrizations(module, name)
+            _bake(module)
         for hook in list(module._forward_pre_hooks.values()):
-            if isinstance(hook, prune.BasePruningMethod):
+            # One on a pruner, whose model is still in training, has no tensor.
+            if isinstance(hook, prune.BasePruningMethod) and hasattr(hook, "_tensor_name"):
                 prune.remove(module, hook._tensor_name)
     for name, tensor in (*result.named_parameters(), *result.named_buffers()):
         if tensor.device.type != "cpu":
@@ -210,44 +232,79 @@ def _plain_copy(model: nn.Module) -> nn.Module:
     return result.requires_grad_(False)
 
 
+def _bake(module: Any) -> None:
+    """Make parameters of what parametrizations compute.
+
+    `remove_parametrizations` would take the weight from the class, which the given module shares.
+    """
+    values = {name: getattr(module, name).detach().clone() for name in module.parametrizations}
+    del module.parametrizations
+    module.__class__ = type(module).__bases__[0]
+    for name, value in values.items():
+        module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()
+
+
 def _fused_copy(plain: nn.Module, args: Any, kwargs: Any) -> nn.Module:
     """A copy whose layers are fused with what follows them, if its outputs stay the same.
 
     A graph that does not hold for the examples is given up for those of the parts, level by level.
     """
-    expected = plain(*args, **kwargs)
+    expected = _run(plain, args, kwargs)
     for depth in (0, 1, 2, None):
         module = copy.deepcopy(plain)
         calls = Calls(module)
-        module(*args, **kwargs)
+        _run(module, args, kwargs)
         calls.remove()
         try:
             if depth is not None:
                 module = trace(module, calls, depth)
             module = fuse_layers(module)
-            if _close(module(*args, **kwargs), expected):
-                break
+            if _close(_run(module, args, kwargs), expected):
+                return module
         except Exception:  # whatever the model's code raises where the graph does not hold
             if depth is None:
-                raise
-    return module
+                return plain
+    # Code that asks for the class of a layer may take another way; code that is random always does.
+    return plain if _close(_run(plain, args, kwargs), expected) else module
+
+
+def _run(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Call a model with copies of the inputs: it may write to them."""
+    args, kwargs = _copies(args, kwargs)
+    return module(*args, **kwargs)
+
+
+def _copies(args: Any, kwargs: Any) -> Any:
+    return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))
+
+
+def _writes(module: nn.Module, args: Any, kwargs: Any) -> bool:
+    """Whether a model writes to its inputs."""
+    own_args, own_kwargs = _copies(args, kwargs)
+    module(*own_args, **own_kwargs)
+    pairs = zip(tree_leaves((args, kwargs)), tree_leaves((own_args, own_kwargs)), strict=True)
+    return any(isinstance(a, Tensor) and not torch.equal(a, b) for a, b in pairs)
 
 
 def _close(found: Any, expected: Any) -> bool:
-    """Whether outputs are the same up to rounding."""
-    pairs = list(zip(tree_leaves(found), tree_leaves(expected), strict=False))
-    if len(tree_leaves(found)) != len(tree_leaves(expected)):
+    """Whether outputs are of the same form, and the same up to rounding."""
+    leaves, spec = tree_flatten(found)
+    expected_leaves, expected_spec = tree_flatten(expected)
+    return spec == expected_spec and all(map(_same, leaves, expected_leaves))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if type(a) is not type(b):
         return False
-    for a, b in pairs:
-        if isinstance(a, Tensor) and isinstance(b, Tensor):
-            if a.shape != b.shape or a.dtype != b.dtype:
-                return False
-            scale = float(b.abs().max()) if b.numel() else 0.0
-            if not torch.allclose(a, b, rtol=0, atol=1e-4 * max(scale, 1e-6), equal_nan=True):
-                return False
-        elif isinstance(a, Tensor) or isinstance(b, Tensor):
-            return False
-    return True
+    if not isinstance(a, Tensor):  # a record of tensors may be of any class
+        return not hasattr(a, "__dict__") or a is b or _close(dict(vars(a)), dict(vars(b)))
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    finite = b[b.isfinite()]
+    scale = float(finite.abs().max()) if finite.numel() else 0.0
+    return torch.allclose(a, b, rtol=0, atol=1e-4 * max(scale, 1e-6), equal_nan=True)
 
 
 def _checked(choices: Mapping[str, str], layers: Iterable[FusedLayer]) -> dict[str, str]:
@@ -279,38 +336,43 @@ def _choose(
             layer.choice = choices.get(layer.name, "dense")
         link(module)
 
+    args, kwargs = _copies(args, kwargs)
+    call = _run if _writes(plain, args, kwargs) else lambda part, *_: part(*args, **kwargs)
+
     def run() -> None:
-        module(*args, **kwargs)
+        call(module, args, kwargs)
 
     chosen = {layer.name: forced.get(layer.name, "sparse") for layer in tried}
     apply(chosen)
     _calibrate(module, run)
-    dense = Candidate(run, lambda: apply(forced))
-    dense_seconds: dict[str, float] = {}
+    dense = Candidate(run, lambda: apply({}))
     sparse_seconds: dict[str, float] = {}
     measured = [layer for layer in tried if layer.name not in forced]
+    changed = bool(measured)
     for _ in range(3):  # a layer that becomes dense changes what its neighbours read
-        sparse = Candidate(run, lambda: apply(chosen))
-        measure([dense, sparse], layers)
-        changed = False
-        for layer in layers:
-            dense_seconds[layer.name] = dense.layers[layer.name]
-            if chosen.get(layer.name) == "sparse":
-                sparse_seconds[layer.name] = sparse.layers[layer.name]
-        for layer in measured:
-            name = layer.name
-            if chosen[name] == "sparse" and sparse_seconds[name] > GAIN * dense_seconds[name]:
-                chosen[name], changed = "dense", True
         if not changed:
             break
-    original = Candidate(lambda: plain(*args, **kwargs), lambda: None)
+        sparse = Candidate(run, lambda: apply(chosen))
+        measure([dense, sparse], layers)
+        sparse_seconds |= {name: sparse.layers[name] for name in chosen if chosen[name] == "sparse"}
+        changed = False
+        for layer in measured:
+            name = layer.name
+            if chosen[name] == "sparse" and sparse_seconds[name] > GAIN * dense.layers[name]:
+                chosen[name], changed = "dense", True
+    original = Candidate(lambda: call(plain, args, kwargs), lambda: None)
     sparse = Candidate(run, lambda: apply(chosen))
-    measure([original, dense, sparse], layers)
-    if measured and dense.total < sparse.total:
-        chosen = dict(forced)
-    best: nn.Module = module
-    if not forced and original.total < min(dense.total, sparse.total):
-        best, chosen = plain, {}
+    least = Candidate(run, lambda: apply(forced)) if measured and forced else dense
+    rounds = MOST if measured or not forced else 1  # nothing is decided by the times
+    measure(list(dict.fromkeys([original, dense, least, sparse])), layers, rounds)
+    for name in chosen:
+        if chosen[name] == "sparse":
+            sparse_seconds.setdefault(name, sparse.layers[name])
+    best, fastest = module, sparse.total
+    if measured and least.total < sparse.total:
+        chosen, fastest = dict(forced), least.total
+    if not forced and original.total < fastest:
+        best, chosen, fastest = plain, {}, original.total
     apply(chosen)
     rows = [
         LayerChoice(
@@ -319,19 +381,25 @@ def _choose(
             layer.weights,
             layer.nonzeros,
             layer.positions,
-            dense_seconds[layer.name],
+            dense.layers[layer.name],
             sparse_seconds.get(layer.name),
             layer.choice,
         )
         for layer in layers
     ]
-    fastest = min(original.total, dense.total, sparse.total)
     for layer in layers:
         layer.settle()
     report = AccelerationReport(
         tuple(rows), original.total, dense.total, fastest, torch.get_num_threads()
     )
-    return AcceleratedModel(best, report, _specialised(plain, best))
+    names = inspect.signature(plain.forward).parameters
+    return AcceleratedModel(best, report, names, _specialised(plain, best))
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    if value is default:
+        return True
+    return isinstance(value, bool | int | float | str) and bool(value == default)
 
 
 def _specialised(plain: nn.Module, module: nn.Module) -> dict[str, Any]:

@@ -48,7 +48,8 @@ class LayerChoice:
 class AccelerationReport:
     """What [accelerate][torch_adapmtl.accelerate] chose; printed, it is a table.
 
-    All times are the shortest of several runs on the example inputs, in seconds.
+    All times are the shortest of several runs on the example inputs, in seconds; of one run if all
+    choices were given.
 
     Attributes:
         layers: The layers, in the order of the model.
