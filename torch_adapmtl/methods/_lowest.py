@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -32,6 +33,7 @@ def lowest(
     least = torch.finfo(flat.dtype).min
     flat = flat.nan_to_num(nan=least, posinf=torch.inf, neginf=-torch.inf)
     sizes = [part.numel() for part in scores]
+    count = math.ceil(budget - 0.5)  # the nearest integer
     if costs is not None and any(cost != 1 for cost in costs):
         order = flat.argsort(stable=True)
         cost = torch.tensor(costs, dtype=torch.float64, device=flat.device)
@@ -40,10 +42,9 @@ def lowest(
         count = int((cost.cumsum(0) - cost / 2 < budget).sum())
         marked = torch.zeros_like(flat, dtype=torch.bool)
         marked[order[:count]] = True
-    elif budget == 0:
+    elif count == 0:
         marked = torch.zeros_like(flat, dtype=torch.bool)
     else:
-        count = int(budget)
         level = flat.kthvalue(count).values
         marked = flat < level
         ties = (flat == level).nonzero().squeeze(1)
