@@ -185,12 +185,15 @@ def test_the_share_follows_the_schedule(method: Any) -> None:
         assert abs(saved - schedule(step, 30, 0.8)) <= 4 * weight
 
 
-def test_equal_positions_are_a_budget_of_weights() -> None:
+@pytest.mark.parametrize("positions", [1, 64])
+@pytest.mark.parametrize("method", [Adaptive(), Magnitude(), Taylor()])
+def test_equal_positions_are_a_budget_of_weights(method: Method, positions: float) -> None:
     found = []
-    for count in ("weights", {"*": 64}):
+    for count in ("weights", {"*": positions}):
         torch.manual_seed(0)
         model = TwoTasks()
-        pruner = prepare(model, count=count)
+        # 0.75 of 168 weights are 126, so that nothing is rounded at the end.
+        pruner = prepare(model, count=count, method=method, target_sparsity=0.75)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
         train(model, pruner, optimizer, range(20))
         found.append(tensors(pruner.finalize()))

@@ -33,15 +33,15 @@ def first_cache() -> int:
 class Order:
     """Nonzeros sorted by block of rows, block of columns, row; and the tasks that they make."""
 
-    permutation: Tensor
+    nonzeros: Tensor  # column, down, right, bits of the value
     tasks: Tensor  # row, first nonzero, end, flags
     groups: Tensor  # first task of each block of rows
 
 
-def order(
-    row: Tensor, column: Tensor, rows: int, columns: int, row_block: int, column_block: int
-) -> Order:
+def order(filters: Filters, row_block: int, column_block: int) -> Order:
     """Sort by blocks; a row without nonzeros gets one empty task, which writes its bias."""
+    rows, columns = len(filters.bias), filters.columns
+    row, column = filters.row.long(), filters.column.long()
     column_blocks, row_blocks = -(-columns // column_block), -(-rows // row_block)
     key = (
         (row // row_block) * column_blocks + column // column_block
@@ -57,7 +57,9 @@ def order(
     tasks = torch.stack([numbers, ends - counts, ends, flags], -1)[some].int()
     groups = torch.zeros(row_blocks + 1, dtype=torch.int32)
     groups[1:] = some.sum((1, 2)).cumsum(0)
-    return Order(key.sort(stable=True).indices, tasks, groups)
+    bits = filters.value.view(torch.int32)
+    nonzeros = torch.stack([filters.column, filters.down, filters.right, bits])
+    return Order(nonzeros[:, key.sort(stable=True).indices], tasks, groups)
 
 
 class Filters:
@@ -122,9 +124,7 @@ class Filters:
             )
             column_block = -(-columns // -(-columns // column_block))
             row_block = min(max(ROWS // strip, 1), rows)
-            self._orders[key] = order(
-                self.row.long(), self.column.long(), rows, columns, row_block, column_block
-            )
+            self._orders[key] = order(self, row_block, column_block)
         return self._orders[key]
 
     def call(
@@ -135,8 +135,11 @@ class Filters:
         vectors = output.pitch // kernels.width
         strips = -(-vectors // self._most_vectors(kernels.width))
         chosen = self._order(-(-vectors // strips), kernels.width)
-        offset = self.column.long() * source.pitch + self.down * source.columns + self.right
-        pairs = torch.stack([offset.int(), self.value.view(torch.int32)], 1)[chosen.permutation]
+        column, down, right, value = chosen.nonzeros
+        pairs = torch.empty(len(value), 2, dtype=torch.int32)
+        offset = torch.mul(column, source.pitch).add_(down, alpha=source.columns)
+        torch.add(offset, right, out=pairs[:, 0])
+        pairs[:, 1] = value
         kind, low, high = activation
         low_bits, high_bits = torch.tensor([low, high]).view(torch.int32).tolist()
         call = fields(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from math import ceil
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ def lowest(
     least = torch.finfo(flat.dtype).min
     flat = flat.nan_to_num(nan=least, posinf=torch.inf, neginf=-torch.inf)
     sizes = [part.numel() for part in scores]
+    count = math.ceil(budget - 0.5)  # the nearest integer
     if costs is not None and any(cost != 1 for cost in costs):
         order = flat.argsort(stable=True)
         cost = torch.tensor(costs, dtype=torch.float64, device=flat.device)
@@ -41,7 +42,7 @@ def lowest(
         count = int((cost.cumsum(0) - cost / 2 < budget).sum())
         marked = torch.zeros_like(flat, dtype=torch.bool)
         marked[order[:count]] = True
-    elif (count := ceil(budget - 0.5)) == 0:
+    elif count == 0:
         marked = torch.zeros_like(flat, dtype=torch.bool)
     else:
         level = flat.kthvalue(count).values
