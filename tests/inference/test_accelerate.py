@@ -202,6 +202,45 @@ def test_random_models_are_accelerated() -> None:
     assert fast.choices == {"c": "sparse"}
 
 
+def test_models_that_keep_what_they_were_called_with() -> None:
+    """Such as of streams: nothing is kept of the examples."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        self.last = self.c(x) if self.last is None else self.c(x) + self.last
+        return self.last
+
+    model = pruned(net(forward, c=conv(), last=None))
+    fast = all_sparse(model, images())
+    assert model.last is None
+    assert fast.choices == {"c": "sparse"}
+    for _ in range(3):
+        check(fast, model, images())
+
+
+def test_what_a_call_leaves_behind_is_no_output() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        self.count += 1
+        self.calls.add_(1)
+        self.last = self.c(x)
+        return self.last * 2
+
+    model = pruned(net(forward, c=conv(), count=0, calls=nn.Buffer(torch.zeros(1))))
+    fast = all_sparse(model, images())
+    check(fast, model, images())
+    check(copy.deepcopy(fast), model, images())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, images())])
+def test_scripted_models_stay_as_they_are(make: Callable[[nn.Module], nn.Module]) -> None:
+    model = pruned(nn.Sequential(conv(), nn.ReLU(), conv()))
+    scripted = make(model)
+    for given, choices in ((scripted, {}), (nn.Sequential(scripted, conv()), {"1": "sparse"})):
+        fast = all_sparse(given, images())
+        check(fast, given, images())
+        assert fast.choices == choices
+
+
 def test_autograd_inside_works() -> None:
     """Such as forces, which are the gradient of an energy."""
 
@@ -496,6 +535,10 @@ def test_arguments_that_are_refused() -> None:
     model, (x,) = conv(), images()
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, found function"):
         accelerate(lambda x: x, x)
+    with pytest.raises(
+        ValueError, match=r"holds an accelerated model: pass the one that it was ma"
+    ):
+        accelerate(nn.Sequential(all_sparse(model, x)), x)
     with pytest.raises(TypeError, match=r"example_inputs must be a tensor, a tuple .* found list"):
         accelerate(model, [x])
     with pytest.raises(TypeError, match=r"computes float32, but an input is torch.float64"):

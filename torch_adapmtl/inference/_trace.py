@@ -62,6 +62,7 @@ class Calls:
         self._handles = [
             module.register_forward_pre_hook(self._note, with_kwargs=True, prepend=True)
             for module in model.modules()
+            if not isinstance(module, torch.jit.ScriptModule)  # which takes no hooks
         ]
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

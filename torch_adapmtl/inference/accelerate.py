@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize, prune
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
@@ -145,8 +145,8 @@ def accelerate(
         ImportError: If llvmlite is not installed: `pip install "torch-adapmtl[fast]"`.
         TypeError: If `model` is no module, if `example_inputs` is none of the above, or if a tensor
             in it is not on the CPU or of another floating-point type than float32.
-        ValueError: If the model is not on the CPU in float32, or if `choices` names a layer that
-            the model does not have or gives it another value.
+        ValueError: If the model is not on the CPU in float32 or is accelerated already, or if
+            `choices` names a layer that the model does not have or gives it another value.
 
     Example:
         >>> import torch
@@ -160,12 +160,18 @@ def accelerate(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
+    if any(isinstance(module, FusedLayer) for module in model.modules()):
+        raise ValueError("model holds an accelerated model: pass the one that it was made from")
     args, kwargs = call_arguments(example_inputs, "example_inputs")
     _check_llvmlite()
     with torch.no_grad():
         _check_inputs(args, kwargs)
         plain = _plain_copy(model)
-        module = _fused_copy(plain, args, kwargs)
+        trial = copy.deepcopy(plain)
+        expected = _run(trial, args, kwargs)
+        # Not if it is random, or if it keeps what it was called with.
+        repeats = _close(_run(trial, args, kwargs), expected)
+        module = _fused_copy(plain, args, kwargs, expected, repeats)
         layers = [part for part in module.modules() if isinstance(part, FusedLayer)]
         forced = _checked(choices or {}, layers)
         tried = [
@@ -175,7 +181,7 @@ def accelerate(
         ]
         for layer in tried:
             layer.make_sparse()
-        return _choose(plain, module, layers, tried, forced, args, kwargs)
+        return _choose(plain, module, layers, tried, forced, args, kwargs, repeats)
 
 
 def _check_llvmlite() -> None:
@@ -229,7 +235,9 @@ def _plain_copy(model: nn.Module) -> nn.Module:
             raise ValueError(f"model is not on the CPU: {name} is on {tensor.device}; use .cpu()")
         if tensor.is_floating_point() and tensor.dtype is not torch.float32:
             raise ValueError(f"model is not float32: {name} is {tensor.dtype}; use .float()")
-    return result.requires_grad_(False)
+    for parameter in result.parameters():
+        parameter.requires_grad_(False)
+    return result
 
 
 def _bake(module: Any) -> None:
@@ -246,28 +254,33 @@ def _bake(module: Any) -> None:
         module._init_flat_weights()
 
 
-def _fused_copy(plain: nn.Module, args: Any, kwargs: Any) -> nn.Module:
+def _fused_copy(
+    plain: nn.Module, args: Any, kwargs: Any, expected: Any, repeats: bool
+) -> nn.Module:
     """A copy whose layers are fused with what follows them, if its outputs stay the same.
 
     A graph that does not hold for the examples is given up for those of the parts, level by level.
+    There is none if outputs do not repeat, so that they could not be compared.
     """
-    expected = _run(plain, args, kwargs)
-    for depth in (0, 1, 2, None):
+    for depth in (0, 1, 2) if repeats else ():
         module = copy.deepcopy(plain)
         calls = Calls(module)
         _run(module, args, kwargs)
         calls.remove()
         try:
-            if depth is not None:
-                module = trace(module, calls, depth)
-            module = fuse_layers(module)
+            module = fuse_layers(trace(module, calls, depth))
             if _close(_run(module, args, kwargs), expected):
                 return module
         except Exception:  # whatever the model's code raises where the graph does not hold
-            if depth is None:
-                return plain
+            continue
+    module = fuse_layers(copy.deepcopy(plain))
+    try:
+        if _close(_run(copy.deepcopy(module), args, kwargs), expected):
+            return module
+    except Exception:  # such as of code that looks into its layers
+        return plain
     # Code that asks for the class of a layer may take another way; code that is random always does.
-    return plain if _close(_run(plain, args, kwargs), expected) else module
+    return plain if _close(_run(copy.deepcopy(plain), args, kwargs), expected) else module
 
 
 def _run(module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -328,8 +341,10 @@ def _choose(
     forced: dict[str, str],
     args: Any,
     kwargs: Any,
+    repeats: bool,
 ) -> AcceleratedModel:
     """Measure, and keep what is fastest."""
+    fresh = None if repeats else copy.deepcopy((plain, module))  # as no call has left them
 
     def apply(choices: Mapping[str, str]) -> None:
         for layer in layers:
@@ -368,11 +383,11 @@ def _choose(
     for name in chosen:
         if chosen[name] == "sparse":
             sparse_seconds.setdefault(name, sparse.layers[name])
-    best, fastest = module, sparse.total
+    fastest, as_given = sparse.total, False
     if measured and least.total < sparse.total:
         chosen, fastest = dict(forced), least.total
     if not forced and original.total < fastest:
-        best, chosen, fastest = plain, {}, original.total
+        as_given, chosen, fastest = True, {}, original.total
     apply(chosen)
     rows = [
         LayerChoice(
@@ -387,13 +402,22 @@ def _choose(
         )
         for layer in layers
     ]
+    if fresh is not None:
+        plain, module = fresh
+        own = [part for part in module.modules() if isinstance(part, FusedLayer)]
+        for part, layer in zip(own, layers, strict=True):
+            part.choice, part.is_read = layer.choice, layer.is_read
+        layers = own
     for layer in layers:
         layer.settle()
+    best = plain if as_given else module
     report = AccelerationReport(
         tuple(rows), original.total, dense.total, fastest, torch.get_num_threads()
     )
-    names = inspect.signature(plain.forward).parameters
-    return AcceleratedModel(best, report, names, _specialised(plain, best))
+    traced = isinstance(best, fx.GraphModule)
+    names = inspect.signature(plain.forward).parameters if traced else ()
+    defaults = _specialised(plain, best) if traced else {}
+    return AcceleratedModel(best, report, names, defaults)
 
 
 def _is_default(value: Any, default: Any) -> bool:
