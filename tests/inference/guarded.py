@@ -21,7 +21,7 @@ import torch
 from skipping import sparse, vectors_of
 from torch import Tensor, nn
 
-from torch_adapmtl.inference import _call, _elementwise, _layers, _map_modules, _maps, _windows
+from torch_adapmtl.inference import _call, _elementwise, _map_modules, _maps
 from torch_adapmtl.inference._filters import Filters
 from torch_adapmtl.inference._layers import Activation, SparseLinear
 from torch_adapmtl.inference._map_modules import MapActivation, MapMaxPool2d, MapUpsample
@@ -43,10 +43,11 @@ class Fence:
         self.at_end = at_end
         self._blocks: list[tuple[int, int, int, int]] = []  # address, pages, begin, bytes
 
-    def empty(self, *shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+    def empty(
+        self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, device: str = "cpu"
+    ) -> Tensor:
         """A tensor that ends, or begins, at the edge of a page; what it holds is NaN."""
-        sizes = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
-        count = torch.Size(sizes).numel()
+        count = torch.Size(shape).numel()
         needed = 4 * max(1, count)
         pages = -(-needed // PAGE)
         size = (pages + 2) * PAGE
@@ -59,7 +60,7 @@ class Fence:
         begin = inner + pages * PAGE - needed if self.at_end else inner
         self._blocks.append((address, pages, begin, needed))
         memory = (ctypes.c_byte * needed).from_address(begin)
-        tensor = torch.frombuffer(memory, dtype=dtype)[:count].view(sizes)
+        tensor = torch.frombuffer(memory, dtype=dtype)[:count].view(shape)
         return tensor.fill_(torch.nan if dtype.is_floating_point else -1)
 
     def copy(self, x: Tensor) -> Tensor:
@@ -81,8 +82,7 @@ def fenced(fence: Fence) -> ExitStack:
     """Let all that the kernels get lie in such memory."""
     fenced_torch = mock.Mock(wraps=torch)
     fenced_torch.empty = fence.empty
-    for name in ("float32", "int32", "int64", "nn", "Tensor", "get_num_threads"):
-        setattr(fenced_torch, name, getattr(torch, name))
+    fenced_torch.float32, fenced_torch.int32 = torch.float32, torch.int32
     call, keep, fields = Filters.call, _maps.Map.keep, _map_modules.fields
 
     def moved_call(self: Filters, *args: Any) -> Any:
@@ -104,8 +104,7 @@ def fenced(fence: Fence) -> ExitStack:
         return fields(**values)
 
     stack = ExitStack()
-    for module in (_layers, _windows, _map_modules, _elementwise):
-        stack.enter_context(mock.patch.object(module, "torch", fenced_torch))
+    stack.enter_context(mock.patch.object(_maps, "torch", fenced_torch))
     stack.enter_context(mock.patch.object(Filters, "call", moved_call))
     stack.enter_context(mock.patch.object(_maps.Map, "keep", moved_keep))
     stack.enter_context(mock.patch.object(_map_modules, "fields", moved_fields))
@@ -196,7 +195,7 @@ def beyond(fence: Fence) -> None:
     """A copy of one row more than there is."""
     x, layout = fence.copy(torch.randn(1, 1, 4, 16)), _maps.padded(1, 1, 5, 16, 5, 16)
     longer = x.as_strided((1, 1, 4, 16), (64, 64, 16, 1))
-    _call.copy_into(longer, layout, fence.empty(layout.size), 0, (0, 5, 0, 16))
+    _call.copy_into(longer, layout, fence.empty((layout.size,)), 0, (0, 5, 0, 16))
 
 
 WORKS: tuple[Callable[[Fence], None], ...] = (convolve, transpose, up, maximum, between)

@@ -17,6 +17,7 @@ import torch
 from accelerating import LAYERS, all_sparse, assert_same, pruned
 from strange import CASES, Residual, conv, images, linear, net
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils._pytree import tree_map
 from toys import TwoTasks, prepare, train
@@ -266,6 +267,34 @@ def test_inference_mode() -> None:
     check(fast, model, images(1, 3, 28, 20))
 
 
+@pytest.mark.parametrize("setting", ["device", "dtype"])
+def test_defaults_of_torch_do_not_matter(setting: str) -> None:
+    layers = conv(3), nn.MaxPool2d(2), nn.ConvTranspose2d(8, 8, 2, 2), conv(stride=2), linear(5, 2)
+    model = pruned(
+        nn.Sequential(*layers, nn.Upsample(scale_factor=2), conv(padding_mode="reflect"))
+    )
+    x, dtype = torch.randn(2, 3, 10, 10), torch.get_default_dtype()
+    fast = all_sparse(model, x)
+    try:
+        if setting == "device":
+            torch.set_default_device("meta")
+        else:
+            torch.set_default_dtype(torch.float64)
+        check(fast, model, (x,))
+        check(fast, model, (x[:1],))
+        check(all_sparse(model, x), model, (x,))
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(dtype)
+
+
+def test_torch_may_compile_it() -> None:
+    model = pruned(nn.Sequential(conv(), nn.ReLU(), conv()))
+    compiled = torch.compile(all_sparse(model, images()), backend="eager")
+    check(compiled, model, images())
+    check(compiled, model, images(1, 8, 5, 7))
+
+
 def test_outputs_require_no_gradients() -> None:
     model = pruned(conv())
     model.train().requires_grad_()
@@ -470,6 +499,10 @@ def test_inputs_that_are_refused(fast: AcceleratedModel) -> None:
     x = torch.ones(1, 3, 5, 5)
     with pytest.raises(TypeError, match=r"runs on the CPU, but an input is on meta"):
         fast(x.to("meta"))
+    with pytest.raises(TypeError, match=r"takes dense tensors, but an input is torch.sparse_coo"):
+        fast(x.to_sparse())
+    with FakeTensorMode() as mode, pytest.raises(TypeError, match="but an input is a fake tensor"):
+        fast(mode.from_tensor(x))
     with pytest.raises(TypeError, match=r"an input is torch.float64: pass x.float\(\)"):
         fast(x.double())
     with pytest.raises(

@@ -171,7 +171,9 @@ def _copy_fields(
         "x_channel": x.stride(1),
         "x_image": x.stride(0),
         "x_row": x.stride(2),
-        "fill": int(torch.tensor(fill, dtype=torch.float32).view(torch.int32)) if fill else 0,
+        "fill": int(torch.tensor(fill, dtype=torch.float32, device="cpu").view(torch.int32))
+        if fill
+        else 0,
         "lead": buffer.data_ptr(),
         "lead_bytes": 4 * layout.lead,
         "tail": buffer.data_ptr() + 4 * (layout.size - layout.lead),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ._call import copy_into
-from ._maps import Held, Map, contiguous, held, padded, show
+from ._maps import Held, Map, contiguous, floats, held, padded, show
 
 
 def image(x: Any) -> Held | None:
@@ -23,7 +23,7 @@ def image(x: Any) -> Held | None:
 
 def _empty(layout: Map) -> Tensor:
     """Memory for a map, with zeros before and after the channels."""
-    buffer = torch.empty(layout.size)
+    buffer = floats(layout.size)
     buffer[: layout.lead] = 0
     buffer[layout.size - layout.lead :] = 0
     return buffer

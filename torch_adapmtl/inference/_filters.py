@@ -49,13 +49,17 @@ def order(filters: Filters, row_block: int, column_block: int) -> Order:
     shape = (row_blocks, column_blocks, row_block)
     counts = torch.bincount(key, minlength=row_blocks * column_blocks * row_block).view(shape)
     ends = counts.flatten().cumsum(0).view(shape)
-    numbers = torch.arange(row_blocks * row_block).view(row_blocks, 1, row_block).expand(shape)
+    numbers = (
+        torch.arange(row_blocks * row_block, device="cpu")
+        .view(row_blocks, 1, row_block)
+        .expand(shape)
+    )
     some = counts > 0
     some[:, 0] |= ~some.any(1) & (numbers[:, 0] < rows)
     so_far = some.int().cumsum(1)
     flags = FIRST * (so_far == 1) + LAST * (so_far == so_far[:, -1:])
     tasks = torch.stack([numbers, ends - counts, ends, flags], -1)[some].int()
-    groups = torch.zeros(row_blocks + 1, dtype=torch.int32)
+    groups = torch.zeros(row_blocks + 1, dtype=torch.int32, device="cpu")
     groups[1:] = some.sum((1, 2)).cumsum(0)
     bits = filters.value.view(torch.int32)
     nonzeros = torch.stack([filters.column, filters.down, filters.right, bits])
@@ -136,12 +140,14 @@ class Filters:
         strips = -(-vectors // self._most_vectors(kernels.width))
         chosen = self._order(-(-vectors // strips), kernels.width)
         column, down, right, value = chosen.nonzeros
-        pairs = torch.empty(len(value), 2, dtype=torch.int32)
+        pairs = torch.empty(len(value), 2, dtype=torch.int32, device="cpu")
         offset = torch.mul(column, source.pitch).add_(down, alpha=source.columns)
         torch.add(offset, right, out=pairs[:, 0])
         pairs[:, 1] = value
         kind, low, high = activation
-        low_bits, high_bits = torch.tensor([low, high]).view(torch.int32).tolist()
+        low_bits, high_bits = (
+            torch.tensor([low, high], dtype=torch.float32, device="cpu").view(torch.int32).tolist()
+        )
         call = fields(
             work=kernels.works["convolve"],
             parallel=kernels.parallel,

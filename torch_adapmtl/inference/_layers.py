@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ._call import LEAD, RESIDUAL, TAIL, THREADS, Fields, X, Y, run, threads, transpose_into
 from ._filters import Filters
 from ._kernels import CLAMP, HARDSWISH, NONE
-from ._maps import MOST_FLOATS, Held, Map, held, show
+from ._maps import MOST_FLOATS, Held, Map, floats, held, show
 
 MOST_PLANS = 4  # sizes of inputs that a layer remembers
 
@@ -89,7 +89,7 @@ class SparseLayer(nn.Module):
     def _run(self, plan: Plan, source: Tensor, residual: Held | None = None) -> Tensor:
         """Compute the memory of the output map from that of the source map."""
         output = plan.output
-        buffer = torch.empty(output.size)
+        buffer = floats(output.size)
         call = Fields.from_buffer_copy(plan.call)
         at = buffer.data_ptr()
         call[X], call[Y] = source.data_ptr() + 4 * plan.source.lead, at + 4 * output.lead
@@ -137,7 +137,7 @@ class SparseLinear(SparseLayer):
     ) -> None:
         row, column = weight.nonzero().unbind(1)
         nowhere = torch.zeros_like(row)
-        bias = torch.zeros(len(weight)) if bias is None else bias
+        bias = weight.new_zeros(len(weight)) if bias is None else bias
         filters = Filters(row, column, nowhere, nowhere, weight[row, column], bias, weight.shape[1])
         super().__init__(filters, activation or Activation())
         self.keeps_map = False  # shows the output as it is, for a layer that reads it so
@@ -163,14 +163,14 @@ class SparseLinear(SparseLayer):
         if found is not None and found.layout == plan.source:
             buffer = found.buffer
         else:
-            buffer = torch.empty(plan.source.size)
+            buffer = floats(plan.source.size)
             transpose_into(x.reshape(positions, inputs), buffer, plan.source.pitch)
         buffer = self._run(plan, buffer)
         pitch = plan.output.pitch
         if self.keeps_map:
             shape = (*leading, self.outputs)
             return show(plan.output, buffer, shape, _strides(leading, pitch), None)
-        y = torch.empty(positions, self.outputs)
+        y = floats(positions, self.outputs)
         transpose_into(buffer.view(self.outputs, pitch)[:, :positions], y, self.outputs)
         return y.view(*leading, self.outputs)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ._call import engine, fields, interleave, run, threads
 from ._elementwise import image, mean, show_like
 from ._layers import Activation
-from ._maps import MOST_FLOATS, contiguous, held, padded, show
+from ._maps import MOST_FLOATS, contiguous, floats, held, padded, show
 from ._windows import SparseConv2d, Window, pair
 
 
@@ -75,7 +75,7 @@ class MapUpsample(nn.Module):
         batch, channels, height, width = x.shape
         rows, columns = 2 * height + self.margin[0], 2 * width + self.margin[1]
         output = padded(batch, channels, 2 * height, 2 * width, rows, columns)
-        buffer = torch.empty(output.size)
+        buffer = floats(output.size)
         for row in (0, 1):
             interleave(x, x, output, buffer, row, clear=row == 0)
         return show(output, buffer, output.shape, output.strides, self)
@@ -112,7 +112,7 @@ class MapMaxPool2d(nn.Module):
         self.pool = pool
         self.window = Window(pool.kernel_size, pool.stride, pool.padding, pool.dilation)
         height, width = self.window.kernel_size
-        y, x = torch.cartesian_prod(torch.arange(height), torch.arange(width)).view(-1, 2).unbind(1)
+        y, x = torch.ones(height, width, device="cpu").nonzero().unbind(1)
         self.phases, self.phase, self.down, self.right = self.window.phases(y, x)
         self.margin = (0, 0)
 
@@ -146,7 +146,7 @@ class MapMaxPool2d(nn.Module):
         buffer = self.window.split(x, self.phases, source, float("-inf"))
         offsets = self.phase * channels * source.pitch + self.down * columns + self.right
         offsets = offsets.int()
-        keep, result, kernels = output.keep(), torch.empty(output.size), engine()
+        keep, result, kernels = output.keep(), floats(output.size), engine()
         call = fields(
             work=kernels.works["maximum"],
             parallel=kernels.parallel,

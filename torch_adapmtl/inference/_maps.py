@@ -68,10 +68,15 @@ class Map:
         """All bits set where a position belongs to an image; None if all positions do."""
         if self.height * self.width * self.batch == self.pitch:
             return None
-        mask = torch.zeros(self.pitch, dtype=torch.int32)
+        mask = torch.zeros(self.pitch, dtype=torch.int32, device="cpu")
         images = mask[: self.positions].view(self.batch, self.rows, self.columns)
         images[:, : self.height, : self.width] = -1
         return mask
+
+
+def floats(*shape: int) -> Tensor:
+    """Memory for the kernels, whatever torch's default device and dtype are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def round_up(n: int) -> int:

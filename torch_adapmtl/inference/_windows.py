@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ._call import copy_into, deinterleave, interleave
 from ._filters import Filters
 from ._layers import Activation, Plan, SparseLayer, check_input, fits
-from ._maps import Held, Map, contiguous, held, padded, show
+from ._maps import Held, Map, contiguous, floats, held, padded, show
 
 WASTE = 1.35  # a map may have so many times the positions of its images
 
@@ -62,12 +62,12 @@ class Window:
         (sy, sx), y, x = self.stride, y * self.dilation[0], x * self.dilation[1]
         phase = (y % sy) * sx + x % sx
         used = torch.unique(phase).tolist() or [0]
-        index = torch.searchsorted(torch.tensor(used), phase)
+        index = torch.searchsorted(phase.new_tensor(used), phase)
         return [(p // sx, p % sx) for p in used], index, y // sy, x // sx
 
     def split(self, x: Tensor, phases: list[tuple[int, int]], source: Map, fill: float) -> Tensor:
         """Copy images into a map of their phases, the channels of one phase after the other."""
-        buffer = torch.empty(source.size)
+        buffer = floats(source.size)
         if x.stride(3) != 1:
             x = x.contiguous()
         channels = x.shape[1]
@@ -151,7 +151,7 @@ class SparseConv2d(SparseLayer):
         else:
             self.phases, phase, down, right = self.window.phases(y, x)
             column = phase * self.channels + channel
-        bias = torch.zeros(out) if bias is None else bias
+        bias = weight.new_zeros(out) if bias is None else bias
         value, columns = weight[row, inner, y, x], len(self.phases) * self.channels
         filters = Filters(row, column, down, right, value, bias, columns)
         super().__init__(filters, activation or Activation())
@@ -302,7 +302,7 @@ class SparseConv2d(SparseLayer):
 
 def _padded_copy(x: Tensor, layout: Map) -> Tensor:
     """The memory of a map that holds the images `x`."""
-    buffer = torch.empty(layout.size)
+    buffer = floats(layout.size)
     if x.stride(3) != 1:
         x = x.contiguous()
     copy_into(x, layout, buffer, 0, (0, layout.height, 0, layout.width))
@@ -342,13 +342,13 @@ class SparseConvTranspose2d(nn.Module):
         (sy, sx), (dy, dx), (ky, kx) = self.stride, self.dilation, self.kernel_size
         # The furthest that a phase reads up and to the left.
         taps = (dy * (ky - 1) // sy, dx * (kx - 1) // sx)
-        phases = torch.zeros(groups, sy, sx, outs, ins // groups, taps[0] + 1, taps[1] + 1)
+        phases = weight.new_zeros(groups, sy, sx, outs, ins // groups, taps[0] + 1, taps[1] + 1)
         grouped = weight.view(groups, ins // groups, outs, ky, kx).transpose(1, 2)
         for y in range(ky):
             for x in range(kx):
                 (up, a), (left, b) = divmod(y * dy, sy), divmod(x * dx, sx)
                 phases[:, a, b, :, :, taps[0] - up, taps[1] - left] = grouped[..., y, x]
-        bias = torch.zeros(groups * outs) if bias is None else bias
+        bias = weight.new_zeros(groups * outs) if bias is None else bias
         spread = bias.view(groups, 1, 1, outs).expand(groups, sy, sx, outs).flatten()
         self.phases = SparseConv2d(
             phases.flatten(0, 3), spread, 1, taps, 1, groups, activation=activation
@@ -406,7 +406,7 @@ class SparseConvTranspose2d(nn.Module):
         (sy, sx), (py, px) = self.stride, self.padding
         batch, channels, rows, columns = y.shape
         outs = channels // (self.groups * sy * sx)
-        wide = torch.empty(batch, self.groups, outs, rows, sy, columns, sx)
+        wide = floats(batch, self.groups, outs, rows, sy, columns, sx)
         split = y.unflatten(1, (self.groups, sy, sx, outs))
         wide.copy_(split.permute(0, 1, 4, 5, 2, 6, 3))
         whole = wide.view(batch, self.groups * outs, rows * sy, columns * sx)
@@ -423,7 +423,7 @@ class SparseConvTranspose2d(nn.Module):
         even = height % 2 == 0 and width % 2 == 0 and (2 * rows, 2 * columns) == (height, width)
         down, right = self.margin if even else (0, 0)
         output = padded(batch, outs, 2 * rows, 2 * columns, 2 * rows + down, 2 * columns + right)
-        buffer = torch.empty(output.size)
+        buffer = floats(output.size)
         for a in (0, 1):
             first, second = (y[:, (2 * a + b) * outs : (2 * a + b + 1) * outs] for b in (0, 1))
             interleave(first, second, output, buffer, a, clear=a == 0)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensor
 from torch.nn.utils import parametrize, prune
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
@@ -71,6 +72,11 @@ class AcceleratedModel(nn.Module):
             RuntimeError: If an input requires gradients while they are enabled, or under
                 `torch.autocast`.
         """
+        if torch.compiler.is_compiling():  # the kernels are called through pointers
+            return torch.compiler.disable(self._call)(*args, **kwargs)
+        return self._call(*args, **kwargs)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
         _check_inputs(args, kwargs)
         if torch.is_autocast_enabled("cpu"):
             raise RuntimeError("an accelerated model computes float32: call it outside of autocast")
@@ -87,7 +93,7 @@ class AcceleratedModel(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> AcceleratedModel:
         """What `to()`, `half()`, `cuda()` and the like call: only copies are allowed."""
-        probe = fn(torch.zeros(1))
+        probe = fn(torch.zeros(1, dtype=torch.float32, device="cpu"))
         if probe.device.type != "cpu" or probe.dtype is not torch.float32:
             raise TypeError(
                 f"an accelerated model computes float32 on the CPU, it cannot become {probe.dtype} "
@@ -203,6 +209,10 @@ def _check_inputs(args: Any, kwargs: Any) -> None:
 def _check_input(x: Tensor) -> None:
     if x.device.type != "cpu":
         raise TypeError(f"an accelerated model runs on the CPU, but an input is on {x.device}")
+    if isinstance(x, FakeTensor):
+        raise TypeError("an accelerated model computes values, but an input is a fake tensor")
+    if x.layout is not torch.strided:
+        raise TypeError(f"an accelerated model takes dense tensors, but an input is {x.layout}")
     if x.is_floating_point() and x.dtype is not torch.float32:
         raise TypeError(
             f"an accelerated model computes float32, but an input is {x.dtype}: pass x.float()"
