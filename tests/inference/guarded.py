@@ -117,13 +117,13 @@ def integer(least: int, most: int) -> int:
 
 def image(fence: Fence, channels: int, least: int = 1) -> Tensor:
     """A random batch, of which rows and columns may be left out."""
-    x = fence.copy(torch.randn(integer(1, 3), channels, integer(least, 20), integer(least, 40)))
+    x = fence.copy(torch.randn(integer(1, 3), channels, integer(least, 24), integer(least, 40)))
     return x[:, :, :: integer(1, 2)] if x.shape[2] > 2 * least else x
 
 
 def convolve(fence: Fence) -> None:
     groups, ins, outs = integer(1, 2), integer(1, 4), integer(1, 5)
-    kernel = integer(1, 3), integer(1, 5)
+    kernel = integer(1, 5), integer(1, 7)
     weight = sparse(groups * outs, ins, *kernel, sparsity=integer(0, 10) / 10)
     module = (None, nn.ReLU(), nn.Hardswish(), nn.SiLU())[integer(0, 3)]
     layer = SparseConv2d(
@@ -131,11 +131,11 @@ def convolve(fence: Fence) -> None:
         torch.randn(groups * outs),
         (integer(1, 3), integer(1, 3)),
         (integer(0, 3), integer(0, 3)),
-        integer(1, 2),
+        integer(1, 3),
         groups,
         activation=Activation(module),
     )
-    x = image(fence, groups * ins, 9)
+    x = image(fence, groups * ins, 19)
     y = layer(x)
     layer(x, fence.copy(torch.randn(y.shape)))
     layer(x, y)

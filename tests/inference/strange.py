@@ -120,15 +120,15 @@ def add_to_alias(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 def write_between(self: Any, x: Tensor) -> Tensor:
     x = x * 1
     h = self.c(x)
-    x += 1
+    x.relu_()  # which does nothing to the first inputs
     return self.b(h) + x
 
 
 def write_between_norm_and_relu(self: Any, x: Tensor) -> Tensor:
-    x = F.avg_pool2d(self.c(x), 1)
+    x = F.avg_pool2d(x, 1)
     h = self.b(x)
-    x += 1
-    return F.relu(h) + x
+    x.relu_()
+    return F.relu(h) + self.c(x)
 
 
 def write_into(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,9 +213,13 @@ RESIDUALS = {
     "x += conv(x)": Case(lambda: net(add_conv_to_input, c=conv()), images()),
     "y += conv(y)": Case(lambda: net(add_conv_to_layer, c=conv(), d=conv()), images()),
     "added to an alias": Case(lambda: net(add_to_alias, d=conv(), r=nn.ReLU(True)), images()),
-    "input written before the norm": Case(lambda: net(write_between, c=conv(), b=norm()), images()),
+    "input written before the norm": Case(
+        lambda: net(write_between, c=conv(), b=norm()), (images()[0].abs(),), (images(),)
+    ),
     "input written after the norm": Case(
-        lambda: net(write_between_norm_and_relu, c=conv(), b=norm()), images()
+        lambda: net(write_between_norm_and_relu, c=conv(), b=norm()),
+        (images()[0].abs(),),
+        (images(),),
     ),
 }
 
@@ -435,6 +439,10 @@ LAYERS = {
                 for part in (conv(), a)
             )
         ),
+        images(),
+    ),
+    "an activation that does not keep zeros": Case(
+        lambda: nn.Sequential(conv(), nn.MaxPool2d(3, 1, 1), nn.Hardtanh(0.5, 1.0), conv()),
         images(),
     ),
     "activations as functions": Case(

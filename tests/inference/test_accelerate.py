@@ -349,6 +349,8 @@ def test_threads_of_torch(parallel: bool, monkeypatch: pytest.MonkeyPatch) -> No
     if not parallel:
         monkeypatch.setattr(_call, "engine", lambda: dataclasses.replace(kernels, parallel=0))
     monkeypatch.setattr(_call, "SMALL", 0)
+    pool, asked = _call._pool(), []
+    monkeypatch.setattr(_call, "_pool", lambda: asked.append(None) or pool)
     model = pruned(Residual(), 0.7)
     fast = all_sparse(model, torch.randn(1, 3, 32, 32))
     torch.set_num_threads(2)
@@ -357,6 +359,7 @@ def test_threads_of_torch(parallel: bool, monkeypatch: pytest.MonkeyPatch) -> No
             check(fast, model, (torch.randn(2, 3, 32 + 8 * n, 32),))
     finally:
         torch.set_num_threads(1)
+    assert bool(asked) is not bool(parallel and kernels.parallel)
 
 
 # What is chosen

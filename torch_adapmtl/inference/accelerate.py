@@ -361,7 +361,6 @@ def _choose(
             layer.choice = choices.get(layer.name, "dense")
         link(module)
 
-    args, kwargs = _copies(args, kwargs)
     call = _run if _writes(plain, args, kwargs) else lambda part, *_: part(*args, **kwargs)
 
     def run() -> None:
