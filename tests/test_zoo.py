@@ -149,6 +149,10 @@ def check(entry: Entry, record: Callable[..., None]) -> None:
     applied = time.perf_counter() - start
     assert {tensor.name: tensor.component for tensor in pruner.components.tensors} == expected
 
+    # Look-ups multiply nothing.
+    tables = {name for name, (module, _) in weights.items() if isinstance(module, nn.Embedding)}
+    assert all(layer.positions for layer in pruner.layers if layer.name not in tables)
+
     sizes = {name: getattr(*weights[name]).numel() for name in expected}
     trained = {n: weights[n] for n, part in expected.items() if part not in (UNUSED, FROZEN)}
     total = sum(sizes[name] for name in trained)
