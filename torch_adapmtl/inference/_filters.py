@@ -15,9 +15,9 @@ from ._kernels import FIRST, LAST, MOST_VECTORS
 from ._maps import Map
 
 ROWS = 400 * 1024  # bytes of output that a block of filters has in a strip
-FEWEST = (
-    4  # nonzeros in a task, on average: a task of few does not pay for its beginning and its end
-)
+# Nonzeros in a task, on average: one of few does not pay for its beginning and its end.
+FEWEST = 4
+SHARES = 4  # pieces of work for each thread, so that the threads end together
 
 
 @functools.cache
@@ -99,7 +99,7 @@ class Filters:
             (max(0, -int(t.min())), max(0, int(t.max()))) if t.numel() else (0, 0)
             for t in (self.down, self.right)
         )
-        self._orders: dict[tuple[int, int], Order] = {}
+        self._orders: dict[tuple[int, int, int], Order] = {}
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_orders": {}}
@@ -114,10 +114,10 @@ class Filters:
         """
         return MOST_VECTORS[width] if sum(self.reach[0]) else min(MOST_VECTORS[width], 128 // width)
 
-    def _order(self, vectors: int, width: int) -> Order:
+    def _order(self, vectors: int, width: int, blocks: int) -> Order:
         """Blocks for strips of up to 4, 8 or 16 vectors, so that sizes of maps share them."""
         vectors = next(n for n in (4, 8, MOST_VECTORS[width]) if vectors <= n)
-        key = (vectors, width)
+        key = (vectors, width, blocks)
         if key not in self._orders:
             strip = vectors * width * 4
             heights = 1 + sum(self.reach[0])  # rows of the map that a filter reads
@@ -127,7 +127,7 @@ class Filters:
                 first_cache() // (strip * (1 + heights) // 2), int(FEWEST / max(per_task, 1e-9)), 1
             )
             column_block = -(-columns // -(-columns // column_block))
-            row_block = min(max(ROWS // strip, 1), rows)
+            row_block = max(1, min(ROWS // strip, -(-rows // blocks)))
             self._orders[key] = order(self, row_block, column_block)
         return self._orders[key]
 
@@ -138,7 +138,9 @@ class Filters:
         kernels, keep = engine(), output.keep()
         vectors = output.pitch // kernels.width
         strips = -(-vectors // self._most_vectors(kernels.width))
-        chosen = self._order(-(-vectors // strips), kernels.width)
+        threads = torch.get_num_threads()
+        blocks = 1 if threads == 1 else -(-SHARES * threads // strips)
+        chosen = self._order(-(-vectors // strips), kernels.width, blocks)
         column, down, right, value = chosen.nonzeros
         pairs = torch.empty(len(value), 2, dtype=torch.int32, device="cpu")
         offset = torch.mul(column, source.pitch).add_(down, alpha=source.columns)

@@ -83,8 +83,12 @@ class SparseLayer(nn.Module):
         plan = Plan(source, output, direct, call, alive, len(self.filters) * output.positions)
         while len(self._plans) >= MOST_PLANS:
             self._plans.pop(list(self._plans)[0], None)  # noqa: RUF015  other threads change it
-        self._plans[key] = plan
+        self._plans[key, torch.get_num_threads()] = plan
         return plan
+
+    def _planned(self, key: Hashable) -> Plan | None:
+        """The plan for inputs of a size, and for as many threads as torch has now."""
+        return self._plans.get((key, torch.get_num_threads()))
 
     def _run(self, plan: Plan, source: Tensor, residual: Held | None = None) -> Tensor:
         """Compute the memory of the output map from that of the source map."""
@@ -155,7 +159,7 @@ class SparseLinear(SparseLayer):
         positions = math.prod(leading)
         if not (positions and inputs and self.outputs):
             return self._without_inputs(leading)
-        plan = self._plans.get(positions)
+        plan = self._planned(positions)
         if plan is None:
             source, output = (Map(1, n, 1, positions, 1, positions) for n in (inputs, self.outputs))
             plan = self._plan(positions, source, output, True)

@@ -256,7 +256,7 @@ class SparseConv2d(SparseLayer):
             return y if residual is None else y + residual
         if self.calibrating:
             self._calibrate(x, found)
-        plan = self._plans.get(x.shape if found is None else found.layout)
+        plan = self._planned(x.shape if found is None else found.layout)
         if plan is None:
             plan = self._make_plan(x, found)
         output = plan.output
