@@ -26,6 +26,7 @@ __all__ = ["AcceleratedModel", "accelerate"]
 
 FEWEST_ZEROS = 0.4  # a layer with a smaller share of zeros is not tried
 GAIN = 0.95  # a layer is sparse if that takes at most so much of the dense time
+WORTH = 0.9  # and so is a model: where caches are cold, the kernels lose more than torch
 
 
 class AcceleratedModel(nn.Module):
@@ -395,7 +396,7 @@ def _choose(
     fastest, as_given = sparse.total, False
     if measured and least.total < sparse.total:
         chosen, fastest = dict(forced), least.total
-    if not forced and original.total < fastest:
+    if not forced and WORTH * original.total < fastest:
         as_given, chosen, fastest = True, {}, original.total
     apply(chosen)
     rows = [
