@@ -37,7 +37,7 @@ def all_sparse(model: nn.Module, inputs: Any) -> AcceleratedModel:
     with pytest.MonkeyPatch.context() as patch:
         module = importlib.import_module("torch_adapmtl.inference.accelerate")
         forced = lambda _, layers: {layer.name: "sparse" for layer in layers}  # noqa: E731
-        patch.setattr(module, "_checked", forced)
+        patch.setattr(module, "checked", forced)
         result = accelerate(model, inputs)
     assert {*result.choices.values()} <= {"sparse"}
     return result

@@ -10,23 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensor
-from torch.nn.utils import parametrize, prune
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from torch_adapmtl.components._inputs import call_arguments
 
-from ._fuse import fuse_layers, link
+from ._choose import FEWEST_ZEROS, checked, choose
+from ._copy_model import call_once, close, fused_copy, plain_copy
 from ._fused_layer import FusedLayer
-from ._measure import MOST, Candidate, measure
-from ._trace import Calls, trace
-from ._windows import SparseConv2d
-from .report import AccelerationReport, LayerChoice
+from .report import AccelerationReport
 
 __all__ = ["AcceleratedModel", "accelerate"]
-
-FEWEST_ZEROS = 0.4  # a layer with a smaller share of zeros is not tried
-GAIN = 0.95  # a layer is sparse if that takes at most so much of the dense time
-WORTH = 0.9  # and so is a model: where caches are cold, the kernels lose more than torch
 
 
 class AcceleratedModel(nn.Module):
@@ -173,14 +166,14 @@ def accelerate(
     _check_llvmlite()
     with torch.no_grad():
         _check_inputs(args, kwargs)
-        plain = _plain_copy(model)
+        plain = plain_copy(model)
         trial = copy.deepcopy(plain)
-        expected = _run(trial, args, kwargs)
+        expected = call_once(trial, args, kwargs)
         # Not if it is random, or if it keeps what it was called with.
-        repeats = _close(_run(trial, args, kwargs), expected)
-        module = _fused_copy(plain, args, kwargs, expected, repeats)
+        repeats = close(call_once(trial, args, kwargs), expected)
+        module = fused_copy(plain, args, kwargs, expected, repeats)
         layers = [part for part in module.modules() if isinstance(part, FusedLayer)]
-        forced = _checked(choices or {}, layers)
+        forced = checked(choices or {}, layers)
         tried = [
             layer
             for layer in layers
@@ -188,7 +181,10 @@ def accelerate(
         ]
         for layer in tried:
             layer.make_sparse()
-        return _choose(plain, module, layers, tried, forced, args, kwargs, repeats)
+        best, report = choose(plain, module, layers, tried, forced, args, kwargs, repeats)
+    traced = isinstance(best, fx.GraphModule)
+    names = inspect.signature(plain.forward).parameters if traced else ()
+    return AcceleratedModel(best, report, names, _specialised(plain, best) if traced else {})
 
 
 def _check_llvmlite() -> None:
@@ -225,211 +221,6 @@ def _check_input(x: Tensor) -> None:
         )
 
 
-def _plain_copy(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode whose weights are parameters, masked and parametrized for good."""
-    memo: dict[int, Any] = {}
-    # What has a history is not copied: weights under torch's prune, and what a model caches.
-    for module in model.modules():
-        for value in tree_leaves(vars(module)):
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    result = copy.deepcopy(model, memo).eval()
-    for module in list(result.modules()):
-        if parametrize.is_parametrized(module):
-            _bake(module)
-        for hook in list(module._forward_pre_hooks.values()):
-            # One on a pruner, whose model is still in training, has no tensor.
-            if isinstance(hook, prune.BasePruningMethod) and hasattr(hook, "_tensor_name"):
-                prune.remove(module, hook._tensor_name)
-    for name, tensor in (*result.named_parameters(), *result.named_buffers()):
-        if tensor.device.type != "cpu":
-            raise ValueError(f"model is not on the CPU: {name} is on {tensor.device}; use .cpu()")
-        if tensor.is_floating_point() and tensor.dtype is not torch.float32:
-            raise ValueError(f"model is not float32: {name} is {tensor.dtype}; use .float()")
-    for parameter in result.parameters():
-        parameter.requires_grad_(False)
-    return result
-
-
-def _bake(module: Any) -> None:
-    """Make parameters of what parametrizations compute.
-
-    `remove_parametrizations` would take the weight from the class, which the given module shares.
-    """
-    values = {name: getattr(module, name).detach().clone() for name in module.parametrizations}
-    del module.parametrizations
-    module.__class__ = type(module).__bases__[0]
-    for name, value in values.items():
-        module.register_parameter(name, nn.Parameter(value, requires_grad=False))
-    if isinstance(module, nn.RNNBase):
-        module._init_flat_weights()
-
-
-def _fused_copy(
-    plain: nn.Module, args: Any, kwargs: Any, expected: Any, repeats: bool
-) -> nn.Module:
-    """A copy whose layers are fused with what follows them, if its outputs stay the same.
-
-    A graph that does not hold for the examples is given up for those of the parts, level by level.
-    There is none if outputs do not repeat, so that they could not be compared.
-    """
-    for depth in (0, 1, 2) if repeats else ():
-        module = copy.deepcopy(plain)
-        calls = Calls(module)
-        _run(module, args, kwargs)
-        calls.remove()
-        try:
-            module = fuse_layers(trace(module, calls, depth))
-            if _close(_run(module, args, kwargs), expected):
-                return module
-        except Exception:  # whatever the model's code raises where the graph does not hold
-            continue
-    module = fuse_layers(copy.deepcopy(plain))
-    try:
-        if _close(_run(copy.deepcopy(module), args, kwargs), expected):
-            return module
-    except Exception:  # such as of code that looks into its layers
-        return plain
-    # Code that asks for the class of a layer may take another way; code that is random always does.
-    return plain if _close(_run(copy.deepcopy(plain), args, kwargs), expected) else module
-
-
-def _run(module: nn.Module, args: Any, kwargs: Any) -> Any:
-    """Call a model with copies of the inputs: it may write to them."""
-    args, kwargs = _copies(args, kwargs)
-    return module(*args, **kwargs)
-
-
-def _copies(args: Any, kwargs: Any) -> Any:
-    return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))
-
-
-def _writes(module: nn.Module, args: Any, kwargs: Any) -> bool:
-    """Whether a model writes to its inputs."""
-    own_args, own_kwargs = _copies(args, kwargs)
-    module(*own_args, **own_kwargs)
-    pairs = zip(tree_leaves((args, kwargs)), tree_leaves((own_args, own_kwargs)), strict=True)
-    return any(isinstance(a, Tensor) and not torch.equal(a, b) for a, b in pairs)
-
-
-def _close(found: Any, expected: Any) -> bool:
-    """Whether outputs are of the same form, and the same up to rounding."""
-    leaves, spec = tree_flatten(found)
-    expected_leaves, expected_spec = tree_flatten(expected)
-    return spec == expected_spec and all(map(_same, leaves, expected_leaves))
-
-
-def _same(a: Any, b: Any) -> bool:
-    if type(a) is not type(b):
-        return False
-    if not isinstance(a, Tensor):  # a record of tensors may be of any class
-        return not hasattr(a, "__dict__") or a is b or _close(dict(vars(a)), dict(vars(b)))
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    finite = b[b.isfinite()]
-    scale = float(finite.abs().max()) if finite.numel() else 0.0
-    return torch.allclose(a, b, rtol=0, atol=1e-4 * max(scale, 1e-6), equal_nan=True)
-
-
-def _checked(choices: Mapping[str, str], layers: Iterable[FusedLayer]) -> dict[str, str]:
-    names = {layer.name for layer in layers}
-    for name, choice in choices.items():
-        if name not in names:
-            raise ValueError(
-                f"choices names {name!r}, which is no convolution or linear layer of the model: "
-                f"the names are {', '.join(sorted(names)) or 'none'}"
-            )
-        if choice not in ("sparse", "dense"):
-            raise ValueError(f'choices[{name!r}] must be "sparse" or "dense", found {choice!r}')
-    return dict(choices)
-
-
-def _choose(
-    plain: nn.Module,
-    module: nn.Module,
-    layers: list[FusedLayer],
-    tried: list[FusedLayer],
-    forced: dict[str, str],
-    args: Any,
-    kwargs: Any,
-    repeats: bool,
-) -> AcceleratedModel:
-    """Measure, and keep what is fastest."""
-    fresh = None if repeats else copy.deepcopy((plain, module))  # as no call has left them
-
-    def apply(choices: Mapping[str, str]) -> None:
-        for layer in layers:
-            layer.choice = choices.get(layer.name, "dense")
-        link(module)
-
-    call = _run if _writes(plain, args, kwargs) else lambda part, *_: part(*args, **kwargs)
-
-    def run() -> None:
-        call(module, args, kwargs)
-
-    chosen = {layer.name: forced.get(layer.name, "sparse") for layer in tried}
-    apply(chosen)
-    _calibrate(module, run)
-    dense = Candidate(run, lambda: apply({}))
-    sparse_seconds: dict[str, float] = {}
-    measured = [layer for layer in tried if layer.name not in forced]
-    changed = bool(measured)
-    for _ in range(3):  # a layer that becomes dense changes what its neighbours read
-        if not changed:
-            break
-        sparse = Candidate(run, lambda: apply(chosen))
-        measure([dense, sparse], layers)
-        sparse_seconds |= {name: sparse.layers[name] for name in chosen if chosen[name] == "sparse"}
-        changed = False
-        for layer in measured:
-            name = layer.name
-            if chosen[name] == "sparse" and sparse_seconds[name] > GAIN * dense.layers[name]:
-                chosen[name], changed = "dense", True
-    original = Candidate(lambda: call(plain, args, kwargs), lambda: None)
-    sparse = Candidate(run, lambda: apply(chosen))
-    least = Candidate(run, lambda: apply(forced)) if measured and forced else dense
-    rounds = MOST if measured or not forced else 1  # nothing is decided by the times
-    measure(list(dict.fromkeys([original, dense, least, sparse])), layers, rounds)
-    for name in chosen:
-        if chosen[name] == "sparse":
-            sparse_seconds.setdefault(name, sparse.layers[name])
-    fastest, as_given = sparse.total, False
-    if measured and least.total < sparse.total:
-        chosen, fastest = dict(forced), least.total
-    if not forced and WORTH * original.total < fastest:
-        as_given, chosen, fastest = True, {}, original.total
-    apply(chosen)
-    rows = [
-        LayerChoice(
-            layer.name,
-            layer.kind,
-            layer.weights,
-            layer.nonzeros,
-            layer.positions,
-            dense.layers[layer.name],
-            sparse_seconds.get(layer.name),
-            layer.choice,
-        )
-        for layer in layers
-    ]
-    if fresh is not None:
-        plain, module = fresh
-        own = [part for part in module.modules() if isinstance(part, FusedLayer)]
-        for part, layer in zip(own, layers, strict=True):
-            part.choice, part.is_read = layer.choice, layer.is_read
-        layers = own
-    for layer in layers:
-        layer.settle()
-    best = plain if as_given else module
-    report = AccelerationReport(
-        tuple(rows), original.total, dense.total, fastest, torch.get_num_threads()
-    )
-    traced = isinstance(best, fx.GraphModule)
-    names = inspect.signature(plain.forward).parameters if traced else ()
-    defaults = _specialised(plain, best) if traced else {}
-    return AcceleratedModel(best, report, names, defaults)
-
-
 def _is_default(value: Any, default: Any) -> bool:
     if value is default:
         return True
@@ -441,14 +232,3 @@ def _specialised(plain: nn.Module, module: nn.Module) -> dict[str, Any]:
     given = inspect.signature(plain.forward).parameters
     left = inspect.signature(module.forward).parameters
     return {name: p.default for name, p in given.items() if name not in left}
-
-
-def _calibrate(module: nn.Module, run: Any) -> None:
-    """Let the layers agree on the zeros around their maps."""
-    convolutions = [part for part in module.modules() if isinstance(part, SparseConv2d)]
-    for part in convolutions:
-        part.calibrating = True
-    for _ in range(3):
-        run()
-    for part in convolutions:
-        part.calibrating = False
