@@ -101,7 +101,9 @@ def plain_norms(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def engines(model: nn.Module, x: Tensor, threads: int) -> dict[str, Callable[[], Any]]:
+def engines(
+    model: nn.Module, x: Tensor, threads: int, *, torch_only: bool
+) -> dict[str, Callable[[], Any]]:
     """The dense ways to run a model that work here."""
     with_norms = plain_norms(model)
     fused = folded(with_norms)
@@ -112,6 +114,8 @@ def engines(model: nn.Module, x: Tensor, threads: int) -> dict[str, Callable[[],
         "folded": lambda: fused(x),
         "channels last": lambda: last(x_last),
     }
+    if torch_only:
+        return ways
     try:
         compiled = torch.compile(copy.deepcopy(model))
         compiled(x)
@@ -191,7 +195,7 @@ def compare(name: str, sparsity: float, args: argparse.Namespace) -> dict[str, A
     error = max(
         float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)
     )
-    ways = {"accelerate": lambda: fast(x)} | engines(model, x, args.threads)
+    ways = {"accelerate": lambda: fast(x)} | engines(model, x, args.threads, torch_only=args.quick)
     times = measure(ways, args.runs, args.threads)
     dense, left = macs(fast.report())
     fastest = min((t, way) for way, t in times.items() if way != "accelerate")
@@ -231,7 +235,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=int, default=21)
     parser.add_argument("--output", help="a file of JSON lines to append to")
+    parser.add_argument("--quick", action="store_true", help="one small case, and torch alone")
     args = parser.parse_args()
+    if args.quick:
+        args.models, args.sparsity, args.size, args.runs = ["resnet18"], [0.9], 64, 1
+    before = torch.get_num_threads()
     torch.set_num_threads(args.threads)
     for name in args.models:
         for sparsity in args.sparsity:
@@ -241,6 +249,7 @@ def main() -> None:
             if args.output:
                 with open(args.output, "a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
+    torch.set_num_threads(before)
 
 
 if __name__ == "__main__":

@@ -49,8 +49,8 @@ def build(name: str, seed: int) -> nn.Module:
     return make_model(seed, [int(width * channels) for channels in CHANNELS])
 
 
-def trained(name: str, seed: int, steps: int, folder: Path) -> nn.Module:
-    """The trained network, from the folder if it is there."""
+def trained(name: str, seed: int, steps: int, size: int, folder: Path) -> nn.Module:
+    """The network, trained on so many images, from the folder if it is there."""
     model, path = build(name, seed), folder / f"{name.replace(' ', '_')}-{seed}-{steps}.pt"
     if not path.exists():
         settings, pruner = NETS[name], None
@@ -61,7 +61,7 @@ def trained(name: str, seed: int, steps: int, folder: Path) -> nn.Module:
                 total_steps=steps,
                 count=settings["count"],
             )
-        train(model, MultiDigits("train", size=10_000), steps, seed, pruner)
+        train(model, MultiDigits("train", size=size), steps, seed, pruner)
         if pruner:
             pruner.finalize()
         torch.save(model.state_dict(), path)
@@ -83,6 +83,7 @@ def ways(name: str, model: nn.Module, x: Tensor) -> dict[str, Callable[[], Any]]
 @torch.no_grad()
 def measure(models: dict[str, nn.Module], x: Tensor, runs: int) -> dict[str, float]:
     """Milliseconds of each network, on one thread."""
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
     functions = {
         (name, way): function
@@ -95,6 +96,7 @@ def measure(models: dict[str, nn.Module], x: Tensor, runs: int) -> dict[str, flo
             begin = time.process_time()
             function()
             times[key].append(1e3 * (time.process_time() - begin))
+    torch.set_num_threads(before)
     best: dict[str, float] = {}
     for (name, _), values in times.items():
         best[name] = min(best.get(name, float("inf")), statistics.median(values))
@@ -112,15 +114,20 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=51)
     parser.add_argument("--folder", default="tradeoff", help="where trained networks are kept")
     parser.add_argument("--output", help="a file of JSON lines to append to")
+    parser.add_argument("--quick", action="store_true", help="two nets, two steps, little data")
     args = parser.parse_args()
+    names, sizes = list(NETS), (10_000, 2_000)
+    if args.quick:
+        names, sizes = ["dense", "90 % of the weights"], (64, 64)
+        args.steps, args.batches, args.runs = 2, [1], 1
     folder = Path(args.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    images, targets = MultiDigits("test", size=2_000).tensors()
+    images, targets = MultiDigits("test", size=sizes[1]).tensors()
     for seed in args.seeds:
-        models = {name: trained(name, seed, args.steps, folder) for name in NETS}
+        models = {name: trained(name, seed, args.steps, sizes[0], folder) for name in names}
         metrics = {name: evaluate(predict(m, images), targets) for name, m in models.items()}
         latency = {n: measure(models, images[:n], args.runs) for n in args.batches}
-        for name in NETS:
+        for name in names:
             relative = relative_performance(
                 metrics[name], metrics["dense"], lower_is_better=["mean error (%)"]
             )
