@@ -150,7 +150,8 @@ def check(entry: Entry, record: Callable[..., None]) -> None:
     assert {tensor.name: tensor.component for tensor in pruner.components.tensors} == expected
 
     # Look-ups multiply nothing.
-    tables = {name for name, (module, _) in weights.items() if isinstance(module, nn.Embedding)}
+    kinds = (nn.Embedding, nn.EmbeddingBag)
+    tables = {name for name, (module, _) in weights.items() if isinstance(module, kinds)}
     assert all(layer.positions for layer in pruner.layers if layer.name not in tables)
 
     sizes = {name: getattr(*weights[name]).numel() for name in expected}
