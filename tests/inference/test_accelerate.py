@@ -616,3 +616,10 @@ def test_errors_of_the_model_are_its_own() -> None:
 
     with pytest.raises(KeyError, match="of the model"):
         accelerate(net(fails, c=conv()), images())
+
+
+def test_a_norm_that_cannot_be_folded_does_not_cost_the_graph() -> None:
+    """Torch folds no batch norm into a transposed convolution of several groups."""
+    model = nn.Sequential(nn.ConvTranspose2d(8, 8, 2, 2, groups=2), nn.BatchNorm2d(8), nn.ReLU())
+    fast = all_sparse(pruned(model), torch.randn(1, 8, 5, 5))
+    assert isinstance(fast.module, torch.fx.GraphModule)

@@ -17,13 +17,12 @@ from ._windows import SparseConv2d
 from .report import AccelerationReport, LayerChoice
 
 FEWEST_ZEROS = 0.4  # a layer with a smaller share of zeros is not tried
-
 GAIN = 0.95  # a layer is sparse if that takes at most so much of the dense time
-
 WORTH = 0.9  # and so is a model: where caches are cold, the kernels lose more than torch
 
 
 def checked(choices: Mapping[str, str], layers: Iterable[FusedLayer]) -> dict[str, str]:
+    """The choices that the user forces, if they are choices for these layers."""
     names = {layer.name for layer in layers}
     for name, choice in choices.items():
         if name not in names:

@@ -65,8 +65,8 @@ def fused_copy(plain: nn.Module, args: Any, kwargs: Any, expected: Any, repeats:
         calls = Calls(module)
         call_once(module, args, kwargs)
         calls.remove()
+        module = fuse_layers(trace(module, calls, depth))
         try:
-            module = fuse_layers(trace(module, calls, depth))
             if close(call_once(module, args, kwargs), expected):
                 return module
         except Exception:  # whatever the model's code raises where the graph does not hold
@@ -88,6 +88,7 @@ def call_once(module: nn.Module, args: Any, kwargs: Any) -> Any:
 
 
 def copies(args: Any, kwargs: Any) -> Any:
+    """The arguments of a call, with tensors of their own."""
     return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))
 
 

@@ -11,9 +11,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ._fused_layer import FusedLayer
 from ._layers import SparseLinear
-from ._map_modules import (
-    Norm,
-)
+from ._map_modules import Norm
 from ._maps_in_graphs import leave_maps, use_maps
 from ._nodes import (
     ADD,
@@ -105,7 +103,7 @@ def _fuse(graph: fx.GraphModule, prefix: str) -> None:
             continue  # what follows differs from call to call
         fused, residual, activation = [node], None, None
         following = only_user(node)
-        norm = norm_of(graph, following) if isinstance(dense, CONVOLUTIONS) else None
+        norm = norm_of(graph, following) if _takes_norm(dense) else None
         if following is not None and norm is not None and following.args[0] is node:
             _fold(dense, norm)
             fused.append(following)
@@ -158,6 +156,13 @@ def _checks_an_argument(node: fx.Node) -> bool:
     return isinstance(condition, fx.Node) and any(
         given.op == "placeholder" for given in condition.all_input_nodes
     )
+
+
+def _takes_norm(layer: nn.Module) -> bool:
+    """Whether torch's function can fold a batch norm into a layer."""
+    if isinstance(layer, nn.ConvTranspose2d):
+        return layer.groups == 1
+    return isinstance(layer, CONVOLUTIONS)
 
 
 def _fold(layer: Any, norm: Norm) -> None:

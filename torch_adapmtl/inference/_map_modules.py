@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ._call import engine, fields, interleave, run, threads
 from ._elementwise import image, mean, show_like
 from ._layers import Activation
-from ._maps import MOST_FLOATS, contiguous, floats, held, padded, show
+from ._maps import MOST_FLOATS, LeavesRoom, contiguous, floats, held, padded, show
 from ._windows import SparseConv2d, Window, pair
 
 
@@ -51,7 +51,7 @@ class MapNorm2d(nn.Module):
         return y if self.activation is None else self.activation(y)
 
 
-class MapUpsample(nn.Module):
+class MapUpsample(LeavesRoom, nn.Module):
     """`torch.nn.functional.interpolate`, on maps where it doubles images by nearest neighbours.
 
     Args:
@@ -62,11 +62,6 @@ class MapUpsample(nn.Module):
         super().__init__()
         names = ("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor")
         self.settings = {name: getattr(module, name) for name in names} if module else {}
-        self.margin = (0, 0)
-
-    def ask(self, rows: int, columns: int) -> None:
-        """Leave so many rows and columns of zeros around each image of the output."""
-        self.margin = (max(rows, self.margin[0]), max(columns, self.margin[1]))
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         x, settings = input, {**self.settings, **kwargs}
@@ -98,7 +93,7 @@ def _doubles(
     return scale_factor is not None and pair(scale_factor) == (2, 2)
 
 
-class MapMaxPool2d(nn.Module):
+class MapMaxPool2d(LeavesRoom, nn.Module):
     """Max pooling that writes maps, and reads maps or images.
 
     For one image in torch's default format, it is faster than torch's.
@@ -114,11 +109,6 @@ class MapMaxPool2d(nn.Module):
         height, width = self.window.kernel_size
         y, x = torch.ones(height, width, device="cpu").nonzero().unbind(1)
         self.phases, self.phase, self.down, self.right = self.window.phases(y, x)
-        self.margin = (0, 0)
-
-    def ask(self, rows: int, columns: int) -> None:
-        """Leave so many rows and columns of zeros around each image of the output."""
-        self.margin = (max(rows, self.margin[0]), max(columns, self.margin[1]))
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.dtype is not torch.float32 or not len(x):

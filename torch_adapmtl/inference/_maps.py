@@ -30,6 +30,16 @@ class Maker(Protocol):
         """Leave so many rows and columns of zeros around each image from now on."""
 
 
+class LeavesRoom:
+    """A maker that leaves as much room around its images as any reader has asked for."""
+
+    margin: tuple[int, int] = (0, 0)  # rows and columns
+
+    def ask(self, rows: int, columns: int) -> None:
+        """Leave so many rows and columns of zeros around each image from now on."""
+        self.margin = (max(rows, self.margin[0]), max(columns, self.margin[1]))
+
+
 @dataclass(frozen=True)
 class Map:
     """The layout of a map."""

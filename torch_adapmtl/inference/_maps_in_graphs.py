@@ -40,12 +40,9 @@ _MAP_FUNCTIONS = {
     _elementwise.concatenate,
 }
 
-
 _MAP_MAKERS = (MapActivation, MapMaxPool2d, MapNorm2d, MapUpsample)
 
-
 _MAP_MODULES = (FusedLayer, MapMean, *_MAP_MAKERS)
-
 
 # These return new tensors that have no gaps, and their channels in order, whatever they are given.
 _ANY_STRIDES_MODULES = (
@@ -57,9 +54,7 @@ _ANY_STRIDES_MODULES = (
     nn.Upsample,
 )
 
-
 _ANY_STRIDES_METHODS = ("mean", "size", "sum")
-
 
 _ANY_STRIDES_FUNCTIONS = {
     torch.mean,

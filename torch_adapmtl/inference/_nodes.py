@@ -17,12 +17,9 @@ from ._trace import is_plain
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
 
-
 _LAYERS = (*CONVOLUTIONS, nn.Linear)
 
-
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-
 
 _ZERO_TO_ZERO = (
     nn.ReLU,
@@ -36,7 +33,6 @@ _ZERO_TO_ZERO = (
     nn.Tanh,
 )
 
-
 _FUNCTIONS: dict[Any, type[nn.Module]] = {
     F.relu: nn.ReLU,
     torch.relu: nn.ReLU,
@@ -48,14 +44,11 @@ _FUNCTIONS: dict[Any, type[nn.Module]] = {
     F.gelu: nn.GELU,
 }
 
-
 ADD = (operator.add, operator.iadd, torch.add)
-
 
 PURE = {getattr, operator.getitem, operator.eq, operator.le, operator.ge, operator.mod}
 
 PURE |= {operator.and_, operator.or_}
-
 
 IN_PLACE = {
     getattr(operator, f"i{name}")

@@ -39,7 +39,7 @@ class _Tracer(fx.Tracer):
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:
-            for node in list(self.graph.nodes)[: before - 1 : -1] if before else []:
+            for node in reversed(list(self.graph.nodes)[before:]):
                 self.graph.erase_node(node)
             self.module_stack.clear()
             self.module_stack.update(stack)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ._call import copy_into, deinterleave, interleave
 from ._filters import Filters
 from ._layers import Activation, Plan, SparseLayer, check_input, fits
-from ._maps import Held, Map, contiguous, floats, held, padded, show
+from ._maps import Held, LeavesRoom, Map, contiguous, floats, held, padded, show
 
 WASTE = 1.35  # a map may have so many times the positions of its images
 
@@ -103,7 +103,7 @@ class Window:
         return begin, end, min(begin * stride - before, size)
 
 
-class SparseConv2d(SparseLayer):
+class SparseConv2d(LeavesRoom, SparseLayer):
     """A 2-D convolution that skips the zeros of its weight.
 
     Args:
@@ -155,12 +155,11 @@ class SparseConv2d(SparseLayer):
         value, columns = weight[row, inner, y, x], len(self.phases) * self.channels
         filters = Filters(row, column, down, right, value, bias, columns)
         super().__init__(filters, activation or Activation())
-        self.margin = (0, 0)  # rows and columns of zeros that readers of the output want
         self.calibrating = False  # asks those who make the input for room
         self._source: tuple[Any, tuple[int, int]] | None = None  # who made it, and its size
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plans": {}, "_source": None}
+        return {**super().__getstate__(), "_source": None}
 
     def extra_repr(self) -> str:
         w = self.window
@@ -171,8 +170,9 @@ class SparseConv2d(SparseLayer):
 
     def ask(self, rows: int, columns: int) -> None:
         """Leave so many rows and columns of zeros around each image of the output."""
-        if rows > self.margin[0] or columns > self.margin[1]:
-            self.margin = (max(rows, self.margin[0]), max(columns, self.margin[1]))
+        before = self.margin
+        super().ask(rows, columns)
+        if self.margin != before:
             self._plans.clear()
             if self._source is not None:
                 maker, size = self._source
@@ -309,7 +309,7 @@ def _padded_copy(x: Tensor, layout: Map) -> Tensor:
     return buffer
 
 
-class SparseConvTranspose2d(nn.Module):
+class SparseConvTranspose2d(LeavesRoom, nn.Module):
     """A 2-D transposed convolution that skips the zeros of its weight.
 
     Each phase of the output (its rows ``a, a + stride, ...`` and columns ``b, b + stride, ...``) is
@@ -353,7 +353,6 @@ class SparseConvTranspose2d(nn.Module):
         self.phases = SparseConv2d(
             phases.flatten(0, 3), spread, 1, taps, 1, groups, activation=activation
         )
-        self.margin = (0, 0)
 
     def _sizes(self, x: Tensor, output_size: Any) -> list[int]:
         """Height and width of the output."""
@@ -411,10 +410,6 @@ class SparseConvTranspose2d(nn.Module):
         wide.copy_(split.permute(0, 1, 4, 5, 2, 6, 3))
         whole = wide.view(batch, self.groups * outs, rows * sy, columns * sx)
         return whole[:, :, py : py + sizes[0], px : px + sizes[1]].contiguous()
-
-    def ask(self, rows: int, columns: int) -> None:
-        """Leave so many rows and columns of zeros around each image of the output."""
-        self.margin = (max(rows, self.margin[0]), max(columns, self.margin[1]))
 
     def _interleaved(self, y: Tensor, height: int, width: int) -> Tensor:
         """The phases as a map of the whole output; what goes beyond its size is left out."""

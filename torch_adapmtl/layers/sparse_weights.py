@@ -316,9 +316,10 @@ class SparseWeights(nn.Module):
 
     def _show_gradients(self, indices: Iterable[int]) -> None:
         """Show gradients to others that use them and that no backward pass shows them to."""
-        parameters = {id(self.layers[i].held) for i in indices}
-        for hooks in registered():
-            if hooks is not self._hooks:
+        others = [hooks for hooks in registered() if hooks is not self._hooks]
+        if others:
+            parameters = {id(self.layers[i].held) for i in indices}
+            for hooks in others:
                 hooks.before_step(parameters)
 
     def _mask_gradients(self, indices: Iterable[int]) -> None:
