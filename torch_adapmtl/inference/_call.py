@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch import Tensor
 from ._compile import Kernels, host_width, kernels
 from ._kernels import FIELD, FIELDS
 from ._maps import Map
+from ._record import STATE
 
 # Multiply-adds, or floats to copy, below which a second thread costs more than it saves.
 SMALL = 400_000
@@ -39,9 +42,16 @@ def threads(work: int) -> int:
     return torch.get_num_threads() if work > SMALL else 1
 
 
-def run(call: ctypes.Array[ctypes.c_int64]) -> None:
-    """Do what a call describes, in as many threads as it says."""
+def run(call: ctypes.Array[ctypes.c_int64], alive: Any = None) -> None:
+    """Do what a call describes, in as many threads as it says.
+
+    Args:
+        call: The fields.
+        alive: What holds the memory that the fields point to, apart from inputs and outputs.
+    """
     kernels, count = engine(), call[THREADS]
+    if STATE.recording is not None:
+        STATE.recording.add_call(call, alive)
     if count > 1 and not kernels.parallel:  # no OpenMP that we know: threads of Python's
         call[THREADS] = 1
         others = [_pool().submit(kernels.run, call) for _ in range(count - 1)]
@@ -63,6 +73,21 @@ def fields(**values: int) -> ctypes.Array[ctypes.c_int64]:
     for name, value in values.items():
         result[FIELD[name]] = value
     return result
+
+
+def around(layout: Map, buffer: Tensor) -> dict[str, int]:
+    """The fields of what lies before and after the channels of a map that is written."""
+    return {
+        "lead": buffer.data_ptr(),
+        "lead_bytes": 4 * layout.lead,
+        "tail": buffer.data_ptr() + 4 * (layout.size - layout.lead),
+        "tail_bytes": 4 * layout.lead,
+    }
+
+
+def bits(number: float) -> int:
+    """The bits of a number as a float."""
+    return int.from_bytes(struct.pack("<f", number), "little")
 
 
 def copy_into(
@@ -171,13 +196,8 @@ def _copy_fields(
         "x_channel": x.stride(1),
         "x_image": x.stride(0),
         "x_row": x.stride(2),
-        "fill": int(torch.tensor(fill, dtype=torch.float32, device="cpu").view(torch.int32))
-        if fill
-        else 0,
-        "lead": buffer.data_ptr(),
-        "lead_bytes": 4 * layout.lead,
-        "tail": buffer.data_ptr() + 4 * (layout.size - layout.lead),
-        "tail_bytes": 4 * layout.lead,
+        "fill": bits(fill),
+        **around(layout, buffer),
     }
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten
 
 from ._copy_model import call_once, writes_to_inputs
 from ._fuse import link
 from ._fused_layer import FusedLayer
 from ._measure import MOST, Candidate, measure
+from ._program import Program, is_repeatable
+from ._record import NotRepeatableError
 from ._windows import SparseConv2d
 from .report import AccelerationReport, LayerChoice
 
@@ -53,46 +57,55 @@ def choose(
             layer.choice = choices.get(layer.name, "dense")
         link(module)
 
-    call = (
-        call_once
-        if writes_to_inputs(plain, args, kwargs)
-        else lambda part, *_: part(*args, **kwargs)
-    )
+    writes = writes_to_inputs(plain, args, kwargs)
 
-    def run() -> None:
-        call(module, args, kwargs)
+    def call(part: nn.Module) -> Any:
+        return call_once(part, args, kwargs) if writes else part(*args, **kwargs)
+
+    programs = repeats and not writes and is_repeatable(module)
+
+    def candidate(choices: Mapping[str, str]) -> Candidate:
+        apply(choices)
+        call(module)  # the layers plan
+        program = None
+        if programs:
+            with suppress(NotRepeatableError):
+                program = Program(module, *tree_flatten((args, kwargs)))
+        return Candidate(lambda: call(module), lambda: apply(choices), program)
 
     chosen = {layer.name: forced.get(layer.name, "sparse") for layer in tried}
     apply(chosen)
-    _calibrate(module, run)
-    dense = Candidate(run, lambda: apply({}))
-    sparse_seconds: dict[str, float] = {}
+    _calibrate(module, lambda: call(module))
+    original, dense = Candidate(lambda: call(plain), lambda: None), candidate({})
+    Candidate(lambda: call(module), lambda: apply({})).once(layers)  # notes positions
     measured = [layer for layer in tried if layer.name not in forced]
-    changed = bool(measured)
-    for _ in range(3):  # a layer that becomes dense changes what its neighbours read
-        if not changed:
-            break
-        sparse = Candidate(run, lambda: apply(chosen))
+    tries = [(dict(chosen), candidate(chosen))]
+    sparse_seconds: dict[str, float] = {}
+    for _ in range(3 if measured else 0):  # a dense layer changes what its neighbours read
+        _, sparse = tries[-1]
         measure([dense, sparse], layers)
         sparse_seconds |= {name: sparse.layers[name] for name in chosen if chosen[name] == "sparse"}
-        changed = False
-        for layer in measured:
-            name = layer.name
-            if chosen[name] == "sparse" and sparse_seconds[name] > GAIN * dense.layers[name]:
-                chosen[name], changed = "dense", True
-    original = Candidate(lambda: call(plain, args, kwargs), lambda: None)
-    sparse = Candidate(run, lambda: apply(chosen))
-    least = Candidate(run, lambda: apply(forced)) if measured and forced else dense
+        slower = [
+            layer.name
+            for layer in measured
+            if chosen[layer.name] == "sparse"
+            and sparse_seconds[layer.name] > GAIN * dense.layers[layer.name]
+        ]
+        if not slower:
+            break
+        chosen |= dict.fromkeys(slower, "dense")
+        tries.append((dict(chosen), candidate(chosen)))
+    if measured:
+        tries.append((forced, candidate(forced)) if forced else ({}, dense))
     rounds = MOST if measured or not forced else 1  # nothing is decided by the times
-    measure(list(dict.fromkeys([original, dense, least, sparse])), layers, rounds)
-    for name in chosen:
-        if chosen[name] == "sparse":
-            sparse_seconds.setdefault(name, sparse.layers[name])
-    fastest, as_given = sparse.total, False
-    if measured and least.total < sparse.total:
-        chosen, fastest = dict(forced), least.total
-    if not forced and WORTH * original.total < fastest:
-        as_given, chosen, fastest = True, {}, original.total
+    measure(list(dict.fromkeys([original, dense, *(part for _, part in tries)])), layers, rounds)
+    chosen, best = min(tries, key=lambda item: item[1].total)
+    for name, choice in chosen.items():
+        if choice == "sparse":
+            sparse_seconds.setdefault(name, best.layers[name])
+    as_given = not forced and WORTH * original.total < best.total
+    if as_given:
+        chosen, best = {}, original
     apply(chosen)
     rows = [
         LayerChoice(
@@ -115,11 +128,10 @@ def choose(
         layers = own
     for layer in layers:
         layer.settle()
-    best = plain if as_given else module
     report = AccelerationReport(
-        tuple(rows), original.total, dense.total, fastest, torch.get_num_threads()
+        tuple(rows), original.total, dense.total, best.total, torch.get_num_threads()
     )
-    return best, report
+    return plain if as_given else module, report
 
 
 def _calibrate(module: nn.Module, run: Any) -> None:

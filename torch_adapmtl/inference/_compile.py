@@ -19,6 +19,7 @@ class Kernels:
     Attributes:
         width: Number of floats in a vector.
         run: Does the work that a call describes, in as many threads as it says.
+        run_all: Does so for so many calls that lie one after the other.
         works: The address of each work.
         parallel: The address of the function that starts a team of threads; 0 if there is none.
         engine: Keeps the code alive.
@@ -26,6 +27,7 @@ class Kernels:
 
     width: int
     run: Callable[[Any], None]
+    run_all: Callable[[Any, int], None]
     works: dict[str, int]
     parallel: int
     engine: Any
@@ -73,8 +75,11 @@ def _compiled(width: int) -> Kernels:
     engine = llvm.create_mcjit_compiler(module, machine)
     engine.finalize_object()
     run = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(engine.get_function_address("run"))
+    run_all = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)(
+        engine.get_function_address("run_all")
+    )
     works = {name: engine.get_function_address(name) for name in WORKS}
-    return Kernels(width, run, works, _team(), engine)
+    return Kernels(width, run, run_all, works, _team(), engine)
 
 
 def _team() -> int:

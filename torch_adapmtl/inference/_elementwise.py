@@ -5,14 +5,13 @@ Each computes what torch does if its arguments show no maps.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._call import copy_into
+from ._call import around, bits, copy_into, engine, fields, run, threads
 from ._maps import Held, Map, contiguous, floats, held, padded, show
 
 
@@ -21,11 +20,26 @@ def image(x: Any) -> Held | None:
     return held(x) if isinstance(x, Tensor) and x.dim() == 4 else None
 
 
-def _empty(layout: Map) -> Tensor:
-    """Memory for a map, with zeros before and after the channels."""
-    buffer = floats(layout.size)
-    buffer[: layout.lead] = 0
-    buffer[layout.size - layout.lead :] = 0
+def _on_map(name: str, a: Held, **values: int) -> Tensor:
+    """The map that a work of the kernels makes of another, in the same layout."""
+    layout, kernels = a.layout, engine()
+    keep, buffer = layout.keep(), floats(layout.size)
+    call = fields(
+        work=kernels.works[name],
+        parallel=kernels.parallel,
+        threads=threads(layout.channels * layout.pitch),
+        **around(layout, buffer),
+        x=a.address,
+        y=buffer.data_ptr() + 4 * layout.lead,
+        pitch=layout.pitch,
+        keep=0 if keep is None else keep.data_ptr(),
+        channels=layout.channels,
+        batch=layout.batch,
+        rows=layout.rows,
+        columns=layout.columns,
+        **values,
+    )
+    run(call, keep)
     return buffer
 
 
@@ -61,9 +75,7 @@ def add(x: Any, y: Any) -> Any:
     a, b = image(x), image(y)
     if a is None or b is None or not _alike(a.layout, b.layout) or x.shape != y.shape:
         return contiguous(x) + contiguous(y)  # else the sum would lie in memory as the map does
-    buffer = _empty(a.layout)
-    torch.add(a.body, b.body, out=buffer[a.layout.lead : a.layout.size - a.layout.lead])
-    return show_like(a.layout, buffer, a, b)
+    return show_like(a.layout, _on_map("add", a, residual=b.address), a, b)
 
 
 def multiply(x: Any, y: Any) -> Any:
@@ -71,20 +83,15 @@ def multiply(x: Any, y: Any) -> Any:
     if image(x) is None and image(y) is not None:
         x, y = y, x
     a = image(x)
-    if a is None or not isinstance(y, Tensor) or y.shape != (*x.shape[:2], 1, 1):
+    if (
+        a is None
+        or not isinstance(y, Tensor)
+        or y.shape != (*x.shape[:2], 1, 1)
+        or y.dtype != torch.float32
+    ):
         return contiguous(x) * contiguous(y)
-    if not math.isfinite(float(y.sum())):  # the zeros around the images would not stay zero
-        return contiguous(x) * y
-    layout = a.layout
-    buffer = _empty(layout)
-    shape = (layout.channels, layout.batch, layout.rows * layout.columns)
-    strides = (layout.pitch, layout.rows * layout.columns, 1)
-    given, result = (t.as_strided(shape, strides, layout.lead) for t in (a.buffer, buffer))
-    torch.mul(given, y.reshape(*x.shape[:2]).t().unsqueeze(2), out=result)
-    if layout.pitch > layout.positions:
-        slack = (layout.channels, layout.pitch - layout.positions)
-        buffer.as_strided(slack, (layout.pitch, 1), layout.lead + layout.positions).zero_()
-    return show_like(layout, buffer, a)
+    factors = y.contiguous()
+    return show_like(a.layout, _on_map("scale", a, odd=factors.data_ptr()), a)
 
 
 def mean(x: Any, dim: Sequence[int] = (-2, -1), keepdim: bool = False) -> Any:
@@ -92,11 +99,22 @@ def mean(x: Any, dim: Sequence[int] = (-2, -1), keepdim: bool = False) -> Any:
     a = image(x)
     if a is None:
         return x.mean(dim, keepdim=keepdim)
-    layout = a.layout
-    shape = (layout.channels, layout.batch, layout.rows * layout.columns)
-    strides = (layout.pitch, layout.rows * layout.columns, 1)
-    total = a.buffer.as_strided(shape, strides, layout.lead).sum(2).t()
-    result = (total / (layout.height * layout.width)).contiguous()
+    layout, kernels = a.layout, engine()
+    result = floats(layout.batch, layout.channels)
+    call = fields(
+        work=kernels.works["mean"],
+        parallel=kernels.parallel,
+        threads=threads(layout.channels * layout.pitch),
+        x=a.address,
+        y=result.data_ptr(),
+        pitch=layout.pitch,
+        channels=layout.channels,
+        batch=layout.batch,
+        rows=layout.rows,
+        columns=layout.columns,
+        low=bits(layout.height * layout.width),
+    )
+    run(call)
     return result[:, :, None, None] if keepdim else result
 
 
@@ -113,7 +131,9 @@ def concatenate(tensors: Sequence[Any]) -> Any:
         max(getattr(found.layout, name) for found in given) for name in ("rows", "columns")
     )
     layout = padded(batch, sum(x.shape[1] for x in tensors), height, width, rows, columns)
-    buffer, channel = _empty(layout), 0
+    buffer, channel = floats(layout.size), 0
+    buffer[: layout.lead] = 0
+    buffer[layout.size - layout.lead :] = 0
     for x, found in zip(tensors, maps, strict=True):
         if found is not None and _alike(found.layout, layout):
             begin = layout.lead + channel * layout.pitch

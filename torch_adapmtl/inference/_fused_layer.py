@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ._call import clock
 from ._layers import Activation, SparseLinear, fits
 from ._maps import contiguous
+from ._record import STATE
 from ._windows import SparseConv2d, SparseConvTranspose2d
 
 
@@ -102,6 +103,9 @@ class FusedLayer(nn.Module):
             output_size: As for :class:`torch.nn.ConvTranspose2d`.
         """
         other = output_size if other is None else other
+        if STATE.recording is not None:
+            with STATE.recording.layer(self.name):
+                return self._compute(input, other)
         if self.seconds is None:
             return self._compute(input, other)
         begin = clock()

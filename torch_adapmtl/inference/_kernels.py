@@ -31,7 +31,10 @@ FIELDS = (
     *("odd", "evens", "odds", "x_columns"),  # deinterleave, interleave
 )
 FIELD = {name: i for i, name in enumerate(FIELDS)}
-WORKS = ("convolve", "copy", "deinterleave", "interleave", "transpose", "maximum")
+WORKS = (
+    *("convolve", "copy", "deinterleave", "interleave", "transpose"),
+    *("maximum", "add", "scale", "mean"),
+)
 
 
 def source(width: int) -> str:
@@ -41,6 +44,7 @@ def source(width: int) -> str:
         [
             f"declare {vector} @llvm.fma.v{width}f32({vector}, {vector}, {vector})",
             f"declare {vector} @llvm.maximum.v{width}f32({vector}, {vector})",
+            f"declare float @llvm.vector.reduce.fadd.v{width}f32(float, {vector})",
             "declare i64 @llvm.smin.i64(i64, i64)",
             "declare void @llvm.memset.p0.i64(ptr, i8, i64, i1)",
             *[str(_strip(count, width)) for count in range(1, MOST_VECTORS[width] + 1)],
@@ -50,7 +54,11 @@ def source(width: int) -> str:
             str(_interleave()),
             str(_transpose(width)),
             str(_maximum(width)),
+            str(_add(width)),
+            str(_scale(width)),
+            str(_mean(width)),
             str(_run(width)),
+            str(_run_all(width)),
         ]
     )
 
@@ -73,6 +81,16 @@ def _run(width: int) -> Function:
     with f.when(f.compare("sgt", threads, 1)):
         number = f.let(f"trunc i64 {threads} to i32")
         f.do(f"call void {_field(f, 'parallel', 'ptr')}(ptr {work}, ptr %d, i32 {number}, i32 0)")
+    return f
+
+
+def _run_all(width: int) -> Function:
+    """Do what a list of calls describes, one after the other."""
+    f = Function("void @run_all(ptr %calls, i64 %count)", width)
+    with f.loop(0, "%count") as i:
+        call = f.at("%calls", f.mul(i.index, len(FIELDS)), "i64")
+        f.store("0", call, FIELD["next"], "i64")
+        f.do(f"call void @run(ptr {call})")
     return f
 
 
@@ -423,4 +441,86 @@ def _maximum(width: int) -> Function:
             with f.when(has_keep, tap.now) as kept:
                 kept.now = [_mask(f, tap.now[0], keep, position.index)]
             f.store(kept.now[0], to, position.index)
+    return f
+
+
+def _add(width: int) -> Function:
+    """The sum of two maps of one layout, `x` and `residual`, channel by channel."""
+    f = Function("void @add(ptr %d)", width)
+    maps = [_field(f, name, "ptr") for name in ("x", "residual", "y")]
+    pitch = _field(f, "pitch")
+    with f.shared_loop(f.at("%d", FIELD["next"], "i64"), _field(f, "channels")) as channel:
+        x, residual, y = (f.at(place, f.mul(channel, pitch)) for place in maps)
+        with f.loop(0, pitch, width) as i:
+            a, b = f.load(x, i.index), f.load(residual, i.index)
+            f.store(f.let(f"fadd {f.vector} {a}, {b}"), y, i.index)
+    return f
+
+
+def _scale(width: int) -> Function:
+    """A map times one factor for each image and channel, which lies at `odd` in that order.
+
+    What lies around the images becomes zero, also where the factor is not finite.
+    """
+    f = Function("void @scale(ptr %d)", width)
+    x, y, keep, factors = (_field(f, name, "ptr") for name in ("x", "y", "keep", "odd"))
+    pitch, channels, batch = (_field(f, name) for name in ("pitch", "channels", "batch"))
+    image = f.mul(_field(f, "rows"), _field(f, "columns"))
+    last = f.let(f"sub i64 {image}, {width}")
+    has_keep = f.compare("ne", _field(f, "keep"), 0)
+    with f.shared_loop(f.at("%d", FIELD["next"], "i64"), channels) as channel:
+        start = f.mul(channel, pitch)
+        source, to = f.at(x, start), f.at(y, start)
+        with f.loop(0, batch) as b:
+            begin = f.mul(b.index, image)
+            factor = f.load(factors, f.add(f.mul(b.index, channels), channel), "float")
+            every = f.splat(factor)
+            with f.when(f.compare("sge", last, 0)), f.loop(0, image, width) as i:
+                place = f.add(begin, f.smaller(i.index, last))
+                product = f.let(f"fmul {f.vector} {f.load(source, place)}, {every}")
+                with f.when(has_keep, [product]) as kept:
+                    kept.now = [_mask(f, product, keep, place)]
+                f.store(kept.now[0], to, place)
+            with f.when(f.compare("slt", last, 0)), f.loop(0, image) as i:
+                place = f.add(begin, i.index)
+                product = f.let(f"fmul float {f.load(source, place, 'float')}, {factor}")
+                f.store(product, to, place, "float")
+                is_kept = f.let(f"load i32, ptr {f.at(keep, place)}, align 4")
+                with f.when(f.compare("eq", is_kept, 0, "i32")):
+                    f.store("0.0", to, place, "float")
+        with f.loop(f.mul(batch, image), pitch) as i:
+            f.store("0.0", to, i.index, "float")
+    return f
+
+
+def _mean(width: int) -> Function:
+    """The sum of each image and channel of a map, divided by `low`; to `y`, image by image."""
+    f = Function("void @mean(ptr %d)", width)
+    x, y, count = _field(f, "x", "ptr"), _field(f, "y", "ptr"), _field(f, "low", "float")
+    pitch, channels, batch = (_field(f, name) for name in ("pitch", "channels", "batch"))
+    image, chains = f.mul(_field(f, "rows"), _field(f, "columns")), 4
+    many = f.let(f"and i64 {image}, {-chains * width}")
+    some = f.let(f"and i64 {image}, {-width}")
+    with f.shared_loop(f.at("%d", FIELD["next"], "i64"), channels) as channel:
+        source = f.at(x, f.mul(channel, pitch))
+        with f.loop(0, batch) as b:
+            given = f.at(source, f.mul(b.index, image))
+            with f.loop(0, many, chains * width, ["zeroinitializer"] * chains) as sums:
+                sums.now = [
+                    f.let(f"fadd {f.vector} {total}, {f.load(given, f.add(sums.index, c * width))}")
+                    for c, total in enumerate(sums.now)
+                ]
+            total = sums.now[0]
+            for other in sums.now[1:]:
+                total = f.let(f"fadd {f.vector} {total}, {other}")
+            with f.loop(many, some, width, [total]) as each:
+                each.now = [f.let(f"fadd {f.vector} {each.now[0]}, {f.load(given, each.index)}")]
+            with f.loop(some, image, 1, each.now) as one:
+                value = f.load(given, one.index, "float")
+                alone = f.let(f"insertelement {f.vector} zeroinitializer, float {value}, i32 0")
+                one.now = [f.let(f"fadd {f.vector} {one.now[0]}, {alone}")]
+            reduce = f"call reassoc float @llvm.vector.reduce.fadd.v{width}f32"
+            total = f.let(f"{reduce}(float 0.0, {f.vector} {one.now[0]})")
+            result = f.let(f"fdiv float {total}, {count}")
+            f.store(result, y, f.add(f.mul(b.index, channels), channel), "float")
     return f

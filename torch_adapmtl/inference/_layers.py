@@ -57,6 +57,12 @@ class Plan:
         self.call, self.alive, self.work = call, alive, work
 
 
+def make_room(plans: dict[Any, Plan]) -> None:
+    """Forget the oldest plans of a layer."""
+    while len(plans) >= MOST_PLANS:
+        plans.pop(list(plans)[0], None)  # noqa: RUF015  other threads change it
+
+
 class SparseLayer(nn.Module):
     """Filters applied at every position of a map, then a residual added and an activation."""
 
@@ -81,8 +87,7 @@ class SparseLayer(nn.Module):
             )
         call, alive = self.filters.call(source, output, self.activation.kernel)
         plan = Plan(source, output, direct, call, alive, len(self.filters) * output.positions)
-        while len(self._plans) >= MOST_PLANS:
-            self._plans.pop(list(self._plans)[0], None)  # noqa: RUF015  other threads change it
+        make_room(self._plans)
         self._plans[key, torch.get_num_threads()] = plan
         return plan
 
@@ -101,7 +106,7 @@ class SparseLayer(nn.Module):
         if residual is not None:
             call[RESIDUAL] = residual.address
         call[THREADS] = threads(plan.work)
-        run(call)
+        run(call, plan)
         return buffer if self.activation.after is None else self.activation.after(buffer)
 
 

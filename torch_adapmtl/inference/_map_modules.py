@@ -8,9 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._call import engine, fields, interleave, run, threads
+from ._call import (
+    LEAD,
+    TAIL,
+    THREADS,
+    Fields,
+    X,
+    Y,
+    engine,
+    fields,
+    interleave,
+    run,
+    threads,
+)
 from ._elementwise import image, mean, show_like
-from ._layers import Activation
+from ._layers import Activation, Plan, make_room
 from ._maps import MOST_FLOATS, LeavesRoom, contiguous, floats, held, padded, show
 from ._windows import SparseConv2d, Window, pair
 
@@ -109,15 +121,48 @@ class MapMaxPool2d(LeavesRoom, nn.Module):
         height, width = self.window.kernel_size
         y, x = torch.ones(height, width, device="cpu").nonzero().unbind(1)
         self.phases, self.phase, self.down, self.right = self.window.phases(y, x)
+        self.reach = int(self.down.max()), int(self.right.max())
+        self._plans: dict[Any, Plan] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_plans": {}}
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.dtype is not torch.float32 or not len(x):
             return self._by_torch(x)
+        key = x.shape, self.margin
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plan(x)
+            if plan is None:
+                return self._by_torch(x)
+            make_room(self._plans)
+            self._plans[key] = plan
+        source, output = plan.source, plan.output
+        # Before the first phase and after the last one lie zeros, which no position of the output
+        # that is kept reads.
+        buffer = self.window.split(x, self.phases, source, float("-inf"))
+        result = floats(output.size)
+        call = Fields.from_buffer_copy(plan.call)
+        call[X], call[Y] = (
+            memory.data_ptr() + 4 * layout.lead
+            for memory, layout in ((buffer, source), (result, output))
+        )
+        call[LEAD], call[TAIL] = (
+            result.data_ptr(),
+            result.data_ptr() + 4 * (output.size - output.lead),
+        )
+        call[THREADS] = threads(plan.work)
+        run(call, plan)
+        return show(output, result, output.shape, output.strides, self)
+
+    def _plan(self, x: Tensor) -> Plan | None:
+        """How images of a size are computed; None if torch does it."""
         batch, channels, height, width = x.shape
         out_h, out_w = self.window.output_size(height, width)
         if out_h < 1 or out_w < 1:
-            return self._by_torch(x)  # torch's error
-        down, right = int(self.down.max()), int(self.right.max())
+            return None  # torch's error
+        down, right = self.reach
         rows, columns = out_h + max(down, self.margin[0]), out_w + max(right, self.margin[1])
         source = padded(
             batch,
@@ -129,23 +174,14 @@ class MapMaxPool2d(LeavesRoom, nn.Module):
             down * columns + right,
         )
         if source.size >= MOST_FLOATS:
-            return self._by_torch(x)
+            return None
         output = padded(batch, channels, out_h, out_w, rows, columns)
-        # Before the first phase and after the last one lie zeros, which no position of the output
-        # that is kept reads.
-        buffer = self.window.split(x, self.phases, source, float("-inf"))
         offsets = self.phase * channels * source.pitch + self.down * columns + self.right
-        offsets = offsets.int()
-        keep, result, kernels = output.keep(), floats(output.size), engine()
+        offsets, keep, kernels = offsets.int(), output.keep(), engine()
         call = fields(
             work=kernels.works["maximum"],
             parallel=kernels.parallel,
-            threads=threads(len(offsets) * channels * output.pitch),
-            x=buffer.data_ptr() + 4 * source.lead,
-            y=result.data_ptr() + 4 * output.lead,
-            lead=result.data_ptr(),
             lead_bytes=4 * output.lead,
-            tail=result.data_ptr() + 4 * (output.size - output.lead),
             tail_bytes=4 * output.lead,
             pitch=output.pitch,
             x_channel=source.pitch,
@@ -154,8 +190,9 @@ class MapMaxPool2d(LeavesRoom, nn.Module):
             nonzeros=offsets.data_ptr(),
             keep=0 if keep is None else keep.data_ptr(),
         )
-        run(call)
-        return show(output, result, output.shape, output.strides, self)
+        alive = [offsets] if keep is None else [offsets, keep]
+        work = len(offsets) * channels * output.pitch
+        return Plan(source, output, False, call, alive, work)
 
     def _by_torch(self, x: Tensor) -> Tensor:
         y: Tensor = self.pool(contiguous(x))

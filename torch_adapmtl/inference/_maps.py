@@ -11,6 +11,7 @@ For a linear layer the positions are the tokens: one row without padding.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from ._record import STATE
 
 MOST_FLOATS = 2**31  # in a map, whose places kernels know as 32-bit integers
 ALIGN = 16  # floats in the widest vector: every channel begins at a multiple of it
@@ -76,16 +79,23 @@ class Map:
 
     def keep(self) -> Tensor | None:
         """All bits set where a position belongs to an image; None if all positions do."""
-        if self.height * self.width * self.batch == self.pitch:
-            return None
-        mask = torch.zeros(self.pitch, dtype=torch.int32, device="cpu")
-        images = mask[: self.positions].view(self.batch, self.rows, self.columns)
-        images[:, : self.height, : self.width] = -1
-        return mask
+        return _keep(self)
+
+
+@functools.lru_cache(maxsize=64)
+def _keep(layout: Map) -> Tensor | None:
+    if layout.height * layout.width * layout.batch == layout.pitch:
+        return None
+    mask = torch.zeros(layout.pitch, dtype=torch.int32, device="cpu")
+    images = mask[: layout.positions].view(layout.batch, layout.rows, layout.columns)
+    images[:, : layout.height, : layout.width] = -1
+    return mask
 
 
 def floats(*shape: int) -> Tensor:
     """Memory for the kernels, whatever torch's default device and dtype are."""
+    if STATE.recording is not None:
+        return STATE.recording.floats(shape)
     return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 

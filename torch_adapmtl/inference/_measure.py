@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from ._call import clock
 from ._fused_layer import FusedLayer
+from ._program import Program
 
 SECONDS = 3.0  # that one comparison may take, once each candidate has run `FEWEST` times
 FEWEST, MOST = 5, 15
@@ -15,28 +17,46 @@ FEWEST, MOST = 5, 15
 class Candidate:
     """A way to run a model, and the shortest times that it took.
 
+    Args:
+        run: Runs the model.
+        prepare: Makes the model run this way.
+        program: What the model does then, if it can be repeated: this is measured instead.
+
     Attributes:
         total: Seconds for the model.
         layers: Seconds for each layer, by its name.
     """
 
-    def __init__(self, run: Callable[[], None], prepare: Callable[[], None]) -> None:
-        self.run, self.prepare = run, prepare
+    def __init__(
+        self, run: Callable[[], Any], prepare: Callable[[], None], program: Program | None = None
+    ) -> None:
+        self.program = program
         self.total = float("inf")
         self.layers: dict[str, float] = {}
+        self._run, self._prepare = run, prepare
 
     def once(self, layers: Sequence[FusedLayer]) -> None:
         """Run it, and note the times."""
-        self.prepare()
+        if self.program is None:
+            self._prepare()
+            for layer in layers:
+                layer.seconds = []
+            total = _seconds(self._run)
+            seconds = {layer.name: sum(layer.seconds or []) for layer in layers}
+            for layer in layers:
+                layer.seconds = None
+        else:
+            total, seconds = _seconds(self.program.run), self.program.seconds()
+        self.total = min(self.total, total)
         for layer in layers:
-            layer.seconds = []
-        begin = clock()
-        self.run()
-        self.total = min(self.total, clock() - begin)
-        for layer in layers:
-            seconds = sum(layer.seconds or [])
-            self.layers[layer.name] = min(self.layers.get(layer.name, seconds), seconds)
-            layer.seconds = None
+            taken = seconds.get(layer.name, 0.0)
+            self.layers[layer.name] = min(self.layers.get(layer.name, taken), taken)
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    begin = clock()
+    run()
+    return clock() - begin
 
 
 def measure(

@@ -17,6 +17,7 @@ from torch_adapmtl.components._inputs import call_arguments
 from ._choose import FEWEST_ZEROS, checked, choose
 from ._copy_model import call_once, close, fused_copy, plain_copy
 from ._fused_layer import FusedLayer
+from ._program import Programs
 from .report import AccelerationReport
 
 __all__ = ["AcceleratedModel", "accelerate"]
@@ -54,6 +55,7 @@ class AcceleratedModel(nn.Module):
         super().__init__()
         self.module, self._report, self._defaults = module, report, dict(defaults)
         self._names = tuple(names)
+        self._programs = Programs(module)
         self.choices = {row.name: row.choice for row in report.layers}
         self.eval()
 
@@ -83,7 +85,7 @@ class AcceleratedModel(nn.Module):
                     f"accelerate() had none: accelerate the model with it"
                 )
         with torch.no_grad():  # such as for checkpoints, whose outputs would require gradients
-            return self.module(*args, **kwargs)
+            return self._programs(args, kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> AcceleratedModel:
         """What `to()`, `half()`, `cuda()` and the like call: only copies are allowed."""

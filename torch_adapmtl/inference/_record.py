@@ -1,0 +1,177 @@
+"""What one pass of a model does, as a list of steps that can be repeated without its Python.
+
+While a pass is recorded, torch shows each of its operations to a `Recording`, and the layers show
+it the calls of their kernels. The memory that the pass takes comes from an arena, so that a step
+that is repeated finds its inputs where it found them before.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+MOST_FLOATS = 2**24  # in an arena, 64 MiB: a pass that takes more gains little
+
+
+class NotRepeatableError(Exception):
+    """A pass does what a list of steps cannot repeat, such as to look at a value."""
+
+
+class Arena:
+    """Memory that stays: another tensor may get what one gave up, but nothing is freed.
+
+    Attributes:
+        size: Number of floats.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._blocks: list[Tensor] = []
+        self._free: list[int] = []  # numbers of blocks
+        self._leases: dict[int, Any] = {}
+
+    def take(self, count: int) -> Tensor:
+        """A tensor of so many floats, whose memory is free again when no view of it is left."""
+        count = max(count, 1)
+        fitting = [i for i in self._free if self._blocks[i].numel() >= count]
+        if fitting:
+            number = min(fitting, key=lambda i: self._blocks[i].numel())
+            self._free.remove(number)
+        else:
+            number = len(self._blocks)
+            self.size += count
+            if self.size > MOST_FLOATS:
+                raise NotRepeatableError(f"it takes more than {4 * MOST_FLOATS:,} bytes")
+            self._blocks.append(torch.empty(count, dtype=torch.float32, device="cpu"))
+        # The storage of the tensor keeps `memory`, which tells when it is gone.
+        memory = (ctypes.c_float * count).from_address(self._blocks[number].data_ptr())
+        self._leases[number] = weakref.ref(memory, lambda _: self._free.append(number))
+        return torch.frombuffer(memory, dtype=torch.float32)
+
+    def unclaimed(self, x: Any) -> Any:
+        """The same tensor without a claim on its memory, if it lies in the arena."""
+        if isinstance(x, Tensor) and x.dtype is torch.float32 and x.layout is torch.strided:
+            for block in self._blocks:
+                offset = x.data_ptr() - block.data_ptr()
+                if 0 <= offset < 4 * block.numel():
+                    return block.as_strided(x.shape, x.stride(), offset // 4)
+        return x
+
+
+@dataclass(frozen=True)
+class Step:
+    """A part of a pass.
+
+    Attributes:
+        layer: The layer that does it; empty if none does.
+        call: The fields of a call of the kernels, or an operation of torch.
+    """
+
+    layer: str
+    call: ctypes.Array[ctypes.c_int64] | Callable[[], None]
+
+
+class _State(threading.local):
+    recording: Recording | None = None
+
+
+STATE = _State()
+
+
+class Recording(TorchDispatchMode):
+    """Records what this thread does while it is entered.
+
+    Args:
+        inputs: The tensors that the pass is called with: it may not write to them.
+
+    Attributes:
+        steps: What is done, in order.
+        arena: The memory.
+        alive: What the steps point to.
+    """
+
+    def __init__(self, inputs: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.steps: list[Step] = []
+        self.arena = Arena()
+        self.alive: list[Any] = []
+        self._layer = ""
+        self._inputs = {_memory(x) for x in inputs}
+
+    def __enter__(self) -> Recording:
+        STATE.recording = self
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        STATE.recording = None
+
+    def floats(self, shape: Sequence[int]) -> Tensor:
+        """Memory for the kernels."""
+        count = torch.Size(shape).numel()
+        return self.arena.take(count)[:count].view(*shape)
+
+    def add_call(self, call: ctypes.Array[ctypes.c_int64], alive: Any) -> None:
+        """Note a call of the kernels, and what it points to."""
+        self.steps.append(Step(self._layer, type(call).from_buffer_copy(call)))
+        self.alive.append(alive)
+
+    @contextmanager
+    def layer(self, name: str) -> Iterator[None]:
+        """What is done inside is done by a layer."""
+        before, self._layer = self._layer, name
+        yield
+        self._layer = before
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        given = {_memory(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        made = tree_leaves(result)
+        if not all(isinstance(x, Tensor) and x.layout is torch.strided for x in made):
+            raise NotRepeatableError(f"{func} returns what is no tensor")
+        if func._schema.is_mutable:
+            if given & self._inputs or func._schema.name in ("aten::set_", "aten::resize_"):
+                raise NotRepeatableError(f"{func} may change an input, or where a tensor lies")
+            self._add(func, args, kwargs, None)
+            return result
+        if all(_memory(x) in given for x in made):
+            return result  # views
+        kept = tree_map(self._keep, result)
+        if not func._schema.name.startswith(("aten::empty", "aten::new_empty")):
+            self._add(func, args, kwargs, kept)
+        return kept
+
+    def _keep(self, x: Tensor) -> Tensor:
+        """The same in the arena; what is not float32 is kept where it is."""
+        if x.dtype is not torch.float32 or x.device.type != "cpu" or not x.numel():
+            self.alive.append(x)
+            return x
+        extent = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+        return self.arena.take(extent).as_strided(x.shape, x.stride()).copy_(x)
+
+    def _add(self, func: Any, args: Any, kwargs: Any, results: Any) -> None:
+        args, kwargs, results = tree_map(self.arena.unclaimed, (args, kwargs, results))
+        places = [x for x in tree_leaves(results) if x is not None]
+
+        def repeat() -> None:
+            made = tree_leaves(func(*args, **kwargs))
+            for place, x in zip(places, made, strict=False):  # none if it works in place
+                place.copy_(x)
+
+        self.steps.append(Step(self._layer, repeat))
+
+
+def _memory(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
