@@ -15,7 +15,7 @@ from ._copy_model import call_once, writes_to_inputs
 from ._fuse import link
 from ._fused_layer import FusedLayer
 from ._measure import MOST, Candidate, measure
-from ._program import Program, is_repeatable
+from ._program import is_repeatable, record
 from ._record import NotRepeatableError
 from ._windows import SparseConv2d
 from .report import AccelerationReport, LayerChoice
@@ -70,7 +70,7 @@ def choose(
         program = None
         if programs:
             with suppress(NotRepeatableError):
-                program = Program(module, *tree_flatten((args, kwargs)))
+                program = record(module, *tree_flatten((args, kwargs)))
         return Candidate(lambda: call(module), lambda: apply(choices), program)
 
     chosen = {layer.name: forced.get(layer.name, "sparse") for layer in tried}

@@ -13,6 +13,7 @@ from ._call import LEAD, RESIDUAL, TAIL, THREADS, Fields, X, Y, run, threads, tr
 from ._filters import Filters
 from ._kernels import CLAMP, HARDSWISH, NONE
 from ._maps import MOST_FLOATS, Held, Map, floats, held, show
+from ._record import unrecorded
 
 MOST_PLANS = 4  # sizes of inputs that a layer remembers
 
@@ -79,6 +80,7 @@ class SparseLayer(nn.Module):
         """Number of output channels or features."""
         return len(self.filters.bias)
 
+    @unrecorded
     def _plan(self, key: Hashable, source: Map, output: Map, direct: bool) -> Plan:
         if max(source.size, output.size) >= MOST_FLOATS:
             raise ValueError(

@@ -24,6 +24,7 @@ from ._call import (
 from ._elementwise import image, mean, show_like
 from ._layers import Activation, Plan, make_room
 from ._maps import MOST_FLOATS, LeavesRoom, contiguous, floats, held, padded, show
+from ._record import unrecorded
 from ._windows import SparseConv2d, Window, pair
 
 
@@ -156,6 +157,7 @@ class MapMaxPool2d(LeavesRoom, nn.Module):
         run(call, plan)
         return show(output, result, output.shape, output.strides, self)
 
+    @unrecorded
     def _plan(self, x: Tensor) -> Plan | None:
         """How images of a size are computed; None if torch does it."""
         batch, channels, height, width = x.shape

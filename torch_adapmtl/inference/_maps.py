@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ._record import STATE
+from ._record import STATE, unrecorded
 
 MOST_FLOATS = 2**31  # in a map, whose places kernels know as 32-bit integers
 ALIGN = 16  # floats in the widest vector: every channel begins at a multiple of it
@@ -77,6 +77,7 @@ class Map:
     def strides(self) -> tuple[int, ...]:
         return (self.rows * self.columns, self.pitch, self.columns, 1)
 
+    @unrecorded
     def keep(self) -> Tensor | None:
         """All bits set where a position belongs to an image; None if all positions do."""
         return _keep(self)

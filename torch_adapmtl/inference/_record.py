@@ -8,19 +8,21 @@ that is repeated finds its inputs where it found them before.
 from __future__ import annotations
 
 import ctypes
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-MOST_FLOATS = 2**24  # in an arena, 64 MiB: a pass that takes more gains little
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class NotRepeatableError(Exception):
@@ -30,12 +32,15 @@ class NotRepeatableError(Exception):
 class Arena:
     """Memory that stays: another tensor may get what one gave up, but nothing is freed.
 
+    Args:
+        most: Number of floats that it may hold.
+
     Attributes:
-        size: Number of floats.
+        size: Number of floats that it holds.
     """
 
-    def __init__(self) -> None:
-        self.size = 0
+    def __init__(self, most: int) -> None:
+        self._most, self.size = most, 0
         self._blocks: list[Tensor] = []
         self._free: list[int] = []  # numbers of blocks
         self._leases: dict[int, Any] = {}
@@ -50,8 +55,8 @@ class Arena:
         else:
             number = len(self._blocks)
             self.size += count
-            if self.size > MOST_FLOATS:
-                raise NotRepeatableError(f"it takes more than {4 * MOST_FLOATS:,} bytes")
+            if self.size > self._most:
+                raise NotRepeatableError(f"it takes more than {4 * self._most:,} bytes")
             self._blocks.append(torch.empty(count, dtype=torch.float32, device="cpu"))
         # The storage of the tensor keeps `memory`, which tells when it is gone.
         memory = (ctypes.c_float * count).from_address(self._blocks[number].data_ptr())
@@ -93,6 +98,7 @@ class Recording(TorchDispatchMode):
 
     Args:
         inputs: The tensors that the pass is called with: it may not write to them.
+        most: Number of floats that the arena may hold.
 
     Attributes:
         steps: What is done, in order.
@@ -100,12 +106,12 @@ class Recording(TorchDispatchMode):
         alive: What the steps point to.
     """
 
-    def __init__(self, inputs: Iterable[Tensor]) -> None:
+    def __init__(self, inputs: Iterable[Tensor], most: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.steps: list[Step] = []
-        self.arena = Arena()
+        self.arena = Arena(most)
         self.alive: list[Any] = []
-        self._layer = ""
+        self._layer, self._paused = "", False
         self._inputs = {_memory(x) for x in inputs}
 
     def __enter__(self) -> Recording:
@@ -134,9 +140,20 @@ class Recording(TorchDispatchMode):
         yield
         self._layer = before
 
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """What is done inside is not a part of the pass."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if self._paused:
+            return result
         given = {_memory(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         made = tree_leaves(result)
         if not all(isinstance(x, Tensor) and x.layout is torch.strided for x in made):
@@ -175,3 +192,16 @@ class Recording(TorchDispatchMode):
 
 def _memory(x: Tensor) -> int:
     return x.untyped_storage().data_ptr()
+
+
+def unrecorded(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate what prepares a pass, once for all passes: its operations are not repeated."""
+
+    @functools.wraps(function)
+    def prepare(*args: P.args, **kwargs: P.kwargs) -> R:
+        if STATE.recording is None:
+            return function(*args, **kwargs)
+        with STATE.recording.pause():
+            return function(*args, **kwargs)
+
+    return prepare
