@@ -217,10 +217,11 @@ def test_accelerated(entry: Entry) -> None:
             model, inputs = model.get_submodule("backbone"), images(64)
         expected = list(tensors(run(model, inputs)))
         fast = all_sparse(model, inputs)
-        found = list(tensors(run(fast, inputs)))
+        passes = [list(tensors(run(fast, inputs))) for _ in range(3)]  # the third repeats steps
     if any(isinstance(module, LAYERS) for module in model.modules()):
         assert "sparse" in fast.choices.values()
-    assert_same(found, [t.detach() for t in expected])
+    for found in passes:
+        assert_same(found, [t.detach() for t in expected])
 
 
 def test_the_names_are_told_apart() -> None:

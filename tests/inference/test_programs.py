@@ -1,0 +1,312 @@
+"""Passes that are repeated without their Python: the same outputs, whatever the inputs are then."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from accelerating import all_sparse, assert_same, pruned
+from hypothesis import given
+from hypothesis import strategies as st
+from skipping import seeds
+from strange import CASES, Residual, conv, linear
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+from torch_adapmtl.inference import AcceleratedModel, _program, accelerate
+from torch_adapmtl.inference._program import MOST_PROGRAMS, Program, is_repeatable
+from torch_adapmtl.inference._record import Arena, NotRepeatableError, Recording
+
+MOST = 2**24
+
+# Of torch, once in a process.
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+
+
+def other_values(x: Any) -> Any:
+    """Another tensor of the same form; integers, which may be indices, stay."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        return x
+    return torch.empty_like(x).copy_(torch.randn(x.shape))  # with the strides of `x`
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    inputs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
+    with torch.no_grad():
+        return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+
+
+def check(fast: nn.Module, model: nn.Module, inputs: Any) -> None:
+    found, expected = (tree_leaves(call(part, inputs)) for part in (fast, model))
+    pairs = [(a, b) for a, b in zip(found, expected, strict=True) if isinstance(b, Tensor)]
+    assert_same([a for a, _ in pairs], [b for _, b in pairs])
+
+
+def programs(fast: AcceleratedModel) -> list[Program]:
+    return [x for x in fast._programs._found.values() if isinstance(x, Program)]
+
+
+def recorded(model: nn.Module, *inputs: Any) -> AcceleratedModel:
+    """The model accelerated, with a program for inputs of that form."""
+    fast = all_sparse(model, inputs)
+    for _ in range(2):
+        fast(*inputs)
+    return fast
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_passes_with_other_values(name: str) -> None:
+    case = CASES[name]
+    model = pruned(case.model(), 0.7)
+    fast = all_sparse(model, copy.deepcopy(case.inputs))
+    for _ in range(4):
+        for inputs in (case.inputs, *case.others):
+            check(fast, model, tree_map(other_values, inputs))
+
+
+def test_most_graphs_are_repeated() -> None:
+    found = []
+    for case in CASES.values():
+        fast = all_sparse(pruned(case.model(), 0.7), copy.deepcopy(case.inputs))
+        for _ in range(2):
+            call(fast, case.inputs)
+        if fast._programs._is_repeatable:
+            found.append(bool(programs(fast)))
+    assert len(found) > len(CASES) / 2
+    assert sum(found) > 0.9 * len(found)
+
+
+def test_nothing_of_the_models_python_runs() -> None:
+    model, x = pruned(Residual(), 0.7), torch.randn(2, 3, 32, 32)
+    fast = recorded(model, x)
+    fast.module.forward = None  # type: ignore[assignment]
+    for _ in range(2):
+        check(fast, model, (torch.randn(2, 3, 32, 32),))
+
+
+def test_outputs_and_inputs_are_the_callers() -> None:
+    model, x = pruned(nn.Sequential(conv(3, 8), nn.ReLU()), 0.7), torch.randn(2, 3, 16, 16)
+    fast = recorded(model, x)
+    before, y = x.clone(), fast(x)
+    kept = y.clone()
+    fast(torch.randn(2, 3, 16, 16))
+    assert torch.equal(y, kept)  # the next pass has other memory for its outputs
+    y.zero_()
+    assert torch.equal(fast(x), kept)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_recorded_in_one_mode_repeated_in_another(mode: Callable[[], Any]) -> None:
+    model, x = pruned(Residual(), 0.7), torch.randn(2, 3, 32, 32)
+    fast = all_sparse(model, x)
+    with mode():
+        for _ in range(3):
+            y = fast(x)["a"]
+        assert y.is_inference() == torch.is_inference_mode_enabled()
+    for other in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with other():
+            check(fast, model, (torch.randn(2, 3, 32, 32),))
+    assert len(programs(fast)) == 1
+
+
+def test_those_who_watch_operations_see_them() -> None:
+    model, x = pruned(nn.Sequential(conv(3, 8), conv()), 0.7), torch.randn(2, 3, 16, 16)
+    fast = accelerate(model, x, choices={"0": "dense", "1": "sparse"})
+    for _ in range(4):
+        fast(x)
+    with FlopCounterMode(display=False) as counter:
+        fast(x)
+    assert counter.get_total_flops() > 0
+
+
+class Several(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = conv(3, 8), linear(8, 4)
+
+    def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        y = self.body(x)
+        place = torch.arange(y.shape[-1], device=y.device)
+        pooled = self.head(y.mean((2, 3)))
+        return pooled, {"sum": y + place, "ids": ids * 2, "size": y.shape[-1]}
+
+
+def test_structures_integers_and_constants() -> None:
+    model = pruned(Several(), 0.7)
+    inputs = torch.randn(2, 3, 16, 16), torch.tensor([3, 4])
+    fast = recorded(model, *inputs)
+    assert programs(fast)
+    inputs = torch.randn(2, 3, 16, 16), torch.tensor([7, -1])
+    _, found = fast(*inputs)
+    assert found["size"] == 16
+    assert found["ids"].tolist() == [14, -2]
+    check(fast, model, inputs)
+
+
+def test_a_buffer_that_counts_goes_on() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = linear(8, 4)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls.add_(1)
+            return self.layer(x) + self.calls
+
+    model, x = pruned(Counts(), 0.5), torch.randn(3, 8)
+    fast = all_sparse(model, x)
+    first = float((fast(x) - model.layer(x)).mean().detach())
+    for i in range(1, 6):
+        found = float((fast(x) - model.layer(x)).mean().detach())
+        assert found == pytest.approx(first + i, abs=1e-4)
+
+
+class Centred(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = conv(3, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x - x.mean(0, keepdim=True))
+
+
+@pytest.mark.parametrize("batch", [2, 7, 12])
+@pytest.mark.parametrize("make", [Residual, Centred])
+def test_parts_of_a_batch(
+    make: Callable[[], nn.Module], batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = pruned(make(), 0.7)
+    fast = all_sparse(model, torch.zeros(batch, 3, 16, 16))
+    one = recorded(model, torch.zeros(1, 3, 16, 16))
+    monkeypatch.setattr(_program, "MOST_IN_CACHE", 5 * programs(one)[0].size)
+    for _ in range(2):
+        fast(torch.zeros(batch, 3, 16, 16))  # whose images are alike
+    (program,) = programs(fast)
+    parts = {2: None, 7: 1, 12: 4}[batch] if make is Residual else None
+    assert program._part == parts
+    for _ in range(2):
+        check(fast, model, (torch.randn(batch, 3, 16, 16),))
+    seconds = program.seconds()
+    assert set(seconds) - {""} == set(fast.choices)
+    assert all(value > 0 for value in seconds.values())
+
+
+def test_what_takes_too_much_memory_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_program, "MOST_FLOATS", 1000)
+    model, x = pruned(Residual(), 0.7), torch.randn(2, 3, 32, 32)
+    fast = recorded(model, x)
+    assert not programs(fast)
+    check(fast, model, (x,))
+
+
+def test_only_so_many_forms_are_remembered() -> None:
+    model = pruned(nn.Sequential(conv(3, 8)), 0.7)
+    fast = all_sparse(model, torch.randn(1, 3, 8, 8))
+    for _ in range(3):
+        for size in range(8, 8 + 2 * MOST_PROGRAMS):
+            for _ in range(3):
+                check(fast, model, (torch.randn(1, 3, size, 8),))
+    assert len(fast._programs._found) == MOST_PROGRAMS
+
+
+def test_the_number_of_threads_may_change() -> None:
+    model, x = pruned(Residual(), 0.7), torch.randn(2, 3, 32, 32)
+    fast, before = recorded(model, x), torch.get_num_threads()
+    try:
+        for threads in (2, 1, 2, 1, 2):
+            torch.set_num_threads(threads)
+            check(fast, model, (torch.randn(2, 3, 32, 32),))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_copies_record_anew() -> None:
+    model, x = pruned(Residual(), 0.7), torch.randn(2, 3, 32, 32)
+    fast = recorded(model, x)
+    for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert not programs(other)
+        for _ in range(3):
+            check(other, model, (torch.randn(2, 3, 32, 32),))
+        assert programs(other)[0] is not programs(fast)[0]
+
+
+def test_several_threads_at_once() -> None:
+    model = pruned(Residual(), 0.7)
+    inputs = [torch.randn(2, 3, 24 + 8 * (i % 2), 32) for i in range(4)]
+    expected = [call(model, (x,)) for x in inputs]
+    fast, faults = all_sparse(model, inputs[0]), []
+
+    def work(i: int) -> None:
+        try:
+            for _ in range(20):
+                assert_same(tree_leaves(fast(inputs[i])), tree_leaves(expected[i]))
+        except BaseException as error:
+            faults.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x * float(x.sum()),
+        lambda x: x.add_(1),
+        lambda x: x * (1 if bool((x > 0).any()) else 2),
+        lambda x: torch.equal(x, x),
+    ],
+)
+def test_what_cannot_be_repeated(function: Callable[[Tensor], Any]) -> None:
+    x = torch.randn(3)
+    with pytest.raises(NotRepeatableError), Recording([x], MOST):
+        function(x)
+    assert torch.empty(3).data_ptr()  # and nothing is recorded any more
+
+
+def test_functions_that_torch_does_not_see() -> None:
+    def graph(function: Callable[[Tensor], Any]) -> torch.fx.GraphModule:
+        made, root = torch.fx.Graph(), nn.Module()
+        made.output(made.call_function(function, (made.placeholder("x"),)))
+        return torch.fx.GraphModule(root, made)
+
+    assert is_repeatable(graph(torch.relu))
+    assert not is_repeatable(graph(lambda x: torch.from_numpy(x.numpy() + 1)))
+    assert not is_repeatable(nn.ReLU())
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 3)), max_size=60), seeds)
+def test_an_arena_gives_no_memory_twice(steps: list[tuple[int, int]], seed: int) -> None:
+    torch.manual_seed(seed)
+    arena, live = Arena(MOST), []
+    for count, dropped in steps:
+        x = arena.take(count)[:count]
+        x.copy_(torch.randn(count))
+        live.append((x, x.clone()))
+        for other, values in live:
+            assert torch.equal(other, values)
+            unclaimed = arena.unclaimed(other[1:])
+            assert torch.equal(unclaimed, values[1:])
+        del live[:dropped]
+        x = other = None  # type: ignore[assignment]
+        gc.collect(0)
+    assert arena.size <= sum(max(count, 1) for count, _ in steps)
+
+
+def test_an_arena_uses_memory_again() -> None:
+    x = torch.randn(1, 8, 32, 32)
+    layers = [pruned(conv(8, 8), 0.7) for _ in range(12)]
+    few, many = (recorded(nn.Sequential(*layers[:n]).eval(), x) for n in (3, 12))
+    assert programs(many)[0].size == programs(few)[0].size
