@@ -6,8 +6,9 @@ import re
 
 import pytest
 
-from torch_adapmtl.inference._compile import assembly, host_width, kernels
-from torch_adapmtl.inference._kernels import MOST_VECTORS, WORKS
+from torch_adapmtl.inference._kernels.compile import assembly, host_width, kernels
+from torch_adapmtl.inference._kernels.convolve import MOST_VECTORS
+from torch_adapmtl.inference._kernels.fields import WORKS
 
 X86 = "x86_64-unknown-linux-gnu"
 # Floats in a vector, the processor, and a multiply-add of its vectors in its assembly.

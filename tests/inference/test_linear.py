@@ -146,3 +146,13 @@ def test_refusals() -> None:
         RuntimeError, match=r"SparseLinear computes no gradients, but its input requ"
     ):
         layer(torch.randn(5, 3, requires_grad=True))
+
+
+@pytest.mark.parametrize("module", [nn.SiLU(), nn.GELU(), nn.GELU("tanh"), nn.Hardswish()])
+@pytest.mark.parametrize("width", [4, 8, 16])
+def test_activations_over_their_range(module: nn.Module, width: int) -> None:
+    x = torch.cat([torch.linspace(-12, 12, 20_001), torch.linspace(-200, 200, 2_001)])[:, None]
+    with vectors_of(width):
+        found = SparseLinear(torch.ones(1, 1), None, Activation(module))(x)
+    exact = module(x.double())
+    assert float(((found - exact).abs() / (1 + exact.abs())).max()) < 3e-7

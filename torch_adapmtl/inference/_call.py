@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._compile import Kernels, host_width, kernels
-from ._kernels import FIELD, FIELDS
+from ._kernels.compile import Kernels, host_width, kernels
+from ._kernels.fields import FIELD, FIELDS
 from ._maps import Map
 from ._record import STATE
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._call import engine, fields
-from ._kernels import FIRST, LAST, MOST_VECTORS
+from ._kernels.convolve import FIRST, LAST, MOST_VECTORS
 from ._maps import Map
 
 ROWS = 400 * 1024  # bytes of output that a block of filters has in a strip

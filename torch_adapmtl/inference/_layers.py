@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ._call import LEAD, RESIDUAL, TAIL, THREADS, Fields, X, Y, run, threads, transpose_into
 from ._filters import Filters
-from ._kernels import CLAMP, HARDSWISH, NONE
+from ._kernels.activations import CLAMP, GELU, GELU_TANH, HARDSWISH, NONE, SILU
 from ._maps import MOST_FLOATS, Held, Map, floats, held, show
 from ._record import unrecorded
 
@@ -35,6 +35,10 @@ class Activation:
             self.kernel = (CLAMP, 0.0, float("inf"))
         elif isinstance(module, nn.Hardswish):
             self.kernel = (HARDSWISH, 0.0, 0.0)
+        elif isinstance(module, nn.SiLU):
+            self.kernel = (SILU, 0.0, 0.0)
+        elif isinstance(module, nn.GELU):
+            self.kernel = (GELU if module.approximate == "none" else GELU_TANH, 0.0, 0.0)
         elif module is not None:
             self.after = module
 

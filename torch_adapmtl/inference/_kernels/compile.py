@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ._kernels import WORKS, source
+from .fields import WORKS
+from .source import source
 
 
 @dataclass(frozen=True)

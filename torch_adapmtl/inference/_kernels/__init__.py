@@ -1,0 +1,1 @@
+"""The kernels: LLVM IR, compiled in the process."""
