@@ -220,8 +220,11 @@ def test_accelerated(entry: Entry) -> None:
         passes = [list(tensors(run(fast, inputs))) for _ in range(3)]  # the third repeats steps
     if any(isinstance(module, LAYERS) for module in model.modules()):
         assert "sparse" in fast.choices.values()
+    exact = [t.detach() for t in expected]
+    # A head may give small differences of large numbers, of which torch's own error is as large.
+    largest = max(float(t.abs().max()) for t in exact if t.numel())
     for found in passes:
-        assert_same(found, [t.detach() for t in expected])
+        assert_same(found, exact, largest)
 
 
 def test_the_names_are_told_apart() -> None:
