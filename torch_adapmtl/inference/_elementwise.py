@@ -132,14 +132,8 @@ def concatenate(tensors: Sequence[Any]) -> Any:
     )
     layout = padded(batch, sum(x.shape[1] for x in tensors), height, width, rows, columns)
     buffer, channel = floats(layout.size), 0
-    buffer[: layout.lead] = 0
-    buffer[layout.size - layout.lead :] = 0
-    for x, found in zip(tensors, maps, strict=True):
-        if found is not None and _alike(found.layout, layout):
-            begin = layout.lead + channel * layout.pitch
-            buffer[begin : begin + found.layout.channels * layout.pitch] = found.body
-        else:
-            part = x if x.stride(3) == 1 else x.contiguous()
-            copy_into(part, layout, buffer, channel, (0, height, 0, width))
+    for x in tensors:
+        part = x if x.stride(3) == 1 else x.contiguous()
+        copy_into(part, layout, buffer, channel, (0, height, 0, width))
         channel += x.shape[1]
     return show_like(layout, buffer, *given)

@@ -181,13 +181,38 @@ class Recording(TorchDispatchMode):
     def _add(self, func: Any, args: Any, kwargs: Any, results: Any) -> None:
         args, kwargs, results = tree_map(self.arena.unclaimed, (args, kwargs, results))
         places = [x for x in tree_leaves(results) if x is not None]
+        self.steps.append(Step(self._layer, _repeat(func, args, kwargs, places)))
 
-        def repeat() -> None:
-            made = tree_leaves(func(*args, **kwargs))
-            for place, x in zip(places, made, strict=False):  # none if it works in place
-                place.copy_(x)
 
-        self.steps.append(Step(self._layer, repeat))
+def _repeat(func: Any, args: Any, kwargs: Any, places: list[Tensor]) -> Callable[[], Any]:
+    """A function that does an operation again, with its results in the same places."""
+    if not places:  # it works in place
+        return functools.partial(func, *args, **kwargs)
+    if func is torch.ops.aten.clone.default:
+        return functools.partial(places[0].copy_, args[0])
+    found = _writing(func)
+    if found is not None:
+        into, name = found
+        return functools.partial(into, *args, **kwargs, **{name: places[0]})
+
+    def repeat() -> None:
+        for place, x in zip(places, tree_leaves(func(*args, **kwargs)), strict=True):
+            place.copy_(x)
+
+    return repeat
+
+
+@functools.cache
+def _writing(func: Any) -> tuple[Any, str] | None:
+    """The overload of an operation that writes to a given tensor, and what it calls that."""
+    given = [(x.name, str(x.type)) for x in func._schema.arguments]
+    for name in func.overloadpacket.overloads():
+        overload = getattr(func.overloadpacket, name)
+        own = overload._schema.arguments
+        written = [x.name for x in own if x.is_out]
+        if len(written) == 1 and given == [(x.name, str(x.type)) for x in own if not x.is_out]:
+            return overload, written[0]
+    return None
 
 
 def _memory(x: Tensor) -> int:
