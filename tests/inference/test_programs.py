@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import pickle
 import threading
@@ -20,7 +21,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from torch_adapmtl.inference import AcceleratedModel, _program, accelerate
+from torch_adapmtl.inference import (
+    AcceleratedModel,
+    _call,
+    _elementwise,
+    _filters,
+    _map_modules,
+    _program,
+    accelerate,
+)
 from torch_adapmtl.inference._program import MOST_PROGRAMS, Program, is_repeatable
 from torch_adapmtl.inference._record import Arena, NotRepeatableError, Recording
 
@@ -310,3 +319,37 @@ def test_an_arena_uses_memory_again() -> None:
     layers = [pruned(conv(8, 8), 0.7) for _ in range(12)]
     few, many = (recorded(nn.Sequential(*layers[:n]).eval(), x) for n in (3, 12))
     assert programs(many)[0].size == programs(few)[0].size
+
+
+def test_without_openmp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads of Python's are no part of a program, which would call what is not there."""
+    without = dataclasses.replace(_call.engine(), parallel=0)
+    for module in (_call, _filters, _map_modules, _elementwise, _program):
+        monkeypatch.setattr(module, "engine", lambda: without)
+    monkeypatch.setattr(_call, "SMALL", 100)
+    model, x, before = pruned(Residual(), 0.7), torch.randn(2, 3, 32, 32), torch.get_num_threads()
+    try:
+        for threads in (2, 1):
+            torch.set_num_threads(threads)
+            fast = recorded(model, x)
+            assert bool(programs(fast)) == (threads == 1)
+            check(fast, model, (torch.randn(2, 3, 32, 32),))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_strides_of_parts_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = conv(3, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.layer(x)).clone().flatten(2).transpose(1, 2)
+
+    monkeypatch.setattr(_program, "MOST_IN_CACHE", 1)
+    model, x = pruned(Tokens(), 0.7), torch.randn(6, 3, 16, 16)
+    fast = recorded(model, x)
+    assert programs(fast)[0]._part == 1
+    assert fast(x).stride() == call(model, (x,)).stride()
+    check(fast, model, (x,))

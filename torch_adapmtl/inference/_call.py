@@ -16,7 +16,7 @@ from torch import Tensor
 from ._kernels.compile import Kernels, host_width, kernels
 from ._kernels.fields import FIELD, FIELDS
 from ._maps import Map
-from ._record import STATE
+from ._record import STATE, NotRepeatableError
 
 # Multiply-adds, or floats to copy, below which a second thread costs more than it saves.
 SMALL = 400_000
@@ -50,9 +50,12 @@ def run(call: ctypes.Array[ctypes.c_int64], alive: Any = None) -> None:
         alive: What holds the memory that the fields point to, apart from inputs and outputs.
     """
     kernels, count = engine(), call[THREADS]
+    by_python = count > 1 and not kernels.parallel  # no OpenMP that we know: threads of Python's
     if STATE.recording is not None:
+        if by_python:
+            raise NotRepeatableError("threads of Python's do a part of it")
         STATE.recording.add_call(call, alive)
-    if count > 1 and not kernels.parallel:  # no OpenMP that we know: threads of Python's
+    if by_python:
         call[THREADS] = 1
         others = [_pool().submit(kernels.run, call) for _ in range(count - 1)]
         kernels.run(call)

@@ -85,10 +85,7 @@ class Program:
             self._copy_inputs(leaves)
             self._pass()
             return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self._outputs)
-        whole = tree_map(
-            lambda x: x.new_empty(self._batch, *x.shape[1:]) if isinstance(x, Tensor) else x,
-            self._outputs,
-        )
+        whole = tree_map(self._empty_whole, self._outputs)
         pairs = [
             (to, x)
             for to, x in zip(tree_leaves(whole), tree_leaves(self._outputs), strict=True)
@@ -101,6 +98,13 @@ class Program:
             for to, x in pairs:
                 to[images] = x
         return whole
+
+    def _empty_whole(self, x: Any) -> Any:
+        """A tensor for the whole batch whose dimensions lie in memory in the order of a part's."""
+        if not isinstance(x, Tensor):
+            return x
+        order = sorted(range(x.dim()), key=x.stride, reverse=True)
+        return torch.empty_permuted((self._batch, *x.shape[1:]), order, dtype=x.dtype, device="cpu")
 
     def _copy_inputs(self, leaves: list[Any]) -> None:
         for own, x in zip(self._inputs, leaves, strict=True):
