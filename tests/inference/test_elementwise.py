@@ -98,3 +98,21 @@ def test_an_activation_in_place_changes_the_tensor_that_it_is_given() -> None:
     assert y is x
     assert torch.equal(x, expected)
     assert_zero_around(x)
+
+
+@pytest.mark.parametrize("width", [4, 8, 16])
+@pytest.mark.parametrize("size", [(16, 1, 1), (4, 2, 2), (8, 1, 2), (1, 4, 4), (3, 2, 2)])
+def test_factors_of_small_images(size: tuple[int, int, int], width: int) -> None:
+    batch, height, so_wide = size
+    x, gate = torch.randn(batch, 8, height, so_wide), torch.randn(batch, 8, 1, 1)
+    gate[0, 0] = math.inf
+    with vectors_of(width):
+        for margin in (0, 1):
+            y = _elementwise.multiply(shown(x, margin), gate)
+            torch.testing.assert_close(contiguous(y), x * gate, equal_nan=True)
+            assert_zero_around(y)
+
+
+def test_the_mean_of_many_equal_numbers() -> None:
+    x = shown(torch.full((1, 1, 512, 512), 0.1), 0)
+    assert float(_elementwise.mean(x)) == pytest.approx(0.1, rel=1e-6)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerating import all_sparse, assert_same, pruned
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,8 +31,9 @@ from torch_adapmtl.inference import (
     _program,
     accelerate,
 )
-from torch_adapmtl.inference._program import MOST_PROGRAMS, Program, is_repeatable
+from torch_adapmtl.inference._program import MOST_PROGRAMS, Program
 from torch_adapmtl.inference._record import Arena, NotRepeatableError, Recording
+from torch_adapmtl.inference._repeatable import is_repeatable, keeps_images_apart
 
 MOST = 2**24
 
@@ -89,7 +91,7 @@ def test_most_graphs_are_repeated() -> None:
         if fast._programs._is_repeatable:
             found.append(bool(programs(fast)))
     assert len(found) > len(CASES) / 2
-    assert sum(found) > 0.9 * len(found)
+    assert sum(found) > 0.8 * len(found)
 
 
 def test_nothing_of_the_models_python_runs() -> None:
@@ -141,42 +143,118 @@ class Several(nn.Module):
         super().__init__()
         self.body, self.head = conv(3, 8), linear(8, 4)
 
-    def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        y = self.body(x)
-        place = torch.arange(y.shape[-1], device=y.device)
-        pooled = self.head(y.mean((2, 3)))
-        return pooled, {"sum": y + place, "ids": ids * 2, "size": y.shape[-1]}
+    def forward(self, x: Tensor, scale: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        y = self.body(x) * scale
+        return self.head(y.mean((2, 3))), {"sum": y + 1, "size": y.shape[-1]}
 
 
-def test_structures_integers_and_constants() -> None:
+def test_structures_and_tensors_without_dimensions() -> None:
     model = pruned(Several(), 0.7)
-    inputs = torch.randn(2, 3, 16, 16), torch.tensor([3, 4])
-    fast = recorded(model, *inputs)
+    fast = recorded(model, torch.randn(2, 3, 16, 16), torch.tensor(2.0))
     assert programs(fast)
-    inputs = torch.randn(2, 3, 16, 16), torch.tensor([7, -1])
-    _, found = fast(*inputs)
-    assert found["size"] == 16
-    assert found["ids"].tolist() == [14, -2]
+    inputs = torch.randn(2, 3, 16, 16), torch.tensor(-3.0)
+    assert fast(*inputs)[1]["size"] == 16
     check(fast, model, inputs)
 
 
-def test_a_buffer_that_counts_goes_on() -> None:
-    class Counts(nn.Module):
+class Peak(nn.Module):
+    """Keeps the largest value that it met."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = conv(3, 8)
+        self.register_buffer("peak", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.peak.copy_(torch.maximum(self.peak, x.max()))
+        return self.layer(x) + self.peak
+
+
+def rows(x: Tensor, layer: nn.Module) -> Tensor:
+    return layer(x)[x[:, 0] > 0].sum(0)
+
+
+def masked(x: Tensor, layer: nn.Module) -> Tensor:
+    return layer(x) * (x > 0).t_().t()
+
+
+def split(x: Tensor, layer: nn.Module) -> Tensor:
+    return torch.tensor_split(layer(x), x.argmax(0)[:1] + 1)[0].sum(0)
+
+
+def noisy(x: Tensor, layer: nn.Module) -> Tensor:
+    return layer(F.rrelu(layer(x)))
+
+
+def constant(x: Tensor, layer: nn.Module) -> Tensor:
+    return layer(x) + layer(x.new_tensor([[float(i) for i in range(8)]] * 8))
+
+
+def imaginary(x: Tensor, layer: nn.Module) -> Tensor:
+    return torch.view_as_complex(layer(x).view(8, 4, 2)).conj().imag * 1
+
+
+def written(x: Tensor, layer: nn.Module) -> Tensor:
+    return torch.zeros(8, 8).scatter_(1, x.argmax(1, keepdim=True), 1.0) + layer(x)
+
+
+def sparse_product(x: Tensor, layer: nn.Module) -> Tensor:
+    return torch.sparse.mm(torch.eye(8).to_sparse(), layer(x))
+
+
+def of_integers(x: Tensor, layer: nn.Module) -> Tensor:
+    return layer(x) + x.argmax(1, keepdim=True) * 2
+
+
+def added_to_input(x: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor]:
+    return layer(x).add_(x), x
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        *(rows, masked, split, noisy, constant, imaginary, written, sparse_product),
+        *(of_integers, added_to_input),
+    ],
+)
+def test_what_a_list_of_steps_would_get_wrong(function: Callable[..., Any]) -> None:
+    class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layer = linear(8, 4)
-            self.register_buffer("calls", torch.zeros(()))
+            self.layer = linear(8, 8)
+
+        def forward(self, x: Tensor) -> Any:
+            return function(x, self.layer)
+
+    model, x = pruned(Net(), 0.5), torch.randn(8, 8)
+    fast = all_sparse(model, x)
+    for _ in range(5):
+        check(fast, model, (torch.randn(8, 8),))
+
+
+def test_a_model_with_a_state_goes_on() -> None:
+    model, x = pruned(Peak(), 0.7), torch.zeros(1, 3, 16, 16)
+    fast = all_sparse(model, x)
+    for i in range(5):
+        check(fast, model, (torch.rand(1, 3, 16, 16) + i,))
+    assert not programs(fast)
+
+
+def test_a_parameter_may_be_moved() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.scale = conv(3, 8), nn.Parameter(torch.rand(1, 8, 1, 1))
 
         def forward(self, x: Tensor) -> Tensor:
-            self.calls.add_(1)
-            return self.layer(x) + self.calls
+            return self.layer(x) * self.scale
 
-    model, x = pruned(Counts(), 0.5), torch.randn(3, 8)
-    fast = all_sparse(model, x)
-    first = float((fast(x) - model.layer(x)).mean().detach())
-    for i in range(1, 6):
-        found = float((fast(x) - model.layer(x)).mean().detach())
-        assert found == pytest.approx(first + i, abs=1e-4)
+    model, x = pruned(Scaled(), 0.7), torch.randn(1, 3, 16, 16)
+    fast = recorded(model, x)
+    assert programs(fast)
+    fast.share_memory()
+    for _ in range(3):
+        check(fast, model, (torch.randn(1, 3, 16, 16),))
 
 
 class Centred(nn.Module):
@@ -196,11 +274,11 @@ def test_parts_of_a_batch(
     model = pruned(make(), 0.7)
     fast = all_sparse(model, torch.zeros(batch, 3, 16, 16))
     one = recorded(model, torch.zeros(1, 3, 16, 16))
-    monkeypatch.setattr(_program, "MOST_IN_CACHE", 5 * programs(one)[0].size)
+    monkeypatch.setattr(_program, "MOST_IN_CACHE", 3 * programs(one)[0].size)
     for _ in range(2):
         fast(torch.zeros(batch, 3, 16, 16))  # whose images are alike
     (program,) = programs(fast)
-    parts = {2: None, 7: 1, 12: 4}[batch] if make is Residual else None
+    parts = {2: None, 7: 1, 12: 3}[batch] if make is Residual else None
     assert program._part == parts
     for _ in range(2):
         check(fast, model, (torch.randn(batch, 3, 16, 16),))
@@ -274,13 +352,17 @@ def test_several_threads_at_once() -> None:
     [
         lambda x: x * float(x.sum()),
         lambda x: x.add_(1),
+        lambda x: x.relu().t_(),
+        lambda x: torch.rand_like(x),
+        lambda x: (x > 0) * x,
+        lambda x: x.unique(),
         lambda x: x * (1 if bool((x > 0).any()) else 2),
         lambda x: torch.equal(x, x),
     ],
 )
 def test_what_cannot_be_repeated(function: Callable[[Tensor], Any]) -> None:
     x = torch.randn(3)
-    with pytest.raises(NotRepeatableError), Recording([x], MOST):
+    with pytest.raises(NotRepeatableError), Recording(MOST):
         function(x)
     assert torch.empty(3).data_ptr()  # and nothing is recorded any more
 
@@ -338,18 +420,67 @@ def test_without_openmp(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.set_num_threads(before)
 
 
-def test_strides_of_parts_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Tokens(nn.Module):
+def test_parts_lie_in_memory_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_program, "MOST_IN_CACHE", 1)
+    model = pruned(nn.Sequential(conv(3, 8), nn.ReLU(), conv()), 0.7)
+    x = torch.randn(6, 3, 16, 16).to(memory_format=torch.channels_last)
+    fast = accelerate(model, x, choices={"0": "sparse", "2": "dense"})
+    before = [fast(x).stride() for _ in range(3)]
+    assert programs(fast)[0]._part == 1
+    assert len({*before}) == 1
+    check(fast, model, (x,))
+
+
+def test_numbers_about_the_batch_are_no_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = conv(3, 8)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, int]:
+            return self.layer(x), x.shape[0]
+
+    monkeypatch.setattr(_program, "MOST_IN_CACHE", 1)
+    model, x = pruned(Counts(), 0.7), torch.randn(6, 3, 16, 16)
+    fast = recorded(model, x)
+    assert fast(x)[1] == 6
+
+
+def extreme(x: Tensor) -> Tensor:
+    return x / x.abs().max().clamp(min=10)
+
+
+def standardised(x: Tensor) -> Tensor:
+    return (x - x.mean()) / x.std()
+
+
+def ranked(x: Tensor) -> Tensor:
+    return x.softmax(0)
+
+
+@pytest.mark.parametrize("function", [extreme, standardised, ranked, lambda x: x.flip(0)])
+def test_images_that_see_each_other_stay_together(
+    function: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.layer = conv(3, 8)
 
         def forward(self, x: Tensor) -> Tensor:
-            return torch.relu(self.layer(x)).clone().flatten(2).transpose(1, 2)
+            return self.layer(function(x))
 
     monkeypatch.setattr(_program, "MOST_IN_CACHE", 1)
-    model, x = pruned(Tokens(), 0.7), torch.randn(6, 3, 16, 16)
-    fast = recorded(model, x)
-    assert programs(fast)[0]._part == 1
-    assert fast(x).stride() == call(model, (x,)).stride()
-    check(fast, model, (x,))
+    model = pruned(Net(), 0.7)
+    fast = all_sparse(model, torch.zeros(4, 3, 16, 16))
+    for i in range(5):
+        check(fast, model, (30 * torch.rand(4, 3, 16, 16) * i + 0.1,))
+    assert not keeps_images_apart(fast.module)
+
+
+def test_forms_that_change_all_the_time_are_not_recorded() -> None:
+    fast = all_sparse(pruned(nn.Sequential(conv(3, 8)), 0.7), torch.randn(1, 3, 8, 8))
+    for size in range(8, 8 + 3 * MOST_PROGRAMS):
+        for _ in range(2):
+            fast(torch.randn(1, 3, size, 8))
+    assert not programs(fast)

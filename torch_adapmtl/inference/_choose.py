@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,8 +14,8 @@ from ._copy_model import call_once, writes_to_inputs
 from ._fuse import link
 from ._fused_layer import FusedLayer
 from ._measure import MOST, Candidate, measure
-from ._program import is_repeatable, record
-from ._record import NotRepeatableError
+from ._program import record
+from ._repeatable import is_repeatable
 from ._windows import SparseConv2d
 from .report import AccelerationReport, LayerChoice
 
@@ -67,10 +66,7 @@ def choose(
     def candidate(choices: Mapping[str, str]) -> Candidate:
         apply(choices)
         call(module)  # the layers plan
-        program = None
-        if programs:
-            with suppress(NotRepeatableError):
-                program = record(module, *tree_flatten((args, kwargs)))
+        program = record(module, *tree_flatten((args, kwargs))) if programs else None
         return Candidate(lambda: call(module), lambda: apply(choices), program)
 
     chosen = {layer.name: forced.get(layer.name, "sparse") for layer in tried}

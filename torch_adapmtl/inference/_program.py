@@ -14,22 +14,20 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from ._call import Fields, clock, engine
 from ._copy_model import close
-from ._nodes import module_of
-from ._record import NotRepeatableError, Recording, Step
-from ._trace import is_plain
+from ._record import Arena, NotRepeatableError, Recording, Step, extent, is_plain
+from ._repeatable import is_repeatable, keeps_images_apart
 
 MOST_PROGRAMS = 4  # forms of inputs that a model remembers
+FEWEST_CALLS = 8  # for which a program is worth the recording
 MOST_FLOATS = 2**24  # that a program may keep for itself, 64 MiB
 MOST_IN_CACHE = 3 * 2**20  # that the activations of a part of a batch may take, 12 MiB
 
 _MET, _NOT_REPEATABLE = "met", "not repeatable"
-
-_NO_TENSORS = ("numpy", "tolist", "data_ptr", "__array__")  # methods that torch does not show
 
 
 class Program:
@@ -43,6 +41,7 @@ class Program:
 
     Attributes:
         lock: Only one thread may call the program.
+        calls: How often it was called.
         size: Number of floats that its activations take.
 
     Raises:
@@ -52,16 +51,15 @@ class Program:
     def __init__(
         self, module: nn.Module, leaves: list[Any], spec: Any, part: int | None = None
     ) -> None:
-        self.lock = threading.Lock()
+        self.lock, self.calls = threading.Lock(), 0
         tensors = [x for x in leaves if isinstance(x, Tensor)]
         self._part, self._batch = part, len(tensors[0]) if part else 0
         with torch.inference_mode(False), torch.no_grad():
-            self._inputs = [x[:part].clone() if isinstance(x, Tensor) else x for x in leaves]
+            self._inputs = [_part(x, part).clone() if isinstance(x, Tensor) else x for x in leaves]
             args, kwargs = tree_unflatten(self._inputs, spec)
-            own = (x for x in self._inputs if isinstance(x, Tensor))
-            with Recording(own, MOST_FLOATS) as recording:
+            with Recording(MOST_FLOATS) as recording:
                 self._outputs = module(*args, **kwargs)
-        self._check_outputs()
+        self._check_outputs(recording.arena)
         self._alive = recording.arena, recording.alive
         self.size = recording.arena.size
         self._steps = _joined(recording.steps)
@@ -69,18 +67,22 @@ class Program:
             (layer, _joined(steps)) for layer, steps in groupby(recording.steps, lambda s: s.layer)
         ]
 
-    def _check_outputs(self) -> None:
+    def _check_outputs(self, arena: Arena) -> None:
         outputs = tree_leaves(self._outputs)
         tensors = [x for x in outputs if isinstance(x, Tensor)]
         if not all(map(_is_simple, outputs)):
             raise NotRepeatableError("it returns an object that may hold tensors")
+        if not all(arena.holds(x) and extent(x) == x.numel() for x in tensors):
+            raise NotRepeatableError("it returns what it was given, or a part of a tensor")
         if len({x.untyped_storage().data_ptr() for x in tensors}) < len(tensors):
             raise NotRepeatableError("it returns tensors that share memory")
-        if self._part and not all(x.dim() and len(x) == self._part for x in tensors):
+        is_batch = len(tensors) == len(outputs) and all(x.dim() for x in tensors)
+        if self._part and not (is_batch and all(len(x) == self._part for x in tensors)):
             raise NotRepeatableError("it returns what is not a batch")
 
     def __call__(self, leaves: list[Any]) -> Any:
         """The outputs for other inputs of the same form."""
+        self.calls += 1
         if self._part is None:
             self._copy_inputs(leaves)
             self._pass()
@@ -135,40 +137,29 @@ class Program:
         return result
 
 
-def record(module: nn.Module, leaves: list[Any], spec: Any) -> Program:
+def record(module: nn.Module, leaves: list[Any], spec: Any) -> Program | None:
     """A program for a model and inputs; batches whose maps would not fit into caches are split.
 
-    Raises:
-        NotRepeatableError: If the model does more than operations on tensors, or if it takes too
-            much memory.
+    Returns:
+        None if the model does more than operations on float32 tensors, or takes too much memory.
     """
     batch = _batch_of(leaves)
-    if batch > 1:
-        try:
+    try:
+        if batch > 1 and keeps_images_apart(module):
             one = Program(module, leaves, spec, 1)
             most = max(MOST_IN_CACHE, one.size)
             part = max(n for n in range(1, batch + 1) if batch % n == 0 and n * one.size <= most)
-            if part < batch:
+            if part < batch and part * one.size > MOST_IN_CACHE / 4:
                 program = one if part == 1 else Program(module, leaves, spec, part)
-                _check_parts(program, module, leaves, spec)
-                return program
-        except Exception:  # whatever torch raises for parts of what is no batch
-            pass
-    return Program(module, leaves, spec)
+                args, kwargs = tree_unflatten(leaves, spec)
+                return program if close(program(leaves), module(*args, **kwargs)) else None
+        return Program(module, leaves, spec)
+    except Exception:  # whatever the model's code raises where its operations are refused
+        return None
 
 
-def _check_parts(program: Program, module: nn.Module, leaves: list[Any], spec: Any) -> None:
-    """Refuse to split a batch whose images see each other: here they differ, whatever was given."""
-    random = torch.Generator().manual_seed(0)
-    leaves = [
-        torch.randn(x.shape, generator=random, dtype=x.dtype, device="cpu")
-        if isinstance(x, Tensor) and x.is_floating_point()
-        else x
-        for x in leaves
-    ]
-    args, kwargs = tree_unflatten(leaves, spec)
-    if not close(program(leaves), module(*args, **kwargs), 1e-5):
-        raise NotRepeatableError("outputs depend on the whole batch")
+def _part(x: Tensor, part: int | None) -> Tensor:
+    return x if part is None else x[:part]
 
 
 def _batch_of(leaves: list[Any]) -> int:
@@ -203,6 +194,7 @@ class Programs:
         self._module = module
         self._is_repeatable = is_repeatable(module)
         self._found: dict[Hashable, Program | str] = {}
+        self._unused = 0  # programs that were forgotten before they paid for the recording
         self._lock = threading.Lock()
 
     def __reduce__(self) -> Any:  # a copy begins anew
@@ -210,7 +202,7 @@ class Programs:
 
     def __call__(self, args: Any, kwargs: Any) -> Any:
         """Call the model, or repeat what it did for inputs of that form."""
-        if not self._is_repeatable or torch._C._len_torch_dispatch_stack():
+        if not self._is_repeatable or _is_watched():
             return self._module(*args, **kwargs)
         leaves, spec = tree_flatten((args, kwargs))
         found = self._program(leaves, spec)
@@ -222,20 +214,18 @@ class Programs:
             found.lock.release()
 
     def _program(self, leaves: list[Any], spec: Any) -> Program | None:
-        if not all(map(_is_simple, leaves)) or not self._lock.acquire(blocking=False):
+        if not all(map(_is_simple_input, leaves)) or not self._lock.acquire(blocking=False):
             return None
         try:
             key = (torch.get_num_threads(), spec, *map(_form, leaves))
             found = self._found.get(key)
             if found is None:
                 while len(self._found) >= MOST_PROGRAMS:
-                    del self._found[next(iter(self._found))]
+                    oldest = self._found.pop(next(iter(self._found)))
+                    self._unused += isinstance(oldest, Program) and oldest.calls < FEWEST_CALLS
                 self._found[key] = _MET
-            elif found is _MET:
-                try:
-                    found = record(self._module, leaves, spec)
-                except NotRepeatableError:
-                    found = _NOT_REPEATABLE
+            elif found is _MET and self._unused < MOST_PROGRAMS:
+                found = record(self._module, leaves, spec) or _NOT_REPEATABLE
                 self._found[key] = found
             return found if isinstance(found, Program) else None
         finally:
@@ -247,32 +237,15 @@ def _is_simple(x: Any) -> bool:
     return type(x) in (Tensor, nn.Parameter, bool, int, float, str, type(None))
 
 
+def _is_simple_input(x: Any) -> bool:
+    return is_plain(x) if isinstance(x, Tensor) else _is_simple(x)
+
+
+def _is_watched() -> bool:
+    """Whether someone wants to see each operation: a mode of the user's, or `torch.func`."""
+    functorch = torch._C._functorch.peek_interpreter_stack()
+    return bool(torch._C._len_torch_dispatch_stack()) or functorch is not None
+
+
 def _form(x: Any) -> Hashable:
     return (x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else (type(x), x)
-
-
-def is_repeatable(module: nn.Module) -> bool:
-    """Whether a model is a graph of what torch shows: its operations, and calls of kernels."""
-    if not isinstance(module, fx.GraphModule):
-        return False
-    for node in module.graph.nodes:
-        if node.op == "call_module":
-            part = module_of(module, node)
-            if isinstance(part, fx.GraphModule):
-                known = is_repeatable(part)
-            else:
-                known = is_plain(part) and _is_known(type(part).__module__)
-        elif node.op == "call_function":
-            known = _is_known(getattr(node.target, "__module__", None) or "torch")
-        else:
-            known = node.target not in _NO_TENSORS
-        if not known:
-            return False
-    return True
-
-
-def _is_known(module: str) -> bool:
-    package = module.partition(".")[0]
-    return package in ("torch", "_operator", "operator", "math", "builtins") or module.startswith(
-        __package__
-    )

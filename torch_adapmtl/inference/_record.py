@@ -11,7 +11,7 @@ import ctypes
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
@@ -54,23 +54,40 @@ class Arena:
             self._free.remove(number)
         else:
             number = len(self._blocks)
-            self.size += count
-            if self.size > self._most:
-                raise NotRepeatableError(f"it takes more than {4 * self._most:,} bytes")
+            self.count(count)
             self._blocks.append(torch.empty(count, dtype=torch.float32, device="cpu"))
         # The storage of the tensor keeps `memory`, which tells when it is gone.
         memory = (ctypes.c_float * count).from_address(self._blocks[number].data_ptr())
         self._leases[number] = weakref.ref(memory, lambda _: self._free.append(number))
         return torch.frombuffer(memory, dtype=torch.float32)
 
-    def unclaimed(self, x: Any) -> Any:
-        """The same tensor without a claim on its memory, if it lies in the arena."""
-        if isinstance(x, Tensor) and x.dtype is torch.float32 and x.layout is torch.strided:
+    def count(self, floats: int) -> None:
+        """Count memory that a recording keeps.
+
+        Raises:
+            NotRepeatableError: If that is too much.
+        """
+        self.size += floats
+        if self.size > self._most:
+            raise NotRepeatableError(f"it takes more than {4 * self._most:,} bytes")
+
+    def _find(self, x: Any) -> tuple[Tensor, int] | None:
+        """The block that a tensor lies in, and the place of its first float."""
+        if isinstance(x, Tensor) and is_plain(x):
             for block in self._blocks:
                 offset = x.data_ptr() - block.data_ptr()
                 if 0 <= offset < 4 * block.numel():
-                    return block.as_strided(x.shape, x.stride(), offset // 4)
-        return x
+                    return block, offset // 4
+        return None
+
+    def holds(self, x: Any) -> bool:
+        """Whether a tensor lies in the arena."""
+        return self._find(x) is not None
+
+    def unclaimed(self, x: Any) -> Any:
+        """The same tensor without a claim on its memory, if it lies in the arena."""
+        found = self._find(x)
+        return x if found is None else found[0].as_strided(x.shape, x.stride(), found[1])
 
 
 @dataclass(frozen=True)
@@ -97,7 +114,6 @@ class Recording(TorchDispatchMode):
     """Records what this thread does while it is entered.
 
     Args:
-        inputs: The tensors that the pass is called with: it may not write to them.
         most: Number of floats that the arena may hold.
 
     Attributes:
@@ -106,13 +122,13 @@ class Recording(TorchDispatchMode):
         alive: What the steps point to.
     """
 
-    def __init__(self, inputs: Iterable[Tensor], most: int) -> None:
+    def __init__(self, most: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.steps: list[Step] = []
         self.arena = Arena(most)
         self.alive: list[Any] = []
         self._layer, self._paused = "", False
-        self._inputs = {_memory(x) for x in inputs}
+        self._others: set[int] = set()  # where results lie that are of another type
 
     def __enter__(self) -> Recording:
         STATE.recording = self
@@ -126,7 +142,8 @@ class Recording(TorchDispatchMode):
     def floats(self, shape: Sequence[int]) -> Tensor:
         """Memory for the kernels."""
         count = torch.Size(shape).numel()
-        return self.arena.take(count)[:count].view(*shape)
+        with self.pause():
+            return self.arena.take(count)[:count].view(*shape)
 
     def add_call(self, call: ctypes.Array[ctypes.c_int64], alive: Any) -> None:
         """Note a call of the kernels, and what it points to."""
@@ -151,32 +168,52 @@ class Recording(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
         if self._paused:
-            return result
+            return func(*args, **kwargs)
+        self._check(func, args, kwargs)
+        result = func(*args, **kwargs)
         given = {_memory(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         made = tree_leaves(result)
         if not all(isinstance(x, Tensor) and x.layout is torch.strided for x in made):
             raise NotRepeatableError(f"{func} returns what is no tensor")
+        is_given = all(_memory(x) in given for x in made)
         if func._schema.is_mutable:
-            if given & self._inputs or func._schema.name in ("aten::set_", "aten::resize_"):
-                raise NotRepeatableError(f"{func} may change an input, or where a tensor lies")
+            if not is_given:
+                raise NotRepeatableError(f"{func} both changes a tensor and makes one")
             self._add(func, args, kwargs, None)
             return result
-        if all(_memory(x) in given for x in made):
+        if is_given:
             return result  # views
         kept = tree_map(self._keep, result)
         if not func._schema.name.startswith(("aten::empty", "aten::new_empty")):
             self._add(func, args, kwargs, kept)
         return kept
 
+    def _check(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Refuse what a step could not repeat, before it is done."""
+        for x in tree_leaves((args, kwargs)):
+            # What depends on other types, such as a mask, may have another shape next time; and
+            # some operations read them where torch does not show it. Constants stay.
+            is_other = isinstance(x, Tensor) and not is_plain(x)
+            if is_other and (x.layout is not torch.strided or _memory(x) in self._others):
+                raise NotRepeatableError(f"{func} takes what is no plain float32 tensor")
+        if _NOT_REPEATABLE & {*func.tags} or func is torch.ops.aten.lift_fresh.default:
+            raise NotRepeatableError(f"{func} does not do the same each time")
+        named = {x.name: value for x, value in zip(func._schema.arguments, args, strict=False)}
+        for argument in func._schema.arguments:
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for x in tree_leaves({**named, **kwargs}.get(argument.name)):
+                    if not self.arena.holds(x):
+                        raise NotRepeatableError(f"{func} changes what was there before")
+
     def _keep(self, x: Tensor) -> Tensor:
-        """The same in the arena; what is not float32 is kept where it is."""
-        if x.dtype is not torch.float32 or x.device.type != "cpu" or not x.numel():
+        """The same in the arena; what no step can take is kept where it is."""
+        if not is_plain(x) or not x.numel():
+            self._others.add(_memory(x))
             self.alive.append(x)
+            self.arena.count(x.nbytes // 4)
             return x
-        extent = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
-        return self.arena.take(extent).as_strided(x.shape, x.stride()).copy_(x)
+        return self.arena.take(extent(x)).as_strided(x.shape, x.stride()).copy_(x)
 
     def _add(self, func: Any, args: Any, kwargs: Any, results: Any) -> None:
         args, kwargs, results = tree_map(self.arena.unclaimed, (args, kwargs, results))
@@ -213,6 +250,30 @@ def _writing(func: Any) -> tuple[Any, str] | None:
         if len(written) == 1 and given == [(x.name, str(x.type)) for x in own if not x.is_out]:
             return overload, written[0]
     return None
+
+
+_NOT_REPEATABLE = {
+    torch.Tag.dynamic_output_shape,
+    torch.Tag.data_dependent_output,
+    torch.Tag.nondeterministic_seeded,
+    torch.Tag.inplace_view,
+}
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether it is a float32 tensor on the CPU that is stored as it is."""
+    return (
+        type(x) in (Tensor, torch.nn.Parameter)
+        and x.dtype is torch.float32
+        and x.device.type == "cpu"
+        and x.layout is torch.strided
+        and not x.is_neg()
+    )
+
+
+def extent(x: Tensor) -> int:
+    """Floats from the first element of a tensor to the last one."""
+    return 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
 
 
 def _memory(x: Tensor) -> int:

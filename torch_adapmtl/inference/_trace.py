@@ -4,6 +4,7 @@ What it cannot follow stays a call of the module, whose own children are traced 
 """
 
 import inspect
+import operator
 from typing import Any
 
 import torch
@@ -115,7 +116,8 @@ def trace(model: nn.Module, calls: Calls, depth: int = 0) -> nn.Module:
             if level >= depth and constants is not None and is_plain(module):
                 try:
                     graph = _Tracer().trace(module, constants)
-                    result = fx.GraphModule(module, graph, type(module).__name__)
+                    if not any(map(_writes_to_constant, graph.nodes)):
+                        result = fx.GraphModule(module, graph, type(module).__name__)
                 except Exception:  # whatever the model's own code raises when it meets a proxy
                     result = module
             done[id(module)] = result
@@ -127,6 +129,15 @@ def trace(model: nn.Module, calls: Calls, depth: int = 0) -> nn.Module:
         return result
 
     return visit(model, 0)
+
+
+def _writes_to_constant(node: fx.Node) -> bool:
+    """Whether a node changes a tensor that the model makes anew in each call, and the graph not."""
+    first = node.args[0] if node.args else None
+    is_constant = isinstance(first, fx.Node) and "_tensor_constant" in str(first.target)
+    name = str(getattr(node.target, "__name__", node.target))
+    in_place = getattr(operator, name, None) is node.target and name[0] == "i"
+    return is_constant and (in_place or name.endswith("_") or name == "setitem")
 
 
 def _unopened(module: nn.Module) -> bool:

@@ -96,6 +96,7 @@ class AcceleratedModel(nn.Module):
                 f"on {probe.device}: convert the model that accelerate() was given"
             )
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._programs = Programs(self.module)
         return self
 
     def report(self) -> AccelerationReport:

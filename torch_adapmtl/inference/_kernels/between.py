@@ -73,42 +73,41 @@ def scale(width: int) -> Function:
                 place = f.add(begin, i.index)
                 product = f.let(f"fmul float {f.load(source, place, 'float')}, {factor}")
                 f.store(product, to, place, "float")
-                is_kept = f.let(f"load i32, ptr {f.at(keep, place)}, align 4")
-                with f.when(f.compare("eq", is_kept, 0, "i32")):
-                    f.store("0.0", to, place, "float")
+                with f.when(has_keep):
+                    is_kept = f.let(f"load i32, ptr {f.at(keep, place)}, align 4")
+                    with f.when(f.compare("eq", is_kept, 0, "i32")):
+                        f.store("0.0", to, place, "float")
         with f.loop(f.mul(batch, image), pitch) as i:
             f.store("0.0", to, i.index, "float")
     return f
 
 
 def mean(width: int) -> Function:
-    """The sum of each image and channel of a map, divided by `low`; to `y`, image by image."""
+    """The sum of each image and channel of a map, divided by `low`; to `y`, image by image.
+
+    The sums are doubles: a mean of a million equal floats would lose four digits.
+    """
     f = Function("void @mean(ptr %d)", width)
+    floats, f.vector = f.vector, f"<{width} x double>"
     x, y, count = field(f, "x", "ptr"), field(f, "y", "ptr"), field(f, "low", "float")
     pitch, channels, batch = (field(f, name) for name in ("pitch", "channels", "batch"))
-    image, chains = f.mul(field(f, "rows"), field(f, "columns")), 4
-    many = f.let(f"and i64 {image}, {-chains * width}")
-    some = f.let(f"and i64 {image}, {-width}")
+    image = f.mul(field(f, "rows"), field(f, "columns"))
+    whole = f.let(f"and i64 {image}, {-width}")
+    divisor = f.let(f"fpext float {count} to double")
     with f.shared_loop(f.at("%d", FIELD["next"], "i64"), channels) as channel:
         source = f.at(x, f.mul(channel, pitch))
         with f.loop(0, batch) as b:
             given = f.at(source, f.mul(b.index, image))
-            with f.loop(0, many, chains * width, ["zeroinitializer"] * chains) as sums:
-                sums.now = [
-                    f.let(f"fadd {f.vector} {total}, {f.load(given, f.add(sums.index, c * width))}")
-                    for c, total in enumerate(sums.now)
-                ]
-            total = sums.now[0]
-            for other in sums.now[1:]:
-                total = f.let(f"fadd {f.vector} {total}, {other}")
-            with f.loop(many, some, width, [total]) as each:
-                each.now = [f.let(f"fadd {f.vector} {each.now[0]}, {f.load(given, each.index)}")]
-            with f.loop(some, image, 1, each.now) as one:
-                value = f.load(given, one.index, "float")
-                alone = f.let(f"insertelement {f.vector} zeroinitializer, float {value}, i32 0")
+            with f.loop(0, whole, width, ["zeroinitializer"]) as sums:
+                loaded = f.let(f"load {floats}, ptr {f.at(given, sums.index)}, align 4")
+                value = f.let(f"fpext {floats} {loaded} to {f.vector}")
+                sums.now = [f.let(f"fadd {f.vector} {sums.now[0]}, {value}")]
+            with f.loop(whole, image, 1, sums.now) as one:
+                value = f.let(f"fpext float {f.load(given, one.index, 'float')} to double")
+                alone = f.let(f"insertelement {f.vector} zeroinitializer, double {value}, i32 0")
                 one.now = [f.let(f"fadd {f.vector} {one.now[0]}, {alone}")]
-            reduce = f"call reassoc float @llvm.vector.reduce.fadd.v{width}f32"
-            total = f.let(f"{reduce}(float 0.0, {f.vector} {one.now[0]})")
-            result = f.let(f"fdiv float {total}, {count}")
+            reduce = f"call reassoc double @llvm.vector.reduce.fadd.v{width}f64"
+            total = f.let(f"{reduce}(double 0.0, {f.vector} {one.now[0]})")
+            result = f.let(f"fptrunc double {f.let(f'fdiv double {total}, {divisor}')} to float")
             f.store(result, y, f.add(f.mul(b.index, channels), channel), "float")
     return f

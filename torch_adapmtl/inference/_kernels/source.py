@@ -18,7 +18,7 @@ def source(width: int) -> str:
             f"declare {vector} @llvm.fma.v{width}f32({vector}, {vector}, {vector})",
             f"declare {vector} @llvm.fabs.v{width}f32({vector})",
             f"declare {vector} @llvm.maximum.v{width}f32({vector}, {vector})",
-            f"declare float @llvm.vector.reduce.fadd.v{width}f32(float, {vector})",
+            f"declare double @llvm.vector.reduce.fadd.v{width}f64(double, <{width} x double>)",
             "declare i64 @llvm.smin.i64(i64, i64)",
             "declare void @llvm.memset.p0.i64(ptr, i8, i64, i1)",
             str(smooth(width)),
