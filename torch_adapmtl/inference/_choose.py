@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten
 
 from ._copy_model import call_once, writes_to_inputs
 from ._fuse import link
 from ._fused_layer import FusedLayer
 from ._measure import MOST, Candidate, measure
-from ._program import record
+from ._program import flat, record
 from ._repeatable import is_repeatable
 from ._windows import SparseConv2d
 from .report import AccelerationReport, LayerChoice
@@ -66,8 +65,10 @@ def choose(
     def candidate(choices: Mapping[str, str]) -> Candidate:
         apply(choices)
         call(module)  # the layers plan
-        program = record(module, *tree_flatten((args, kwargs))) if programs else None
-        return Candidate(lambda: call(module), lambda: apply(choices), program)
+        program = record(module, *flat(args, kwargs)) if programs else None
+        if program is None:
+            return Candidate(lambda: call(module), lambda: apply(choices))
+        return Candidate(lambda: program(flat(args, kwargs)[0]), lambda: None, program)
 
     chosen = {layer.name: forced.get(layer.name, "sparse") for layer in tried}
     apply(chosen)

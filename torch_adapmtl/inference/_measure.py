@@ -18,9 +18,9 @@ class Candidate:
     """A way to run a model, and the shortest times that it took.
 
     Args:
-        run: Runs the model.
+        run: Runs the model, or its program.
         prepare: Makes the model run this way.
-        program: What the model does then, if it can be repeated: this is measured instead.
+        program: What the model does then, if it can be repeated: its layers are measured.
 
     Attributes:
         total: Seconds for the model.
@@ -46,7 +46,7 @@ class Candidate:
             for layer in layers:
                 layer.seconds = None
         else:
-            total, seconds = _seconds(self.program.run), self.program.seconds()
+            total, seconds = _seconds(self._run), self.program.seconds()
         self.total = min(self.total, total)
         for layer in layers:
             taken = seconds.get(layer.name, 0.0)

@@ -122,7 +122,7 @@ def replace(
         erase(graph, part)
 
 
-def _attribute(graph: fx.GraphModule, node: Any) -> Tensor | None:
+def attribute_of(graph: fx.GraphModule, node: Any) -> Tensor | None:
     """The tensor of the model that a node reads."""
     value: Any = None
     if isinstance(node, fx.Node) and node.op == "get_attr":
@@ -156,7 +156,7 @@ def norm_of(graph: fx.GraphModule, node: fx.Node | None) -> Norm | None:
         "eps",
     ]
     values: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    mean, variance, weight, bias = (_attribute(graph, values.get(name)) for name in names[1:5])
+    mean, variance, weight, bias = (attribute_of(graph, values.get(name)) for name in names[1:5])
     unknown = [
         name
         for name, value in (("weight", weight), ("bias", bias))

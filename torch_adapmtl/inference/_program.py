@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ._call import Fields, clock, engine
 from ._copy_model import close
@@ -36,7 +36,7 @@ class Program:
     Args:
         module: The model. It is called once.
         leaves: The inputs.
-        spec: How they make the arguments.
+        spec: How they make the arguments; None if they are the positional arguments.
         part: Number of images in a part of the batch; None if the batch is not split.
 
     Attributes:
@@ -56,9 +56,10 @@ class Program:
         self._part, self._batch = part, len(tensors[0]) if part else 0
         with torch.inference_mode(False), torch.no_grad():
             self._inputs = [_part(x, part).clone() if isinstance(x, Tensor) else x for x in leaves]
-            args, kwargs = tree_unflatten(self._inputs, spec)
+            args, kwargs = _arguments(self._inputs, spec)
             with Recording(MOST_FLOATS) as recording:
-                self._outputs = module(*args, **kwargs)
+                outputs = module(*args, **kwargs)
+        self._outputs, self._output_spec = tree_flatten(outputs)
         self._check_outputs(recording.arena)
         self._alive = recording.arena, recording.alive
         self.size = recording.arena.size
@@ -68,7 +69,7 @@ class Program:
         ]
 
     def _check_outputs(self, arena: Arena) -> None:
-        outputs = tree_leaves(self._outputs)
+        outputs = self._outputs
         tensors = [x for x in outputs if isinstance(x, Tensor)]
         if not all(map(_is_simple, outputs)):
             raise NotRepeatableError("it returns an object that may hold tensors")
@@ -86,25 +87,19 @@ class Program:
         if self._part is None:
             self._copy_inputs(leaves)
             self._pass()
-            return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self._outputs)
-        whole = tree_map(self._empty_whole, self._outputs)
-        pairs = [
-            (to, x)
-            for to, x in zip(tree_leaves(whole), tree_leaves(self._outputs), strict=True)
-            if isinstance(x, Tensor)
-        ]
+            results = [x.clone() if isinstance(x, Tensor) else x for x in self._outputs]
+            return tree_unflatten(results, self._output_spec)
+        wholes = list(map(self._empty_whole, self._outputs))
         for i in range(0, self._batch, self._part):
             images = slice(i, i + self._part)
             self._copy_inputs([x[images] if isinstance(x, Tensor) else x for x in leaves])
             self._pass()
-            for to, x in pairs:
-                to[images] = x
-        return whole
+            for whole, x in zip(wholes, self._outputs, strict=True):
+                whole[images] = x
+        return tree_unflatten(wholes, self._output_spec)
 
-    def _empty_whole(self, x: Any) -> Any:
+    def _empty_whole(self, x: Tensor) -> Tensor:
         """A tensor for the whole batch whose dimensions lie in memory in the order of a part's."""
-        if not isinstance(x, Tensor):
-            return x
         order = sorted(range(x.dim()), key=x.stride, reverse=True)
         return torch.empty_permuted((self._batch, *x.shape[1:]), order, dtype=x.dtype, device="cpu")
 
@@ -117,23 +112,15 @@ class Program:
         for step in self._steps:
             step()
 
-    @property
-    def _parts(self) -> int:
-        return self._batch // self._part if self._part else 1
-
-    def run(self) -> None:
-        """Repeat what was recorded, for as many parts as the batch has."""
-        for _ in range(self._parts):
-            self._pass()
-
     def seconds(self) -> dict[str, float]:
-        """The time that each layer takes in that."""
+        """The time that each layer takes in a call."""
+        parts = self._batch // self._part if self._part else 1
         result: dict[str, float] = {}
         for layer, steps in self._by_layer:
             begin = clock()
             for step in steps:
                 step()
-            result[layer] = result.get(layer, 0.0) + self._parts * (clock() - begin)
+            result[layer] = result.get(layer, 0.0) + parts * (clock() - begin)
         return result
 
 
@@ -151,11 +138,22 @@ def record(module: nn.Module, leaves: list[Any], spec: Any) -> Program | None:
             part = max(n for n in range(1, batch + 1) if batch % n == 0 and n * one.size <= most)
             if part < batch and part * one.size > MOST_IN_CACHE / 4:
                 program = one if part == 1 else Program(module, leaves, spec, part)
-                args, kwargs = tree_unflatten(leaves, spec)
+                args, kwargs = _arguments(leaves, spec)
                 return program if close(program(leaves), module(*args, **kwargs)) else None
         return Program(module, leaves, spec)
     except Exception:  # whatever the model's code raises where its operations are refused
         return None
+
+
+def flat(args: Any, kwargs: Any) -> tuple[list[Any], Any]:
+    """The leaves of arguments, and how they make them; None if they are positional tensors."""
+    if not kwargs and all(isinstance(x, Tensor) for x in args):
+        return list(args), None  # which is faster
+    return tree_flatten((args, kwargs))
+
+
+def _arguments(leaves: list[Any], spec: Any) -> Any:
+    return (leaves, {}) if spec is None else tree_unflatten(leaves, spec)
 
 
 def _part(x: Tensor, part: int | None) -> Tensor:
@@ -204,7 +202,7 @@ class Programs:
         """Call the model, or repeat what it did for inputs of that form."""
         if not self._is_repeatable or _is_watched():
             return self._module(*args, **kwargs)
-        leaves, spec = tree_flatten((args, kwargs))
+        leaves, spec = flat(args, kwargs)
         found = self._program(leaves, spec)
         if found is None or not found.lock.acquire(blocking=False):
             return self._module(*args, **kwargs)

@@ -13,7 +13,7 @@ from . import _elementwise
 from ._fused_layer import FusedLayer
 from ._map_modules import MapActivation, MapMaxPool2d, MapMean, MapNorm2d, MapUpsample
 from ._maps import contiguous
-from ._nodes import module_of
+from ._nodes import attribute_of, module_of
 from ._trace import is_plain
 
 _NO_TENSORS = ("numpy", "tolist", "data_ptr", "__array__")  # methods that torch does not show
@@ -30,6 +30,8 @@ def is_repeatable(module: nn.Module) -> bool:
                 known = is_repeatable(part)
             else:
                 known = is_plain(part) and _is_known(type(part).__module__)
+        elif node.op == "get_attr":
+            known = attribute_of(module, node) is not None  # not the code of a scripted module
         elif node.op == "call_function":
             known = _is_known(getattr(node.target, "__module__", None) or "torch")
         else:

@@ -76,16 +76,21 @@ class AcceleratedModel(nn.Module):
         _check_inputs(args, kwargs)
         if torch.is_autocast_enabled("cpu"):
             raise RuntimeError("an accelerated model computes float32: call it outside of autocast")
+        if self._defaults:
+            kwargs = self._without_defaults(args, kwargs)
+        with torch.no_grad():  # such as for checkpoints, whose outputs would require gradients
+            return self._programs(args, kwargs)
+
+    def _without_defaults(self, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The keyword arguments that the graph has; the others must be what it was made for."""
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         for name in self._defaults.keys() & given.keys():
-            kwargs.pop(name, None)
             if not _is_default(given[name], self._defaults[name]):
                 raise TypeError(
                     f"an accelerated model has no argument {name!r}, because the example inputs of "
                     f"accelerate() had none: accelerate the model with it"
                 )
-        with torch.no_grad():  # such as for checkpoints, whose outputs would require gradients
-            return self._programs(args, kwargs)
+        return {name: value for name, value in kwargs.items() if name not in self._defaults}
 
     def _apply(self, fn: Any, recurse: bool = True) -> AcceleratedModel:
         """What `to()`, `half()`, `cuda()` and the like call: only copies are allowed."""
@@ -202,7 +207,10 @@ def _check_llvmlite() -> None:
 
 
 def _check_inputs(args: Any, kwargs: Any) -> None:
-    for x in tree_leaves((args, kwargs)):
+    given = [*args, *kwargs.values()]
+    if not all(isinstance(x, Tensor) for x in given):  # most often they are, and this takes longer
+        given = tree_leaves(given)
+    for x in given:
         if isinstance(x, Tensor):
             _check_input(x)
 
