@@ -240,6 +240,22 @@ def test_a_model_with_a_state_goes_on() -> None:
     assert not programs(fast)
 
 
+def test_integers_are_not_recorded() -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.layer = nn.Embedding(9, 8), linear(8, 4)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.layer(self.table(ids))
+
+    model = pruned(Words(), 0.5)
+    fast = all_sparse(model, torch.randint(9, (2, 5)))
+    for _ in range(4):
+        check(fast, model, (torch.randint(9, (2, 5)),))
+    assert not programs(fast)
+
+
 def test_a_parameter_may_be_moved() -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:

@@ -47,7 +47,7 @@ def run(call: ctypes.Array[ctypes.c_int64], alive: Any = None) -> None:
 
     Args:
         call: The fields.
-        alive: What holds the memory that the fields point to, apart from inputs and outputs.
+        alive: What holds the memory that the fields point to.
     """
     kernels, count = engine(), call[THREADS]
     by_python = count > 1 and not kernels.parallel  # no OpenMP that we know: threads of Python's
@@ -122,7 +122,8 @@ def copy_into(
             first_column=first_column,
             last_column=last_column,
             x_step=step,
-        )
+        ),
+        x,
     )
 
 
@@ -158,7 +159,8 @@ def deinterleave(
             evens=evens,
             odds=odds,
             x_columns=max(columns, 0),
-        )
+        ),
+        x,
     )
 
 
@@ -178,7 +180,8 @@ def interleave(
     common = _copy_fields(even, layout, buffer, 0, (row, even.shape[2]), 0)
     common["fill"] = int(clear)
     work = engine().works["interleave"]
-    run(fields(**common, work=work, odd=odd.data_ptr(), x_columns=even.shape[3], x_step=2))
+    call = fields(**common, work=work, odd=odd.data_ptr(), x_columns=even.shape[3], x_step=2)
+    run(call, (even, odd))
 
 
 def _copy_fields(
@@ -221,4 +224,4 @@ def transpose_into(x: Tensor, buffer: Tensor, pitch: int) -> None:
         columns=columns,
         x_row=x.stride(0),
     )
-    run(call)
+    run(call, x)

@@ -20,8 +20,8 @@ def image(x: Any) -> Held | None:
     return held(x) if isinstance(x, Tensor) and x.dim() == 4 else None
 
 
-def _on_map(name: str, a: Held, **values: int) -> Tensor:
-    """The map that a work of the kernels makes of another, in the same layout."""
+def _on_map(name: str, a: Held, other: Tensor, **values: int) -> Tensor:
+    """The map that a work of the kernels makes of another and `other`, in the same layout."""
     layout, kernels = a.layout, engine()
     keep, buffer = layout.keep(), floats(layout.size)
     call = fields(
@@ -39,7 +39,7 @@ def _on_map(name: str, a: Held, **values: int) -> Tensor:
         columns=layout.columns,
         **values,
     )
-    run(call, keep)
+    run(call, (keep, other))
     return buffer
 
 
@@ -75,7 +75,7 @@ def add(x: Any, y: Any) -> Any:
     a, b = image(x), image(y)
     if a is None or b is None or not _alike(a.layout, b.layout) or x.shape != y.shape:
         return contiguous(x) + contiguous(y)  # else the sum would lie in memory as the map does
-    return show_like(a.layout, _on_map("add", a, residual=b.address), a, b)
+    return show_like(a.layout, _on_map("add", a, b.buffer, residual=b.address), a, b)
 
 
 def multiply(x: Any, y: Any) -> Any:
@@ -91,7 +91,7 @@ def multiply(x: Any, y: Any) -> Any:
     ):
         return contiguous(x) * contiguous(y)
     factors = y.contiguous()
-    return show_like(a.layout, _on_map("scale", a, odd=factors.data_ptr()), a)
+    return show_like(a.layout, _on_map("scale", a, factors, odd=factors.data_ptr()), a)
 
 
 def mean(x: Any, dim: Sequence[int] = (-2, -1), keepdim: bool = False) -> Any:

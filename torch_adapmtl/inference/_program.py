@@ -130,6 +130,8 @@ def record(module: nn.Module, leaves: list[Any], spec: Any) -> Program | None:
     Returns:
         None if the model does more than operations on float32 tensors, or takes too much memory.
     """
+    if not all(map(_is_simple_input, leaves)):
+        return None
     batch = _batch_of(leaves)
     try:
         if batch > 1 and keeps_images_apart(module):

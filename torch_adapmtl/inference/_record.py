@@ -148,7 +148,7 @@ class Recording(TorchDispatchMode):
     def add_call(self, call: ctypes.Array[ctypes.c_int64], alive: Any) -> None:
         """Note a call of the kernels, and what it points to."""
         self.steps.append(Step(self._layer, type(call).from_buffer_copy(call)))
-        self.alive.append(alive)
+        self.alive.append(tree_map(self.arena.unclaimed, alive))  # the arena is kept as a whole
 
     @contextmanager
     def layer(self, name: str) -> Iterator[None]:
