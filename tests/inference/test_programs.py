@@ -240,6 +240,25 @@ def test_a_model_with_a_state_goes_on() -> None:
     assert not programs(fast)
 
 
+def test_attention_and_random_numbers_are_repeated() -> None:
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out = linear(8, 24), linear(8, 8)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4).unbind(0)
+            y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            return self.out(y), torch.rand_like(y)
+
+    model, x = pruned(Attends(), 0.5), torch.randn(2, 5, 8)
+    program = Program(torch.fx.symbolic_trace(model), [x], None)
+    x = torch.randn(2, 5, 8)
+    (found, first), (_, second) = program([x]), program([x])
+    torch.testing.assert_close(found, model(x)[0])
+    assert not torch.equal(first, second)
+
+
 def test_integers_are_not_recorded() -> None:
     class Words(nn.Module):
         def __init__(self) -> None:
@@ -369,7 +388,6 @@ def test_several_threads_at_once() -> None:
         lambda x: x * float(x.sum()),
         lambda x: x.add_(1),
         lambda x: x.relu().t_(),
-        lambda x: torch.rand_like(x),
         lambda x: (x > 0) * x,
         lambda x: x.unique(),
         lambda x: x * (1 if bool((x > 0).any()) else 2),

@@ -255,7 +255,6 @@ def _writing(func: Any) -> tuple[Any, str] | None:
 _NOT_REPEATABLE = {
     torch.Tag.dynamic_output_shape,
     torch.Tag.data_dependent_output,
-    torch.Tag.nondeterministic_seeded,
     torch.Tag.inplace_view,
 }
 
