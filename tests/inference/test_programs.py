@@ -519,3 +519,19 @@ def test_forms_that_change_all_the_time_are_not_recorded() -> None:
         for _ in range(2):
             fast(torch.randn(1, 3, size, 8))
     assert not programs(fast)
+
+
+def test_constant_indices_are_repeated() -> None:
+    class Biased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.table = linear(8, 8), nn.Parameter(torch.randn(5, 8))
+            self.register_buffer("index", torch.tensor([4, 0, 2]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) + self.table[self.index]
+
+    model, x = pruned(Biased(), 0.5), torch.randn(3, 8)
+    fast = recorded(model, x)
+    assert programs(fast)
+    check(fast, model, (torch.randn(3, 8),))

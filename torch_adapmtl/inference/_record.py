@@ -197,7 +197,9 @@ class Recording(TorchDispatchMode):
             is_other = isinstance(x, Tensor) and not is_plain(x)
             if is_other and (x.layout is not torch.strided or _memory(x) in self._others):
                 raise NotRepeatableError(f"{func} takes what is no plain float32 tensor")
-        if _NOT_REPEATABLE & {*func.tags} or func is torch.ops.aten.lift_fresh.default:
+        # Indices are constants here: others were refused above.
+        varies = _NOT_REPEATABLE & {*func.tags} and func is not torch.ops.aten.index.Tensor
+        if varies or func is torch.ops.aten.lift_fresh.default:
             raise NotRepeatableError(f"{func} does not do the same each time")
         named = {x.name: value for x, value in zip(func._schema.arguments, args, strict=False)}
         for argument in func._schema.arguments:
