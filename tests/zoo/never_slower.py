@@ -27,7 +27,7 @@ from torch_adapmtl import accelerate
 
 from . import ENTRIES, SAMPLE, Entry
 
-SECONDS = 0.5  # for each comparison
+SECONDS = 0.3  # for each comparison
 
 
 def resized(inputs: Any, batch: int) -> Any:
