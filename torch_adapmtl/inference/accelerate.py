@@ -73,7 +73,7 @@ class AcceleratedModel(nn.Module):
         return self._call(*args, **kwargs)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        _check_inputs(args, kwargs)
+        _check_inputs((args, kwargs))
         if torch.is_autocast_enabled("cpu"):
             raise RuntimeError("an accelerated model computes float32: call it outside of autocast")
         if self._defaults:
@@ -174,7 +174,7 @@ def accelerate(
     args, kwargs = call_arguments(example_inputs, "example_inputs")
     _check_llvmlite()
     with torch.no_grad():
-        _check_inputs(args, kwargs)
+        _check_inputs((args, kwargs))
         plain = plain_copy(model)
         trial = copy.deepcopy(plain)
         expected = call_once(trial, args, kwargs)
@@ -206,13 +206,18 @@ def _check_llvmlite() -> None:
         ) from error
 
 
-def _check_inputs(args: Any, kwargs: Any) -> None:
-    given = [*args, *kwargs.values()]
-    if not all(isinstance(x, Tensor) for x in given):  # most often they are, and this takes longer
-        given = tree_leaves(given)
+def _check_inputs(given: Iterable[Any]) -> None:
     for x in given:
         if isinstance(x, Tensor):
             _check_input(x)
+        elif isinstance(x, list | tuple):  # much faster than torch's search for leaves
+            _check_inputs(x)
+        elif isinstance(x, dict):
+            _check_inputs(x.values())
+        else:
+            for leaf in tree_leaves(x):
+                if isinstance(leaf, Tensor):
+                    _check_input(leaf)
 
 
 def _check_input(x: Tensor) -> None:
