@@ -25,7 +25,8 @@ from torch_adapmtl.inference import _call, _elementwise, _map_modules, _maps
 from torch_adapmtl.inference._filters import Filters
 from torch_adapmtl.inference._layers import Activation, SparseLinear
 from torch_adapmtl.inference._map_modules import MapActivation, MapMaxPool2d, MapUpsample
-from torch_adapmtl.inference._windows import SparseConv2d, SparseConvTranspose2d
+from torch_adapmtl.inference._transposed import SparseConvTranspose2d
+from torch_adapmtl.inference._windows import SparseConv2d
 
 PAGE = mmap.PAGESIZE
 CANARY = 0xA5
@@ -83,7 +84,7 @@ def fenced(fence: Fence) -> ExitStack:
     fenced_torch = mock.Mock(wraps=torch)
     fenced_torch.empty = fence.empty
     fenced_torch.float32, fenced_torch.int32 = torch.float32, torch.int32
-    call, keep, fields = Filters.call, _maps.Map.keep, _map_modules.fields
+    call, keep, fields = Filters.call, _maps.Map.keep.func, _map_modules.fields
 
     def moved_call(self: Filters, *args: Any) -> Any:
         made, alive = call(self, *args)
@@ -106,7 +107,7 @@ def fenced(fence: Fence) -> ExitStack:
     stack = ExitStack()
     stack.enter_context(mock.patch.object(_maps, "torch", fenced_torch))
     stack.enter_context(mock.patch.object(Filters, "call", moved_call))
-    stack.enter_context(mock.patch.object(_maps.Map, "keep", moved_keep))
+    stack.enter_context(mock.patch.object(_maps.Map, "keep", property(moved_keep)))
     stack.enter_context(mock.patch.object(_map_modules, "fields", moved_fields))
     return stack
 

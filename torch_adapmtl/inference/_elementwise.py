@@ -23,7 +23,7 @@ def image(x: Any) -> Held | None:
 def _on_map(name: str, a: Held, other: Tensor, **values: int) -> Tensor:
     """The map that a work of the kernels makes of another and `other`, in the same layout."""
     layout, kernels = a.layout, engine()
-    keep, buffer = layout.keep(), floats(layout.size)
+    keep, buffer = layout.keep, floats(layout.size)
     call = fields(
         work=kernels.works[name],
         parallel=kernels.parallel,

@@ -135,7 +135,7 @@ class Filters:
         self, source: Map, output: Map, activation: tuple[int, float, float]
     ) -> tuple[Any, list[Tensor]]:
         """The fields of a call but those of input and output, and the tensors they point to."""
-        kernels, keep = engine(), output.keep()
+        kernels, keep = engine(), output.keep
         vectors = output.pitch // kernels.width
         strips = -(-vectors // self._most_vectors(kernels.width))
         threads = torch.get_num_threads()

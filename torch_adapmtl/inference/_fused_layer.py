@@ -11,7 +11,8 @@ from ._call import clock
 from ._layers import Activation, SparseLinear, fits
 from ._maps import contiguous
 from ._record import STATE
-from ._windows import SparseConv2d, SparseConvTranspose2d
+from ._transposed import SparseConvTranspose2d
+from ._windows import SparseConv2d
 
 
 class FusedLayer(nn.Module):

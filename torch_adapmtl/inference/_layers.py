@@ -61,6 +61,14 @@ class Plan:
         self.source, self.output, self.direct = source, output, direct
         self.call, self.alive, self.work = call, alive, work
 
+    def filled(self, source: Tensor, output: Tensor) -> Any:
+        """The fields of a call that reads and writes the memory of two maps."""
+        call, at, layout = Fields.from_buffer_copy(self.call), output.data_ptr(), self.output
+        call[X], call[Y] = source.data_ptr() + 4 * self.source.lead, at + 4 * layout.lead
+        call[LEAD], call[TAIL] = at, at + 4 * (layout.size - layout.lead)
+        call[THREADS] = threads(self.work)
+        return call
+
 
 def make_room(plans: dict[Any, Plan]) -> None:
     """Forget the oldest plans of a layer."""
@@ -103,15 +111,10 @@ class SparseLayer(nn.Module):
 
     def _run(self, plan: Plan, source: Tensor, residual: Held | None = None) -> Tensor:
         """Compute the memory of the output map from that of the source map."""
-        output = plan.output
-        buffer = floats(output.size)
-        call = Fields.from_buffer_copy(plan.call)
-        at = buffer.data_ptr()
-        call[X], call[Y] = source.data_ptr() + 4 * plan.source.lead, at + 4 * output.lead
-        call[LEAD], call[TAIL] = at, at + 4 * (output.size - output.lead)
+        buffer = floats(plan.output.size)
+        call = plan.filled(source, buffer)
         if residual is not None:
             call[RESIDUAL] = residual.address
-        call[THREADS] = threads(plan.work)
         run(call, plan)
         return buffer if self.activation.after is None else self.activation.after(buffer)
 

@@ -9,17 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._call import (
-    LEAD,
-    TAIL,
-    THREADS,
-    Fields,
-    X,
-    Y,
     engine,
     fields,
     interleave,
     run,
-    threads,
 )
 from ._elementwise import image, mean, show_like
 from ._layers import Activation, Plan, make_room
@@ -144,17 +137,7 @@ class MapMaxPool2d(LeavesRoom, nn.Module):
         # that is kept reads.
         buffer = self.window.split(x, self.phases, source, float("-inf"))
         result = floats(output.size)
-        call = Fields.from_buffer_copy(plan.call)
-        call[X], call[Y] = (
-            memory.data_ptr() + 4 * layout.lead
-            for memory, layout in ((buffer, source), (result, output))
-        )
-        call[LEAD], call[TAIL] = (
-            result.data_ptr(),
-            result.data_ptr() + 4 * (output.size - output.lead),
-        )
-        call[THREADS] = threads(plan.work)
-        run(call, plan)
+        run(plan.filled(buffer, result), plan)
         return show(output, result, output.shape, output.strides, self)
 
     @unrecorded
@@ -179,7 +162,7 @@ class MapMaxPool2d(LeavesRoom, nn.Module):
             return None
         output = padded(batch, channels, out_h, out_w, rows, columns)
         offsets = self.phase * channels * source.pitch + self.down * columns + self.right
-        offsets, keep, kernels = offsets.int(), output.keep(), engine()
+        offsets, keep, kernels = offsets.int(), output.keep, engine()
         call = fields(
             work=kernels.works["maximum"],
             parallel=kernels.parallel,

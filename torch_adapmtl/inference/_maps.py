@@ -11,7 +11,6 @@ For a linear layer the positions are the tokens: one row without padding.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -77,20 +76,16 @@ class Map:
     def strides(self) -> tuple[int, ...]:
         return (self.rows * self.columns, self.pitch, self.columns, 1)
 
+    @cached_property
     @unrecorded
     def keep(self) -> Tensor | None:
         """All bits set where a position belongs to an image; None if all positions do."""
-        return _keep(self)
-
-
-@functools.lru_cache(maxsize=64)
-def _keep(layout: Map) -> Tensor | None:
-    if layout.height * layout.width * layout.batch == layout.pitch:
-        return None
-    mask = torch.zeros(layout.pitch, dtype=torch.int32, device="cpu")
-    images = mask[: layout.positions].view(layout.batch, layout.rows, layout.columns)
-    images[:, : layout.height, : layout.width] = -1
-    return mask
+        if self.height * self.width * self.batch == self.pitch:
+            return None
+        mask = torch.zeros(self.pitch, dtype=torch.int32, device="cpu")
+        images = mask[: self.positions].view(self.batch, self.rows, self.columns)
+        images[:, : self.height, : self.width] = -1
+        return mask
 
 
 def floats(*shape: int) -> Tensor:

@@ -58,7 +58,7 @@ class Program:
             self._inputs = [_part(x, part).clone() if isinstance(x, Tensor) else x for x in leaves]
             args, kwargs = _arguments(self._inputs, spec)
             with Recording(MOST_FLOATS) as recording:
-                outputs = module(*args, **kwargs)
+                outputs = _recorded(recording, module, args, kwargs)
         self._outputs, self._output_spec = tree_flatten(outputs)
         self._check_outputs(recording.arena)
         self._alive = recording.arena, recording.alive
@@ -132,19 +132,43 @@ def record(module: nn.Module, leaves: list[Any], spec: Any) -> Program | None:
     """
     if not all(map(_is_simple_input, leaves)):
         return None
+    for make in (_in_parts, Program):
+        try:
+            program = make(module, leaves, spec)
+        except NotRepeatableError:
+            continue
+        if program is not None:
+            return program
+    return None
+
+
+def _in_parts(module: nn.Module, leaves: list[Any], spec: Any) -> Program | None:
+    """A program for parts of a batch; None if the batch is better computed as a whole."""
     batch = _batch_of(leaves)
-    try:
-        if batch > 1 and keeps_images_apart(module):
-            one = Program(module, leaves, spec, 1)
-            most = max(MOST_IN_CACHE, one.size)
-            part = max(n for n in range(1, batch + 1) if batch % n == 0 and n * one.size <= most)
-            if part < batch and part * one.size > MOST_IN_CACHE / 4:
-                program = one if part == 1 else Program(module, leaves, spec, part)
-                args, kwargs = _arguments(leaves, spec)
-                return program if close(program(leaves), module(*args, **kwargs)) else None
-        return Program(module, leaves, spec)
-    except Exception:  # whatever the model's code raises where its operations are refused
+    if batch < 2 or not keeps_images_apart(module):
         return None
+    one = Program(module, leaves, spec, 1)
+    most = max(MOST_IN_CACHE, one.size)
+    part = max(n for n in range(1, batch + 1) if batch % n == 0 and n * one.size <= most)
+    if part == batch or part * one.size <= MOST_IN_CACHE / 4:
+        return None
+    program = one if part == 1 else Program(module, leaves, spec, part)
+    args, kwargs = _arguments(leaves, spec)
+    return program if close(program(leaves), module(*args, **kwargs)) else None
+
+
+def _recorded(recording: Recording, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """The outputs of a model while it is recorded.
+
+    Raises:
+        NotRepeatableError: Also for what the model's code raises where an operation is refused.
+    """
+    try:
+        return module(*args, **kwargs)
+    except NotRepeatableError:
+        raise
+    except Exception as error:
+        raise NotRepeatableError(f"it raised {error!r} while it was recorded") from error
 
 
 def flat(args: Any, kwargs: Any) -> tuple[list[Any], Any]:

@@ -30,6 +30,10 @@ class AcceleratedModel(nn.Module):
     from, with inputs of any size. `copy.deepcopy`, `pickle` and `torch.save` work; the kernels are
     compiled again where they are needed. Several threads may call it at once.
 
+    The second call with inputs of one shape records what the model does, and later calls repeat it
+    without the model's Python, if the model only computes float32 tensors from float32 tensors. A
+    record takes up to 64 MiB; the last four shapes have one.
+
     Attributes:
         module: The model, with its layers replaced.
         choices: For each layer, by its name in the model that was given, `"sparse"` or `"dense"`:
