@@ -195,7 +195,9 @@ def compare(name: str, sparsity: float, args: argparse.Namespace) -> dict[str, A
     error = max(
         float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)
     )
-    ways = {"accelerate": lambda: fast(x)} | engines(model, x, args.threads, torch_only=args.quick)
+    ways = {"accelerate": lambda: fast(x)} | engines(
+        model, x, args.threads, torch_only=args.torch_only or args.quick
+    )
     times = measure(ways, args.runs, args.threads)
     dense, left = macs(fast.report())
     fastest = min((t, way) for way, t in times.items() if way != "accelerate")
@@ -234,6 +236,11 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="height and width of the images")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=int, default=21)
+    parser.add_argument(
+        "--torch-only",
+        action="store_true",
+        help="no compiler and no other engine, whose threads would go on to spin after their turn",
+    )
     parser.add_argument("--output", help="a file of JSON lines to append to")
     parser.add_argument("--quick", action="store_true", help="one small case, and torch alone")
     args = parser.parse_args()

@@ -481,6 +481,34 @@ def test_numbers_about_the_batch_are_no_part_of_it(monkeypatch: pytest.MonkeyPat
     assert fast(x)[1] == 6
 
 
+@pytest.mark.parametrize(
+    "size",
+    [
+        lambda x: x.shape[2:],
+        lambda x: (x.shape[2:][0], x.shape[2:][1]),
+        lambda x: (x.shape[-2], x.size()[3]),
+    ],
+)
+def test_sizes_of_images_are_no_numbers_about_the_batch(
+    size: Callable[[Tensor], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decoders enlarge maps to the sizes of those of the encoder."""
+
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down, self.out = nn.Conv2d(3, 8, 3, 2, 1), conv(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(F.interpolate(self.down(x), size=size(x), mode="bilinear"))
+
+    monkeypatch.setattr(_program, "MOST_IN_CACHE", 1)
+    model, x = pruned(Decoder(), 0.7), torch.randn(4, 3, 18, 15)
+    fast = recorded(model, x)
+    assert programs(fast)[0]._part == 1
+    check(fast, model, (torch.randn(4, 3, 18, 15),))
+
+
 def extreme(x: Tensor) -> Tensor:
     return x / x.abs().max().clamp(min=10)
 

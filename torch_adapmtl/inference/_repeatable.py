@@ -82,8 +82,8 @@ def _keeps_apart(graph: fx.GraphModule, node: fx.Node) -> bool:
         return type(part) in _MODULES or (type(part) is nn.Flatten and part.start_dim == 1)
     if node.target in (torch.flatten, "flatten"):
         return bool(_start(node) == 1)
-    if node.target is operator.getitem:  # height and width of a shape
-        return _is_shape(node.args[0]) and node.args[1] in _SPATIAL
+    if node.target is operator.getitem:
+        return _is_size(node) or _is_size(node.args[0])
     if _is_shape(node):
         return True
     if node.op == "call_function":
@@ -99,6 +99,16 @@ _SPATIAL = (2, 3, -1, -2, slice(2, None), slice(-2, None))
 def _start(node: fx.Node) -> Any:
     """The first dimension that is flattened."""
     return node.args[1] if len(node.args) > 1 else node.kwargs.get("start_dim", 0)
+
+
+def _is_size(node: Any) -> bool:
+    """Whether a node is the height, the width, or both of a shape."""
+    return (
+        isinstance(node, fx.Node)
+        and node.target is operator.getitem
+        and _is_shape(node.args[0])
+        and node.args[1] in _SPATIAL
+    )
 
 
 def _is_shape(node: Any) -> bool:
