@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import torch_adapmtl
-from torch_adapmtl import apply_adapmtl
+from torch_adapmtl import apply_adapmtl, load_sparse, save_sparse
 
 for extra in ("timm", "torchvision", "sklearn", "matplotlib", "torchmetrics", "lightning"):
     assert find_spec(extra) is None, f"{extra} is installed: this is not the wheel alone"
@@ -54,4 +54,7 @@ weights = [layer.weight for layer in (model.body, model.a, model.b)]
 zeros = sum(int((weight == 0).sum()) for weight in weights)
 assert zeros == round(0.9 * sum(weight.numel() for weight in weights)), zeros
 assert not any("adapmtl" in key for key in model.state_dict())
+file = save_sparse(model, "model.safetensors")
+loaded = load_sparse("model.safetensors", Net())
+assert all(torch.equal(x, model.state_dict()[name]) for name, x in loaded.state_dict().items())
 print(f"the wheel alone: {len(packed)} modules, Python {sys.version.split()[0]}, {zeros} zeros")
