@@ -1,19 +1,18 @@
-"""The sparsity and the size of any model."""
+"""The sparsity of any model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from torch_adapmtl._tables import html_table
 from torch_adapmtl.components._prunable import prunable_by_default
 
-__all__ = ["ModelSize", "size", "sparsity"]
+__all__ = ["sparsity", "used_weights", "zeros_in"]
 
 
 def sparsity(model_or_tensors: nn.Module | Tensor | Iterable[Tensor]) -> float:
@@ -38,7 +37,7 @@ def sparsity(model_or_tensors: nn.Module | Tensor | Iterable[Tensor]) -> float:
         0.5
     """
     if isinstance(model_or_tensors, nn.Module):
-        tensors = list(_weights(model_or_tensors, _is_prunable))
+        tensors = list(used_weights(model_or_tensors, _is_prunable))
     elif isinstance(model_or_tensors, Tensor):
         tensors = [model_or_tensors]
     else:
@@ -57,93 +56,14 @@ def sparsity(model_or_tensors: nn.Module | Tensor | Iterable[Tensor]) -> float:
             "there is no weight to count: model_or_tensors has no convolution, linear or "
             "attention weights, or no tensors with elements"
         )
-    return sum(map(_zeros, tensors)) / count
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """The size of a model's parameters, dense and in two sparse formats.
-
-    For a tensor of n elements of b bytes each, of which v are nonzero:
-
-    - dense: ``n * b``;
-    - as bitmap and values: ``ceil(n / 8) + v * b``;
-    - as CSR with 4-byte indices, the first dimension as rows (one row for vectors and
-      scalars): ``v * b + 4 * v + 4 * (rows + 1)``.
-
-    In both sparse formats, a tensor that would not become smaller stays dense.
-
-    Attributes:
-        parameters: Number of parameters, biases and normalisation layers included.
-        zeros: Number of those that are exactly zero.
-        dense_bytes: Bytes of all parameters, dense.
-        bitmap_bytes: Bytes as bitmap and values.
-        csr_bytes: Bytes as CSR.
-    """
-
-    parameters: int
-    zeros: int
-    dense_bytes: int
-    bitmap_bytes: int
-    csr_bytes: int
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of *all* parameters that are zero (not only of the prunable weights)."""
-        return self.zeros / self.parameters if self.parameters else 0.0
-
-    def __str__(self) -> str:
-        return (
-            f"{self.parameters:,} parameters, {100 * self.sparsity:.2f} % zero: "
-            f"{_megabytes(self.dense_bytes)} dense, {_megabytes(self.bitmap_bytes)} as bitmap "
-            f"and values, {_megabytes(self.csr_bytes)} as CSR"
-        )
-
-    def _repr_html_(self) -> str:
-        rows = [["format", "size", "of dense"]]
-        for name, count in (
-            ("dense", self.dense_bytes),
-            ("bitmap and values", self.bitmap_bytes),
-            ("CSR", self.csr_bytes),
-        ):
-            share = f"{100 * count / self.dense_bytes:.1f} %" if self.dense_bytes else ""
-            rows.append([name, _megabytes(count), share])
-        caption = f"{self.parameters:,} parameters, {100 * self.sparsity:.2f} % zero"
-        return html_table(rows, left=1, caption=caption)
-
-
-def size(model: nn.Module) -> ModelSize:
-    """Measure the size of a model's parameters, dense and in two sparse formats.
-
-    Tied parameters count once; buffers do not count. The function is meant for plain models. Of a
-    weight under a parametrization or a pruning mask, the value that the forward pass uses is
-    counted, and parameters of the parametrization, such as thresholds, are counted too.
-
-    Example:
-        >>> layer = torch.nn.Linear(500, 500, bias=False)
-        >>> _ = torch.nn.init.eye_(layer.weight)
-        >>> print(size(layer))
-        250,000 parameters, 99.80 % zero:
-        1.000 MB dense, 0.033 MB as bitmap and values, 0.006 MB as CSR
-    """
-    parameters = zeros = dense = bitmap = csr = 0
-    for tensor in _weights(model):
-        count, empty, item = tensor.numel(), _zeros(tensor), tensor.element_size()
-        rows = tensor.shape[0] if tensor.ndim > 1 else 1
-        values = (count - empty) * item
-        parameters += count
-        zeros += empty
-        dense += count * item
-        bitmap += min(count * item, -(-count // 8) + values)
-        csr += min(count * item, values + 4 * (count - empty) + 4 * (rows + 1))
-    return ModelSize(parameters, zeros, dense, bitmap, csr)
+    return sum(map(zeros_in, tensors)) / count
 
 
 def _is_prunable(module: nn.Module, name: str) -> bool:
     return name in prunable_by_default(module)
 
 
-def _weights(
+def used_weights(
     model: nn.Module, chosen: Callable[[nn.Module, str], bool] = lambda module, name: True
 ) -> Iterator[Tensor]:
     """Yield each parameter that `chosen` accepts once, as the forward pass uses it."""
@@ -167,16 +87,24 @@ def _weights(
             if seen.issuperset(map(id, parameters)) or not chosen(module, plain):
                 continue
             seen.update(map(id, parameters))
-            with torch.no_grad():
+            with torch.no_grad(), _in_eval_mode(getattr(module, "parametrizations", None)):
                 tensor = getattr(module, name)
                 if mask is not None:  # the attribute is outdated until the next forward pass
                     tensor = tensor * mask
             yield tensor
 
 
-def _zeros(tensor: Tensor) -> int:
+@contextmanager
+def _in_eval_mode(module: nn.Module | None) -> Iterator[None]:
+    """Keep parametrizations such as `spectral_norm` from changing their buffers."""
+    modules = [] if module is None else [m for m in module.modules() if m.training]
+    for m in modules:
+        m.training = False
+    yield
+    for m in modules:
+        m.training = True
+
+
+def zeros_in(tensor: Tensor) -> int:
+    """The number of zeros in a tensor."""
     return tensor.numel() - int(torch.count_nonzero(tensor.detach()))
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.3f} MB"
