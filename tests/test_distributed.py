@@ -74,6 +74,7 @@ def _train_one_of_two(rank: int, folder: str) -> None:
                     if any(mask is not None for mask in masks)
                     else torch.ones(0),
                     "weights": pruner.weighting.weights().clone(),
+                    "history": pruner.recorder.rows.clone(),
                 }
             )
         found_zeros = zeros(pruner)

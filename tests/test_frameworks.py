@@ -78,6 +78,7 @@ def test_tensorboard(tmp_path: Path) -> None:
     events.Reload()
     assert set(events.Tags()["scalars"]) == {
         *(f"sparsity/{name}" for name in ("overall", "shared", "a", "b")),
+        *(f"threshold_{end}/{name}" for end in ("min", "max") for name in ("shared", "a", "b")),
         *(f"task_weight/{name}" for name in ("a", "b")),
     }
     last = events.Scalars("sparsity/overall")[-1].value

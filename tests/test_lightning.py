@@ -145,6 +145,7 @@ def test_lightning_logs(tmp_path: Path) -> None:
     lines = (Path(logger.log_dir) / "metrics.csv").read_text().split("\n")
     names = lines[0].split(",")
     assert {"sparsity/overall", "sparsity/shared", "sparsity/a", "task_weight/b"} <= set(names)
+    assert {"threshold_min/shared", "threshold_max/a", "loss/a", "loss/b"} <= set(names)
     overall = [float(line.split(",")[names.index("sparsity/overall")]) for line in lines[1:-1]]
     assert len(overall) == 4
     assert overall[0] < overall[-1]

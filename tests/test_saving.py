@@ -119,6 +119,7 @@ def test_the_keys_that_are_added() -> None:
     assert {key.split(".")[1] for key in added} == {
         "_extra_state",
         "controller",
+        "recorder",
         "weighting",
         "sparse_weights",
     }

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toys import TwoTasks, batch, losses, prepare, train, weights, zeros
 from waiting import refused
 
+from torch_adapmtl import Magnitude
 from torch_adapmtl.layers import sampling
 
 
@@ -23,6 +24,7 @@ from torch_adapmtl.layers import sampling
         {"allocation": "gradient"},
         {"allocation": "common", "gradient": "mask"},
         {"method": "paper"},
+        {"method": Magnitude()},
     ],
     ids=str,
 )
@@ -50,6 +52,9 @@ def test_a_step_never_waits_for_the_device(options: Any) -> None:
             pruner.controller.update(number)  # the test does see it
         pruner.step()
         waits += 1
+    with pytest.raises(AssertionError), refused():
+        len(pruner.history)
+    assert len(pruner.history) == 22  # recorded in between: every second step
     assert waits == (0 if options == {"method": "paper"} else 4)  # interval 9: every 9 or 10 steps
 
 

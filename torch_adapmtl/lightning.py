@@ -17,7 +17,7 @@ __all__ = ["AdapMTLCallback"]
 
 
 class AdapMTLCallback(Callback):
-    """Prunes a model while its `LightningModule` is trained, and logs the sparsity.
+    """Prunes a model while its `LightningModule` is trained, and logs how that goes.
 
     The callback does three things:
 
@@ -25,8 +25,8 @@ class AdapMTLCallback(Callback):
       that `trainer.fit(..., ckpt_path=...)` resumes a run.
     - It moves the schedule after each optimiser step. Steps that mixed precision skips and batches
       that only accumulate gradients do not count.
-    - It logs `sparsity/overall`, `sparsity/<component>` and `task_weight/<task>` as often as the
-      trainer logs.
+    - It logs `Report.scalars` as often as the trainer logs: sparsities, thresholds, task weights
+      and losses.
 
     In `training_step`, weight the losses by `<model>.adapmtl.loss({task: loss, ...})`.
 
@@ -148,7 +148,7 @@ class AdapMTLCallback(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
     ) -> None:
-        """Log sparsities and task weights as often as the trainer logs."""
+        """Log the scalars of a report as often as the trainer logs."""
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # not annotated
         step, pruner = trainer.global_step, self._pruner(pl_module)
         if pruner and trainer.loggers and step % every == 0 and step != self._logged:

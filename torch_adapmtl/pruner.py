@@ -22,6 +22,7 @@ from torch_adapmtl.run._model_watch import ModelWatch, watch_unreached, watch_ze
 from torch_adapmtl.run._step_hook import StepHook
 from torch_adapmtl.run.checkpoint import load, save, unguard
 from torch_adapmtl.run.diagnostics import Watch, signs
+from torch_adapmtl.run.history import History, Recorder
 from torch_adapmtl.run.parameter_groups import parameter_groups
 from torch_adapmtl.run.report import ComponentRow, LayerRow, Report, total_macs
 from torch_adapmtl.tensor.torch_prune import SoftThresholdPruning
@@ -102,6 +103,7 @@ class Pruner(nn.Module):
         self.weighting = weighting
         self.sparse_weights = SparseWeights(layers)
         self.tasks = weighting.tasks
+        self.recorder = Recorder(components.names, layers, self.tasks, self.total_steps)
         self._unprunable = dict(unprunable)
         self._config = dict(config)
         self._step = 0
@@ -281,6 +283,11 @@ class Pruner(nn.Module):
             self.weighting.record.read()
         if (self._prepare() or self._step + 1 == self.total_steps) and written:
             self._watch.before(written)
+        if last or self.recorder.due(self._step):
+            self._record()
+
+    def _record(self) -> None:
+        self.recorder.record(self._step, self.layers, self.controller, self.weighting)
 
     def _prepare(self) -> bool:
         """Prepare the controller for the next step, once; return whether an update is due after."""
@@ -436,6 +443,7 @@ class Pruner(nn.Module):
             self.controller.retarget(target_sparsity, total_steps, zeros)
             self.sparse_weights.fix(self.controller.fixed)
         self._reset_skipped()
+        self.recorder.start += self._step
         self._step, self._prepared = 0, None
         self._prepare()
 
@@ -522,9 +530,41 @@ class Pruner(nn.Module):
             total_steps=self.total_steps,
             dense=dense,
             task_weights=self.weighting.as_dict(),
+            losses=self.weighting.record.last(),
             given=sum(count_zeros(layer.initial_mask) for layer in self.layers),
             count=self.layers.counts,
         )
+
+    @property
+    def history(self) -> History:
+        """Sparsity, thresholds, task weights and losses over the run, as `step` has recorded them.
+
+        At most 256 rows, which are part of the state dict. Reading them waits for the device;
+        recording does not. The history can be read after `finalize` too.
+        """
+        return self.recorder.history(self.controller, self.layers)
+
+    def postfix(self) -> dict[str, str]:
+        """Return the present sparsity, the target and the task weights for a progress bar.
+
+        With tqdm: `bar.set_postfix(pruner.postfix())`. It shows the last row of the history and
+        waits for the device only if there is a new row, at most 256 times in a run.
+
+        Returns:
+            Short words by name; no words before the first row.
+
+        Example:
+            >>> import torch
+            >>> from torch_adapmtl import apply_adapmtl
+            >>> model = torch.nn.Linear(4, 4)
+            >>> pruner = apply_adapmtl(
+            ...     model, target_sparsity=0.5, total_steps=1, groups={"main": ["*"]}
+            ... )
+            >>> pruner.step()
+            >>> pruner.postfix()
+            {'sparsity': '50.0% of 50.0%', 'weights': 'main 1.00'}
+        """
+        return self.recorder.postfix(self.controller, self.layers)
 
     def __repr__(self) -> str:
         # One line in the model's repr, without the submodules.
@@ -552,6 +592,9 @@ class Pruner(nn.Module):
             with torch.inference_mode(False), self.sparse_weights.dense():
                 self.controller.fix()
                 self.sparse_weights.fix()
+            self._record()
+        # The steps that are left out are not counted in the history.
+        self.recorder.start += self._step - self.total_steps
         self._step, self._prepared = self.total_steps, None
         self._warned.add("end")  # this end was called for
         self._reset_skipped()
@@ -737,6 +780,7 @@ class Pruner(nn.Module):
             "fixed": self.controller.fixed,
             "initial": self.controller.initial,
             "had": self.weighting.record.had_losses(),
+            "history": self.recorder.progress(),
         }
         return save(self._config, progress, self.layers)
 
@@ -754,6 +798,7 @@ class Pruner(nn.Module):
         self._reset_skipped()
         self.controller.fixed, self.controller.initial = progress["fixed"], progress["initial"]
         self.weighting.record.set_had_losses(progress.get("had", ()))
+        self.recorder.set_progress(progress["history"])
 
     def _expected_state(self) -> dict[str, Any]:
         """The values that a state must have to be loaded: the target and the config."""

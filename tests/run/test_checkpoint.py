@@ -114,9 +114,9 @@ STATES = [
          "weighting.direction='stable'", ALIKE),
         *(
             (f"version {version}", load(header(version=version)), "adapmtl state",
-             f"version {version}, this version of torch-adapmtl reads 4",
+             f"version {version}, this version of torch-adapmtl reads 5",
              "the version that it was saved with")
-            for version in (2, 99)
+            for version in (4, 99)
         ),
         ("another width", load(shaped("body.weight", 9, 6)), "body.weight", "shape (9, 6)",
          "make the model alike"),
@@ -128,6 +128,9 @@ STATES = [
          "the state dict", "no 'body.weight'", "the state dict of the whole model"),
         ("a negative step", load(header(step=-1)), OWN, "step=-1", DAMAGED),
         ("a step in words", load(header(step="three")), OWN, "step='three'", DAMAGED),
+        ("a history of words", load(header(history=["a", 1, 2, 3])), OWN, "history=['a'", DAMAGED),
+        ("a history without end", load(header(history=[257, 1, 2, 3])), OWN, "history=[257",
+         DAMAGED),
         ("no layers", load(header(layers=None)), OWN, "names no layers", DAMAGED),
         ("no bytes", load(own(lambda packed: packed[:0])), OWN, "0 bytes cannot be read", DAMAGED),
         ("too few bytes", load(own(lambda packed: packed[:-1])), OWN, "cannot be read", DAMAGED),

@@ -33,6 +33,8 @@ class Pooled(KeepsPrecision):
     ) -> None:
         super().__init__()
         self.pool = list(pool)
+        # Not a buffer: `model.buffers()` would contain it if the numbers are trained.
+        self._on_device = torch.tensor(self.pool, device=device)
         values = torch.full((max(pool) + 1,), float(value), device=device)
         if trained:
             self.values = nn.Parameter(values)
@@ -58,4 +60,7 @@ class Pooled(KeepsPrecision):
         return torch.zeros_like(by_layer).index_add_(0, index, by_layer)[index]
 
     def _index(self) -> Tensor:
-        return torch.tensor(self.pool, device=self.values.device)
+        """`pool` as a tensor; copying it to the device each time would wait for the device."""
+        if self._on_device.device != self.values.device:
+            self._on_device = self._on_device.to(self.values.device)
+        return self._on_device

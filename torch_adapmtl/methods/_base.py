@@ -81,6 +81,7 @@ class Controller(KeepsPrecision, ABC):
         initial: The sparsity that the schedule starts from, as a fraction.
         synchronize: Whether processes that train together prune the same weights.
         shardable: Whether the controller works on sharded weights (`fully_shard`).
+        has_thresholds: Whether thresholds prune weights; if only masks do, all thresholds are zero.
     """
 
     exact = True
@@ -89,6 +90,7 @@ class Controller(KeepsPrecision, ABC):
     initial = 0.0
     synchronize = True
     shardable = False
+    has_thresholds = True
 
     def __init__(self, layers: Layers, target_sparsity: float, total_steps: int) -> None:
         super().__init__()

@@ -162,6 +162,7 @@ class AdaptiveController(Controller):
     Attributes:
         level: The level of each layer, (L,): the common level, or a lower or higher one where a
             bound applies.
+        tilt: The factor of each layer's threshold that grows with its positions, (L,).
         offsets: The offsets, one for each pool of layers that share it, in units of log alpha.
 
     Raises:
@@ -169,6 +170,7 @@ class AdaptiveController(Controller):
     """
 
     level: Tensor
+    tilt: Tensor
 
     def __init__(
         self, method: Adaptive, layers: Layers, target_sparsity: float, total_steps: int
@@ -187,6 +189,7 @@ class AdaptiveController(Controller):
         self.initial = max(min(method.schedule.initial, target_sparsity), share)
 
         self.register_buffer("level", torch.zeros(len(layers), device=layers.device))
+        self.register_buffer("tilt", self._tilt().to(layers.device), persistent=False)
         pool = layers.component if method.granularity == "component" else range(len(layers))
         trained = self.allocation.trained
         self.offsets = Pooled(pool, device=layers.device, trained=trained)
@@ -214,7 +217,7 @@ class AdaptiveController(Controller):
 
         Once the zeros are fixed, these are the thresholds of the last update.
         """
-        return self.level * self._tilt() * self.offsets.by_layer().exp()
+        return self.level * self.tilt * self.offsets.by_layer().exp()
 
     # --- in the course of the run -----------------------------------------------------------------
 
@@ -263,14 +266,12 @@ class AdaptiveController(Controller):
 
     def _factors(self) -> Tensor:
         """The factor of each layer, (L,): a score is the magnitude times the factor."""
-        return self.offsets.by_layer().neg().exp() / self._tilt()
+        return self.offsets.by_layer().neg().exp() / self.tilt
 
     def _tilt(self) -> Tensor:
-        """The factor of each layer's threshold that grows with its positions, (L,)."""
         log = torch.tensor(self.layers.costs, dtype=torch.float64).log()
         power = self.method.position_power
-        tilt = ((_POWER if power is None else power) * (log - log.mean())).exp()
-        return tilt.float().to(self.level.device)
+        return ((_POWER if power is None else power) * (log - log.mean())).exp().float()
 
     def _solve(self, scores: Scores, budget: float) -> Tensor:
         wanted = torch.tensor(budget, dtype=torch.float64, device=self.level.device)
@@ -278,7 +279,7 @@ class AdaptiveController(Controller):
 
     def _set_thresholds(self) -> None:
         """Write the thresholds into the layers, after an update."""
-        alphas = self.level * self._tilt() if self.allocation.trained else self.thresholds()
+        alphas = self.level * self.tilt if self.allocation.trained else self.thresholds()
         for layer, alpha in zip(self.layers, alphas.tolist(), strict=True):
             value = 0.0 if self.fixed else min(alpha, torch.finfo(layer.weight.dtype).max)
             layer.threshold.set_threshold(value)

@@ -69,6 +69,8 @@ class MaskController(Controller):
         8
     """
 
+    has_thresholds = False
+
     def __init__(
         self,
         layers: Layers,

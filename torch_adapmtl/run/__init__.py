@@ -1,20 +1,20 @@
-"""Reports, diagnostics and checkpoints of a run; the sparsity, size and performance of a model."""
+"""Reports, diagnostics and checkpoints of a run; the sparsity and performance of a model."""
 
 from __future__ import annotations
 
+from torch_adapmtl.run.history import History
 from torch_adapmtl.run.performance import RelativePerformance, relative_performance
 from torch_adapmtl.run.plain import plain_state_dict
 from torch_adapmtl.run.report import ComponentRow, LayerRow, Report
-from torch_adapmtl.run.size import ModelSize, size, sparsity
+from torch_adapmtl.run.sparsity import sparsity
 
 __all__ = [
     "ComponentRow",
+    "History",
     "LayerRow",
-    "ModelSize",
     "RelativePerformance",
     "Report",
     "plain_state_dict",
     "relative_performance",
-    "size",
     "sparsity",
 ]

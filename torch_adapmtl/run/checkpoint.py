@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.layers.sparse_weights import forget_residual
 from torch_adapmtl.run._packing import damaged, pack, unpack, unpack_mask
+from torch_adapmtl.run.history import is_progress
 from torch_adapmtl.tensor.torch_prune import attached_threshold
 
 __all__ = ["guard", "load", "save", "unguard"]
 
-_VERSION = 4
+_VERSION = 5
 _PREFIX = "adapmtl."
 
 
@@ -72,14 +73,17 @@ def _read(
             f"the state dict's adapmtl state has version {header.get('version')!r}, this version "
             f"of torch-adapmtl reads {_VERSION}: load it with the version that it was saved with"
         )
-    step, fixed, initial = (progress.get(name) for name in ("step", "fixed", "initial"))
+    names = "step", "fixed", "initial", "history"
+    step, fixed, initial, history = (progress.get(name) for name in names)
     if (
         type(step) is not int
         or step < 0
         or type(fixed) is not bool
         or type(initial) not in (int, float)
+        or not is_progress(history)
     ):
-        raise damaged(f"it says step={step!r}, fixed={fixed!r}, initial={initial!r}")
+        found = f"step={step!r}, fixed={fixed!r}, initial={initial!r}, history={history!r}"
+        raise damaged(f"it says {found}")
     saved = {**header, **progress}
     for name, value in expected.items():
         differences = list(_differences(name, saved.get(name), value))

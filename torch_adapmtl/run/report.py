@@ -111,6 +111,7 @@ class Report:
         total_steps: Number of steps of the run.
         dense: The tensors that stay dense; tuples of name, reason and weights are accepted.
         task_weights: The present weight of each task's loss.
+        losses: The last loss of each task that has had one, without its weight.
         given: How many zeros were fixed when the run began.
         count: What the target counts: `"weights"` or `"macs"`.
 
@@ -152,12 +153,14 @@ class Report:
     task_weights: Mapping[str, float] = field(default_factory=dict)
     given: int = 0
     count: Literal["weights", "macs"] = "weights"
+    losses: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "components", tuple(self.components))
         object.__setattr__(self, "layers", tuple(self.layers))
         object.__setattr__(self, "dense", tuple(DensePart(*part) for part in self.dense))
         object.__setattr__(self, "task_weights", dict(self.task_weights))
+        object.__setattr__(self, "losses", dict(self.losses))
 
     @property
     def weights(self) -> int:
@@ -197,9 +200,10 @@ class Report:
         return (min(thresholds), max(thresholds)) if thresholds else None
 
     def scalars(self) -> dict[str, float]:
-        """Return numbers to log, by name: sparsities (as fractions) and task weights.
+        """Return numbers to log, by name: sparsities, thresholds, task weights and losses.
 
-        To log them to TensorBoard:
+        Sparsities are fractions. Of the thresholds of a component there are the smallest and the
+        largest. To log them to TensorBoard:
         `for name, value in pruner.report().scalars().items(): writer.add_scalar(name, value, step)`
 
         Example:
@@ -208,10 +212,18 @@ class Report:
             >>> Report(parts, (), target_sparsity=0.9, step=7, total_steps=9).scalars()
             {'sparsity/shared': 0.8, 'sparsity/seg': 1.0, 'sparsity/overall': 0.88}
         """
+        thresholds = {
+            row.name: pair
+            for row in self.components
+            if (pair := self.thresholds(row.name)) is not None
+        }
         return {
             **{f"sparsity/{row.name}": row.sparsity for row in self.components},
             "sparsity/overall": self.sparsity,
+            **{f"threshold_min/{name}": pair[0] for name, pair in thresholds.items()},
+            **{f"threshold_max/{name}": pair[1] for name, pair in thresholds.items()},
             **{f"task_weight/{task}": weight for task, weight in self.task_weights.items()},
+            **{f"loss/{task}": loss for task, loss in self.losses.items()},
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -228,6 +240,7 @@ class Report:
             "step": self.step,
             "total_steps": self.total_steps,
             "task_weights": dict(self.task_weights),
+            "losses": dict(self.losses),
             "components": [
                 {
                     "name": row.name,

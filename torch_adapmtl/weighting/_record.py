@@ -50,8 +50,8 @@ class LossRecord(KeepsPrecision):
     Attributes:
         nonfinite: Number of NaN or infinite losses per task since the last `raise_nonfinite`, int64
             of shape (T,); not part of the state dict.
-        latest: The last observed loss of each task, and whether it came after the last `read`, as 1
-            or 0; float32 (2, T).
+        latest: The last observed loss of each task; whether it came after the last `read`, as 1 or
+            0; and whether it came in the last `count`; float32 (3, T).
         course: Of each task, the first reading, the exponential average of the readings, its lowest
             and its highest value, and the number of readings; float32 (5, T).
         with_grad: The tasks that have had a loss that requires grad.
@@ -66,7 +66,7 @@ class LossRecord(KeepsPrecision):
         self.tasks = tuple(tasks)
         # Not a buffer: DistributedDataParallel would copy it from the first process to all others.
         self.nonfinite = torch.zeros(len(self.tasks), dtype=torch.int64)
-        self.register_buffer("latest", torch.zeros(2, len(self.tasks)))
+        self.register_buffer("latest", torch.zeros(3, len(self.tasks)))
         self.register_buffer("course", torch.zeros(5, len(self.tasks)))
         self._early = _FIRST  # number of steps from now on after which to read
         self._unread = 0  # number of steps since the last reading
@@ -157,7 +157,8 @@ class LossRecord(KeepsPrecision):
         if synchronize:
             losses, accepted = mean_over_processes(losses, accepted)
         observed = torch.stack([losses, accepted.to(losses.dtype)])
-        torch.where(accepted, observed, self.latest, out=self.latest)
+        torch.where(accepted, observed, self.latest[:2], out=self.latest[:2])
+        self.latest[2] = accepted
         self._unread += 1
         if self._early or self._unread > _UNREAD:
             self._early = max(self._early - 1, 0)
@@ -231,6 +232,11 @@ class LossRecord(KeepsPrecision):
             "its gradient may have reached the model: look at how this loss is computed, "
             "at the learning rate and at mixed precision, and resume from a checkpoint"
         )
+
+    def last(self) -> dict[str, float]:
+        """Return the last observed loss of each task that has had one; reads it from the device."""
+        losses = zip(self.tasks, self.latest[0].tolist(), strict=True)
+        return {task: loss for task, loss in losses if loss}  # 0 is never observed
 
     def courses(self) -> dict[str, LossCourse]:
         """Return the course of the loss of each task that has had one; reads it from the device."""
