@@ -25,7 +25,6 @@ from torch_adapmtl import (
     Pruner,
     RelativePerformance,
     Report,
-    accelerate,
     apply_adapmtl,
     relative_performance,
     size,
@@ -40,6 +39,7 @@ COLORS = {
 }  # fmt: skip
 
 Metrics = dict[str, dict[str, float]]
+Gains = dict[str, tuple[str, float, float]]  # what it is, of the dense and of the sparse model
 
 
 def make_model(seed: int, channels: Sequence[int] = (32, 64, 128, 256)) -> MultiTaskModel:
@@ -80,7 +80,8 @@ def train(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     reports = [pruner.report()] if pruner else []
     model.train()
-    for step in tqdm(range(1, steps + 1), desc="sparse" if pruner else "dense"):
+    bar = tqdm(range(1, steps + 1), desc="sparse" if pruner else "dense")
+    for step in bar:
         rows = torch.randint(len(images), (BATCH,), generator=order)
         losses = task_losses(model(images[rows]), {task: t[rows] for task, t in targets.items()})
         total = pruner.loss(losses) if pruner else sum(losses.values())  # AdapMTL, line 2
@@ -90,6 +91,7 @@ def train(
         schedule.step()
         if pruner:
             pruner.step()  # AdapMTL, line 3
+            bar.set_postfix(pruner.postfix())
             if step % 10 == 0 or step == steps:
                 reports.append(pruner.report())
     return reports
@@ -117,13 +119,18 @@ def evaluate(outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Me
     }
 
 
-def print_comparison(dense: Metrics, sparse: Metrics, relative: RelativePerformance) -> None:
-    """Print the metrics of both models; a positive change is an improvement."""
-    print(f"{'task':<10}{'metric':<16}{'dense':>8}{'sparse':>8}{'change':>11}")
+def print_comparison(
+    dense: Metrics, sparse: Metrics, relative: RelativePerformance, gains: Gains
+) -> None:
+    """Print the metrics, the size and the time of both models; a plus is an improvement."""
+    print(f"{'':<10}{'':<24}{'dense':>8}{'sparse':>8}{'change':>11}")
     for task, metrics in dense.items():
         for name, value in metrics.items():
             change = relative.metrics[task][name]
-            print(f"{task:<10}{name:<16}{value:8.2f}{sparse[task][name]:8.2f}{change:+9.2f} %")
+            print(f"{task:<10}{name:<24}{value:8.2f}{sparse[task][name]:8.2f}{change:+9.2f} %")
+    for what, (name, before, after) in gains.items():
+        times = before / after
+        print(f"{what:<10}{name:<24}{before:8.2f}{after:8.2f}{times:9.1f} times less")
     print(f"relative performance Delta_T: {relative.delta:+.2f} %")
 
 
@@ -132,9 +139,10 @@ def draw(
     readings: Mapping[str, Mapping[str, Tensor]],
     reports: Sequence[Report],
     metrics: Mapping[str, Metrics],
+    gains: Gains,
 ) -> Figure:
-    """Draw test images with the outputs of both models, the sparsity over time, and the metrics."""
-    figure = Figure(figsize=(12, 4.9), layout="constrained", facecolor="white")
+    """Draw test images with both models' outputs, the sparsity over time, and what was gained."""
+    figure = Figure(figsize=(12, 5.2), layout="constrained", facecolor="white")
     left, middle, right = figure.subfigures(1, 3, width_ratios=(1.3, 1.2, 0.8), wspace=0.03)
 
     left.suptitle("Test images: left digit, right digit, distance", fontsize=11.5)
@@ -168,15 +176,23 @@ def draw(
     middle.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)
 
-    right.suptitle("On the test set", fontsize=11.5)
-    titles = {"left": "left digit", "right": "right digit", "distance": "distance"}
-    for axis, (task, title) in zip(right.subplots(len(titles), 1), titles.items(), strict=True):
+    right.suptitle("Dense and sparse", fontsize=11.5)
+    panels = []
+    for task, title in {
+        "left": "left digit",
+        "right": "right digit",
+        "distance": "distance",
+    }.items():
         (name,) = metrics["dense"][task]
         values = {model: metrics[model][task][name] for model in ("sparse", "dense")}
+        panels.append((f"{title}: {name}", values))
+    for what, (name, before, after) in gains.items():
+        panels.append((f"{what}: {name}", {"sparse": after, "dense": before}))
+    for axis, (title, values) in zip(right.subplots(len(panels), 1), panels, strict=True):
         bars = axis.barh([*values], [*values.values()], color=[COLORS[model] for model in values])
         axis.bar_label(bars, [f"{value:.2f}" for value in values.values()], padding=3)
         axis.set(xlim=(0, 1.25 * max(values.values())), xticks=[])
-        axis.set_title(f"{title}: {name}", fontsize=10, loc="left")
+        axis.set_title(title, fontsize=10, loc="left")
         axis.spines[["top", "right", "bottom"]].set_visible(False)
     return figure
 
@@ -211,17 +227,20 @@ def main() -> None:
     relative = relative_performance(
         metrics["sparse"], metrics["dense"], lower_is_better=["mean error (%)"]
     )
-    print_comparison(metrics["dense"], metrics["sparse"], relative)
-    print(f"\n{size(sparse)}")
-
-    # The zeros are passed over: 16 images at a time, on a CPU.
-    print(f"\n{accelerate(sparse, images[:16]).report().summary}\n")
+    # The files are written, and 16 images are computed at a time, on a CPU.
+    torch.set_num_threads(1)
+    gained = size(sparse, images[:16], latency=True)
+    files = [gained.files[name] / 1e6 for name in ("torch.save", "save_sparse")]
+    times = [gained.latency[name] for name in ("as it is", "accelerated")]
+    gains: Gains = {"file": ("MB", *files), "time": ("ms for 16 images", *times)}
+    print_comparison(metrics["dense"], metrics["sparse"], relative, gains)
+    print(f"\n{gained}\n")
 
     readings: dict[str, Mapping[str, Tensor]] = {"truth": targets}
     for name, out in outputs.items():
         digits = {task: out[task].argmax(1) for task in ("left", "right")}
         readings[name] = {**digits, "distance": out["distance"]}
-    draw(images, readings, reports, metrics).savefig(args.output, dpi=150)
+    draw(images, readings, reports, metrics, gains).savefig(args.output, dpi=150)
     print(f"The picture is {args.output}")
 
 

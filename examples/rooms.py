@@ -188,7 +188,7 @@ def main() -> None:
     outputs = {"dense": predict(dense, images), "sparse": predict(sparse, images)}
     metrics = {name: evaluate(out, targets) for name, out in outputs.items()}
     print_comparison(metrics["dense"], metrics["sparse"])
-    print(f"\n{size(sparse)}")
+    print(f"\n{size(sparse, images[:1])}")
 
     maps = {
         name: {task: values[:5].cpu() for task, values in by_task.items()}

@@ -23,6 +23,7 @@ ADDRESSES = {
     "torch_adapmtl.datasets": None,
     "torch_adapmtl.tasks": "torchmetrics",
     "torch_adapmtl.lightning": "lightning",
+    "torch_adapmtl.plots": "matplotlib",
 }
 WITHOUT_EXAMPLE = {
     # Results that users receive and never make.
@@ -32,10 +33,12 @@ WITHOUT_EXAMPLE = {
         "Layer",
         "LayerChoice",
         "LayerRow",
+        "LayerSize",
         "ModelSize",
         "PrunableTensor",
         "RelativePerformance",
         "RoomScenes",
+        "StoredTensor",
     ),
     # Bases; the examples are those of their subclasses.
     *("Controller", "Task"),

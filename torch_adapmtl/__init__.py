@@ -25,18 +25,25 @@ from torch_adapmtl.methods import (
     Paper,
     Taylor,
 )
+from torch_adapmtl.model_size import LayerSize, ModelSize, size
 from torch_adapmtl.prepare import apply_adapmtl
 from torch_adapmtl.pruner import Pruner
 from torch_adapmtl.run import (
     ComponentRow,
+    History,
     LayerRow,
-    ModelSize,
     RelativePerformance,
     Report,
     plain_state_dict,
     relative_performance,
-    size,
     sparsity,
+)
+from torch_adapmtl.storage import (
+    SparseFile,
+    SparseFileError,
+    StoredTensor,
+    load_sparse,
+    save_sparse,
 )
 from torch_adapmtl.tensor import (
     SoftThreshold,
@@ -67,11 +74,13 @@ __all__ = [
     "EqualWeighting",
     "FixedWeighting",
     "GradientAllocation",
+    "History",
     "IterativeMagnitude",
     "LAMPAllocation",
     "Layer",
     "LayerChoice",
     "LayerRow",
+    "LayerSize",
     "Layers",
     "LossWeighting",
     "Magnitude",
@@ -86,16 +95,21 @@ __all__ = [
     "SensitivityAllocation",
     "SoftThreshold",
     "SoftThresholdPruning",
+    "SparseFile",
+    "SparseFileError",
     "SparsitySchedule",
     "StabilityWeighting",
+    "StoredTensor",
     "Taylor",
     "accelerate",
     "apply_adapmtl",
     "find_components",
     "keep_zeros",
+    "load_sparse",
     "plain_state_dict",
     "relative_performance",
     "release_zeros",
+    "save_sparse",
     "size",
     "soft_threshold",
     "soft_threshold_unstructured",
