@@ -138,7 +138,7 @@ def test_lightning_logs(tmp_path: Path) -> None:
 
     callback = AdapMTLCallback(target_sparsity=0.8, example_inputs=torch.ones(2, 6))
     Trainer(
-        max_steps=20, accelerator="cpu", logger=logger, log_every_n_steps=5,
+        max_steps=20, accelerator="cpu", logger=logger, log_every_n_steps=6,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[callback],
     ).fit(module, DataLoader(batches(20), batch_size=8))  # fmt: skip

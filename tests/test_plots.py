@@ -164,7 +164,52 @@ def test_sparsity_shows_the_history() -> None:
 
 def test_macs_have_a_line_of_their_own() -> None:
     axis = plot_sparsity(history(count="macs", pruned=[0.5] * 40)).axes[0]
-    assert "multiply-adds  50.0 %" in [text.get_text() for text in axis.texts]
+    texts = [text.get_text() for text in axis.texts]
+    assert "multiply-adds  50.0 %" in texts
+    assert "target 90 % of the multiply-adds" in texts
+
+
+def test_histories_of_one_row_and_without_losses() -> None:
+    given_ = history(rows=1, losses={f"task {i}": [None] for i in range(3)})
+    above, below = plot_task_weights(given_).axes
+    assert all(line.get_marker() == "o" for line in above.lines[:-1])
+    assert not below.lines
+    assert plot_sparsity(given_).axes[0].lines[0].get_marker() == "o"
+    assert plot_task_weights(history(losses={}, task_weights={})).axes
+
+
+def test_names_are_drawn_as_they_are_and_long_ones_are_shortened() -> None:
+    names = ["$a$", "$bad{$", "x" * 60, "first of many: segmentation, depth"]
+    given_ = history(
+        task_weights={name: [1.0] * 40 for name in names},
+        losses={name: [1.0] * 40 for name in names},
+        sparsity={name: [0.5] * 40 for name in (*names, "overall")},
+        thresholds={name: [(0.1, 0.2)] * 40 for name in names},
+    )
+    for figure in (plot_task_weights(given_), plot_sparsity(given_)):
+        figure.draw_without_rendering()
+        texts = [t.get_text() for axis in figure.axes for t in (*axis.texts, axis.title)]
+        assert any(text.startswith(r"\$bad{\$") for text in texts)
+        assert max(map(len, texts)) < 40
+    layers = [f"model.prefix.{i}.encoder.backbone.block.attention.projection" for i in range(3)]
+    report = Report(
+        (ComponentRow("shared", 3, 30, 3),),
+        tuple(LayerRow(name, "shared", (10,), 1, 0.1) for name in layers),
+        0.1,
+        1,
+        1,
+    )
+    labels = [t.get_text() for t in plot_allocation(report).axes[0].get_yticklabels()]
+    assert len(set(labels)) == 4
+
+
+def test_rows_without_numbers_are_left_out() -> None:
+    rows = [*ROWS, {"name": "no y", "ms": 3.0}, {"ms": 1.5, "mb": 1.5, "acc": None}]
+    rows.append({"ms": 2.0, "acc": 90.0})  # no name, no mb
+    key = next(iter(TRADEOFF["y"]))
+    rows = [{key if k == "acc" else k: v for k, v in row.items()} for row in rows]
+    first, second = plot_tradeoff(rows, **TRADEOFF).axes
+    assert [len(axis.texts) for axis in (first, second)] == [4, 2]
 
 
 def test_task_weights_shows_the_history() -> None:
@@ -241,10 +286,15 @@ def test_tradeoff_shows_the_points() -> None:
         (lambda: plot_allocation(Report((), (), 0.5, 0, 1)), "report has no layers"),
         (lambda: plot_tradeoff([], **TRADEOFF), r"rows, x and y .* got 0, \['ms', 'mb'\]"),
         (lambda: plot_tradeoff(ROWS, x={}, y={"a": "b"}), r"got 3, \[\]"),
+        (lambda: plot_tradeoff(ROWS, x={"typo": ""}, y=TRADEOFF["y"]), "numbers of 'typo'"),
+        (lambda: plot_tradeoff(ROWS, x={"ms": ""}, y={"typo": ""}), "must have 'typo'"),
+        (lambda: plot_tradeoff([{**ROWS[0], "ms": 0}], **TRADEOFF), "positive.*'ms', found"),
+        (lambda: plot_tradeoff(ROWS, x="ms", y="acc"), "x must be a mapping.*found 'ms'"),
+        (lambda: plot_tradeoff([{**ROWS[0], "ms": "3"}], **TRADEOFF), "found '3' as 'ms'"),
     ],
 )
 def test_what_cannot_be_drawn(draw: Any, named: str) -> None:
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises((ValueError, TypeError), match=named):
         draw()
 
 

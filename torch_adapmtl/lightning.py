@@ -25,8 +25,8 @@ class AdapMTLCallback(Callback):
       that `trainer.fit(..., ckpt_path=...)` resumes a run.
     - It moves the schedule after each optimiser step. Steps that mixed precision skips and batches
       that only accumulate gradients do not count.
-    - It logs `Report.scalars` as often as the trainer logs: sparsities, thresholds, task weights
-      and losses.
+    - It logs `Report.scalars` as often as the trainer logs, and at the end: sparsities,
+      thresholds, task weights and losses.
 
     In `training_step`, weight the losses by `<model>.adapmtl.loss({task: loss, ...})`.
 
@@ -151,17 +151,23 @@ class AdapMTLCallback(Callback):
         """Log the scalars of a report as often as the trainer logs."""
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # not annotated
         step, pruner = trainer.global_step, self._pruner(pl_module)
-        if pruner and trainer.loggers and step % every == 0 and step != self._logged:
-            self._logged = step  # once a step, even if several batches accumulate in it
-            # Written to the loggers directly: `log` would average the values over the epoch.
-            scalars = pruner.report().scalars()
-            for logger in trainer.loggers:
-                logger.log_metrics(scalars, step=step)
+        if pruner and step % every == 0:
+            self._log(trainer, pruner, step)
+
+    def _log(self, trainer: pl.Trainer, pruner: Pruner, step: int) -> None:
+        if step == self._logged or not trainer.loggers:
+            return
+        self._logged = step  # once a step, even if several batches accumulate in it
+        # Written to the loggers directly: `log` would average the values over the epoch.
+        scalars = pruner.report().scalars()
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step=step)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Detach from the optimiser; warn if the run was shorter than the trainer estimated."""
         if (pruner := self._pruner(pl_module)) is None:
             return
+        self._log(trainer, pruner, trainer.global_step)
         pruner.detach()
         if self.total_steps is None and (step := pruner.step_count) < pruner.total_steps:
             rank_zero_warn(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
+from math import isnan
 from statistics import fmean
 from typing import Any
 
@@ -20,12 +21,10 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.patheffects import withStroke
     from matplotlib.ticker import (
-        EngFormatter,
-        Formatter,
+        FuncFormatter,
         LogLocator,
         MaxNLocator,
         NullFormatter,
-        StrMethodFormatter,
     )
 except ImportError as error:
     raise ImportError(
@@ -93,27 +92,29 @@ def plot_sparsity(history: History) -> Figure:
     for name, values in lines.items():
         percent = [100 * value for value in values]
         width = 2.6 if name in ("overall", "multiply-adds") else 1.6
-        axis.plot(steps, percent, lw=width, **styles[name])
-        ends[f"{name}  {percent[-1]:.1f} %"] = percent[-1], styles[name]["color"]
+        axis.plot(steps, percent, lw=width, marker=_marker(history), **styles[name])
+        ends[f"{_short(name, 24)}  {percent[-1]:.1f} %"] = percent[-1], styles[name]["color"]
     target = 100 * history.target_sparsity
     axis.axhline(target, color=_GREY, lw=0.8, ls=(0, (4, 3)), zorder=0)
+    share = "" if history.count == "weights" else " of the multiply-adds"
     axis.annotate(
-        f"target {target:g} %", (0, target), (4, 3), color=_GREY, fontsize=_FONT - 1,
+        f"target {target:g} %{share}", (0, target), (4, 3), color=_GREY, fontsize=_FONT - 1,
         xycoords=("axes fraction", "data"), textcoords="offset points",
     )  # fmt: skip
     axis.set(xlabel="step", ylabel="zero weights (%)", ylim=(0, 104))
+    axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
 
     first: Axes | None = None
     for index, (name, band) in enumerate(bands.items()):
         place = grid[1 + index // columns, index % columns]
         panel = _plain(figure.add_subplot(place, sharey=first))
         panel.set_xlim(axis.get_xlim())
-        panel.xaxis.set_major_locator(MaxNLocator(2))
+        panel.xaxis.set_major_locator(MaxNLocator(2, integer=True))
         at, low, high = zip(*band, strict=True)
         panel.fill_between(at, low, high, color=styles[name]["color"], alpha=0.25, lw=0)
         for edge in (low, high):
             panel.plot(at, edge, lw=1.2, color=styles[name]["color"])
-        panel.set_title(name, fontsize=_FONT, color=styles[name]["color"])
+        panel.set_title(_short(name, 20), fontsize=_FONT, color=styles[name]["color"])
         panel.tick_params(labelleft=index % columns == 0)
         if first is None:
             first = panel
@@ -161,8 +162,8 @@ def plot_task_weights(history: History) -> Figure:
     above, below = map(_plain, figure.subplots(2, 1, sharex=True))
     ends = {}
     for task, weights in history.task_weights.items():
-        above.plot(history.steps, weights, lw=1.6, **styles[task])
-        ends[f"{task}  {weights[-1]:.2f}"] = weights[-1], styles[task]["color"]
+        above.plot(history.steps, weights, lw=1.6, marker=_marker(history), **styles[task])
+        ends[f"{_short(task, 24)}  {weights[-1]:.2f}"] = weights[-1], styles[task]["color"]
     above.axhline(1, color=_GREY, lw=0.8, ls=(0, (4, 3)), zorder=0)
     above.set(ylabel="task weight")
     above.set_ylim(bottom=0)
@@ -171,6 +172,7 @@ def plot_task_weights(history: History) -> Figure:
     ends, reach = {}, max(len(history) // 40, 1)
     known = [loss for losses in history.losses.values() for loss in losses if loss is not None]
     below.set(xlabel="step", ylabel="loss")
+    below.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     if known and min(known) > 0:
         below.set_yscale("log")
         _log_ticks(below.yaxis, known)
@@ -185,8 +187,8 @@ def plot_task_weights(history: History) -> Figure:
         at, values = zip(*shown, strict=True)
         smooth = [fmean(values[max(i - reach, 0) : i + reach + 1]) for i in range(len(values))]
         below.plot(at, values, lw=0.7, alpha=0.35, color=styles[task]["color"])
-        below.plot(at, smooth, lw=1.6, **styles[task])
-        ends[f"{task}  {smooth[-1]:.3g}"] = smooth[-1], styles[task]["color"]
+        below.plot(at, smooth, lw=1.6, marker=_marker(history), **styles[task])
+        ends[f"{_short(task, 24)}  {smooth[-1]:.3g}"] = smooth[-1], styles[task]["color"]
     _label_ends(below, ends)
     return figure
 
@@ -239,7 +241,7 @@ def plot_allocation(report: Report) -> Figure:
         members = list(rows)
         total = sum(row.weights for row in members)
         remaining = total - sum(row.zeros for row in members)
-        ticks.append((y, component, color))
+        ticks.append((y, _short(component, 26), color))
         _note(axis, y, remaining, total, color=color, weight="bold")
         for row in members:
             y += 1
@@ -247,7 +249,7 @@ def plot_allocation(report: Report) -> Figure:
             axis.plot([max(kept, left), row.weights], [y, y], color=color, lw=1.2, alpha=0.45)
             axis.plot(row.weights, y, "o", ms=4.5, mfc="white", mec=color, mew=1)
             axis.plot(max(kept, left), y, "o" if kept else "x", ms=4.5, color=color)
-            ticks.append((y, _short(row.name), None))
+            ticks.append((y, _short(row.name.removesuffix(".weight")), None))
             _note(axis, y, kept, row.weights, color=_BLACK)
         y += 1.5
     most = max(row.weights for row in layers)
@@ -257,7 +259,7 @@ def plot_allocation(report: Report) -> Figure:
         if header:
             label.set(color=header, weight="bold", fontsize=_FONT)
     axis.set_xlabel("weights: ● left, ○ all", fontsize=_FONT)
-    _log_ticks(axis.xaxis, [left, most], EngFormatter())
+    _log_ticks(axis.xaxis, [left, most])
     axis.tick_params(axis="y", length=0)
     axis.tick_params(axis="x", labelsize=_FONT - 1)
     axis.grid(axis="x", color="#d0d7de", lw=0.5)
@@ -278,7 +280,8 @@ def plot_tradeoff(
     Args:
         rows: A mapping for each model, such as
             `{"name": "90 %", "group": "pruned", "accuracy": 93.1, "ms": 1.8, "mb": 0.9}`. A model
-            is left out of a panel whose number it does not have.
+            is left out of a panel whose number it does not have, and everywhere if it has no number
+            of `y`.
         x: The keys of the numbers on the horizontal axes, and what the axes say: of sizes and
             times, which are positive. The axes are logarithmic.
         y: The key of the number on the vertical axis, and what the axis says.
@@ -290,7 +293,9 @@ def plot_tradeoff(
         The figure.
 
     Raises:
-        ValueError: If there are no rows, `x` is empty, or `y` has not exactly one key.
+        TypeError: If `x` or `y` is no mapping, or a number is none.
+        ValueError: If there are no rows, `x` is empty, `y` has not exactly one key, or no row has a
+            number of a key; if a number of `x` is not positive.
 
     Example:
         >>> from torch_adapmtl.plots import plot_tradeoff
@@ -305,27 +310,43 @@ def plot_tradeoff(
         ['latency (ms)', 'file (MB)']
     """
     rows = list(rows)
+    for argument, keys in (("x", x), ("y", y)):
+        if not isinstance(keys, Mapping):
+            raise TypeError(
+                f"{argument} must be a mapping from a key to what its axis says, such as "
+                f'{{"ms": "latency (ms)"}}, found {keys!r}'
+            )
     if not rows or not x or len(y) != 1:
         raise ValueError(
             f"rows, x and y must hold at least one model, at least one key and exactly one key, "
             f"got {len(rows)}, {list(x)} and {list(y)}"
         )
     ((key, says),) = y.items()
+    rows = [row for row in rows if _number(row, key) is not None]
+    for number in x:
+        found = [value for row in rows if (value := _number(row, number)) is not None]
+        if not found or min(found) <= 0:
+            raise ValueError(
+                f"rows must have {key!r} and positive numbers of {number!r}, found {found} among "
+                f"those with {key!r}"
+            )
     groups = list(dict.fromkeys(row.get(group, "") for row in rows))
     styles = dict(zip(groups, _cycle(len(groups)), strict=True))
     figure = _figure(3.9)
     panels = figure.subplots(1, len(x), sharey=True, squeeze=False)[0]
     for axis, (number, label) in zip(panels, x.items(), strict=True):
         axis.set(xscale="log", xlabel=label)
-        every = [row[number] for row in rows if row.get(number) is not None]
+        every = [value for row in rows if (value := _number(row, number)) is not None]
         for member in groups:
             points = sorted(
-                (row[number], row[key], str(row[name]))
+                (row[number], row[key], _short(str(row.get(name, ""))))
                 for row in rows
-                if row.get(group, "") == member and row.get(number) is not None
+                if row.get(group, "") == member and _number(row, number) is not None
             )
             at, values = [point[0] for point in points], [point[1] for point in points]
-            axis.plot(at, values, "o", ms=5, lw=1.2, **{**styles[member], "label": member})
+            axis.plot(
+                at, values, "o", ms=5, lw=1.2, **{**styles[member], "label": _short(str(member))}
+            )
             # On the free sides of a rising line. The first group is labelled below, the others in
             # turn above and below.
             side = 1 if groups.index(member) % 2 else -1
@@ -338,7 +359,7 @@ def plot_tradeoff(
                 )  # fmt: skip
         axis.margins(0.2, 0.12)
         _plain(axis)
-        _log_ticks(axis.xaxis, every, EngFormatter())
+        _log_ticks(axis.xaxis, every)
     panels[0].set_ylabel(says, fontsize=_FONT)
     if groups != [""]:
         handles, labels = panels[0].get_legend_handles_labels()
@@ -351,9 +372,25 @@ def plot_tradeoff(
 # --- what they share ------------------------------------------------------------------------------
 
 
+def _number(row: Mapping[str, Any], key: str) -> float | None:
+    value = row.get(key)
+    if value is None:
+        return None
+    if isinstance(value, str) or isnan(number := float(value)):
+        raise TypeError(
+            f"rows must hold numbers or None, found {value!r} as {key!r} of {dict(row)}"
+        )
+    return number
+
+
 def _check(history: History) -> None:
     if not len(history):
         raise ValueError("history has no rows to draw yet: call pruner.step() in the training loop")
+
+
+def _marker(history: History) -> str | None:
+    """A single row is no line."""
+    return "o" if len(history) == 1 else None
 
 
 def _cycle(count: int) -> list[dict[str, Any]]:
@@ -387,16 +424,18 @@ def _plain(axis: Axes) -> Axes:
     return axis
 
 
-def _log_ticks(axis: Axis, values: Sequence[float], formatter: Formatter | None = None) -> None:
+def _log_ticks(axis: Axis, values: Sequence[float]) -> None:
     """Label powers of ten, and numbers between them if there are few."""
     few = max(values) < 200 * min(values)
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
-    axis.set_major_formatter(formatter or StrMethodFormatter("{x:g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))
     axis.set_minor_formatter(NullFormatter())
 
 
 def _label_ends(axis: Axes, ends: Mapping[str, tuple[float, str]]) -> None:
     """Write labels to the right of the ends of lines, moved apart where they would overlap."""
+    if not ends:
+        return
     figure = axis.figure
     assert isinstance(figure, Figure)
     figure.draw_without_rendering()  # sets the limits and the size of the panel
@@ -444,14 +483,15 @@ def _note(axis: Axes, y: float, left: int, total: int, **style: Any) -> None:
         )  # fmt: skip
 
 
-def _count(number: int) -> str:
+def _count(number: float) -> str:
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g} {unit}"
-    return str(number)
+    return f"{number:.4g}"
 
 
-def _short(name: str) -> str:
-    """The name of a tensor without `.weight`, and of a long one its end."""
-    name = name.removesuffix(".weight")
-    return name if len(name) <= 34 else f"…{name[-33:]}"
+def _short(name: str, most: int = 34) -> str:
+    """A name as it is, without what matplotlib would take for mathematics; a long one's ends."""
+    half = (most - 1) // 2
+    short = name if len(name) <= most else f"{name[: most - 1 - half]}…{name[-half:]}"
+    return short.replace("$", r"\$")

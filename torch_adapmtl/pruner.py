@@ -531,6 +531,7 @@ class Pruner(nn.Module):
             dense=dense,
             task_weights=self.weighting.as_dict(),
             losses=self.weighting.record.last(),
+            has_thresholds=self.controller.has_thresholds,
             given=sum(count_zeros(layer.initial_mask) for layer in self.layers),
             count=self.layers.counts,
         )

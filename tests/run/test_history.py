@@ -70,8 +70,6 @@ def recorded(
             row.pop(f"loss/{task}", None)
             if loss is not None and loss.item() != 0:
                 row[f"loss/{task}"] = loss.item()
-        if not pruner.history.thresholds:
-            row = {key: value for key, value in row.items() if "threshold" not in key}
         found.append(row)
     return found
 
@@ -82,7 +80,10 @@ def test_is_what_a_loop_records_that_records_everything(name: str, attached: boo
     model = TwoTasks()
     pruner = prepare(model, total_steps=20, **RUNS[name])
     found = recorded(model, pruner, range(20), attached=attached)
-    assert pruner.history.rows() == found
+    rows = pruner.history.rows()
+    shares = [[row.pop("macs_pruned", 0.0) for row in table] for table in (rows, found)]
+    assert rows == found
+    assert shares[0] == pytest.approx(shares[1])
     history = pruner.history
     assert history.sparsity["overall"][-1] == pruner.sparsity()
     assert history.pruned[-1] == pytest.approx(pruner.report().pruned)
@@ -262,6 +263,16 @@ def test_a_loop_without_losses_and_losses_that_are_not_finite() -> None:
     pruner._record()
     assert pruner.history.losses == {"a": [None], "b": [1.0]}
     assert "loss/a" not in pruner.history.rows()[0]
+
+
+def test_the_postfix_after_zeros_are_fixed_early() -> None:
+    """The row of the last step is replaced."""
+    pruner = prepare(TwoTasks(), total_steps=100, target_sparsity=0.8)
+    for _ in range(10):
+        pruner.step()
+    before = pruner.postfix()
+    pruner.fix_zeros()
+    assert before["sparsity"] != pruner.postfix()["sparsity"] == "79.8% of 80.0%"
 
 
 def test_the_postfix_waits_only_for_new_rows() -> None:

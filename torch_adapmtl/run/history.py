@@ -96,6 +96,7 @@ class History:
             {
                 "step": step,
                 **{f"sparsity/{name}": values[i] for name, values in self.sparsity.items()},
+                **({} if self.count == "weights" else {"macs_pruned": self.pruned[i]}),
                 **{f"threshold_min/{name}": pairs[i][0] for name, pairs in self.thresholds.items()},
                 **{f"threshold_max/{name}": pairs[i][1] for name, pairs in self.thresholds.items()},
                 **{f"task_weight/{name}": self.task_weights[name][i] for name in names},
@@ -238,7 +239,7 @@ class Recorder(KeepsPrecision):
             self._thin()
         row = torch.cat([part.to(device) for part in parts])
         self.rows[self.used].copy_(row.view(torch.int64))
-        self.used, self.last = self.used + 1, step
+        self.used, self.last, self._postfix = self.used + 1, step, None
 
     # --- results ----------------------------------------------------------------------------------
 

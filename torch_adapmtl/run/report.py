@@ -114,6 +114,7 @@ class Report:
         losses: The last loss of each task that has had one, without its weight.
         given: How many zeros were fixed when the run began.
         count: What the target counts: `"weights"` or `"macs"`.
+        has_thresholds: Whether thresholds prune weights; methods that prune by masks have none.
 
     Example:
         >>> print(
@@ -154,6 +155,7 @@ class Report:
     given: int = 0
     count: Literal["weights", "macs"] = "weights"
     losses: Mapping[str, float] = field(default_factory=dict)
+    has_thresholds: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "components", tuple(self.components))
@@ -202,8 +204,9 @@ class Report:
     def scalars(self) -> dict[str, float]:
         """Return numbers to log, by name: sparsities, thresholds, task weights and losses.
 
-        Sparsities are fractions. Of the thresholds of a component there are the smallest and the
-        largest. To log them to TensorBoard:
+        Sparsities are fractions. With a target in multiply-adds, `macs_pruned` is the share of them
+        that is saved. Of the thresholds of a component there are the smallest and the largest. To
+        log them to TensorBoard:
         `for name, value in pruner.report().scalars().items(): writer.add_scalar(name, value, step)`
 
         Example:
@@ -215,11 +218,12 @@ class Report:
         thresholds = {
             row.name: pair
             for row in self.components
-            if (pair := self.thresholds(row.name)) is not None
+            if self.has_thresholds and (pair := self.thresholds(row.name)) is not None
         }
         return {
             **{f"sparsity/{row.name}": row.sparsity for row in self.components},
             "sparsity/overall": self.sparsity,
+            **({} if self.count == "weights" else {"macs_pruned": self.pruned}),
             **{f"threshold_min/{name}": pair[0] for name, pair in thresholds.items()},
             **{f"threshold_max/{name}": pair[1] for name, pair in thresholds.items()},
             **{f"task_weight/{task}": weight for task, weight in self.task_weights.items()},
