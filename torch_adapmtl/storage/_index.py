@@ -61,28 +61,28 @@ class StoredTensor:
         """Number of zeros that the file only counts."""
         return sum(block.elements - block.kept for block in self.blocks or ())
 
-    @property
-    def scales(self) -> int:
-        """Number of scales before the blocks, each a float32."""
-        return self.shape[0] if self.values is not self.dtype and self.values is torch.int8 else 0
 
-    def pooled(self, name: str, shape: tuple[int, ...], begin: int) -> StoredTensor:
-        """A tensor in this entry of many."""
-        size = round(self.size * elements(shape) / max(self.elements, 1))
-        return StoredTensor(
-            name, self.dtype, shape, self.dtype, size, None, 0.0, pool=self, begin=begin
-        )
+def scales_of(x: StoredTensor) -> int:
+    """Number of scales before the blocks of a tensor, each a float32."""
+    return x.shape[0] if x.values is not x.dtype and x.values is torch.int8 else 0
 
-    def record(self) -> dict[str, Any]:
-        """What the index says of it, beside its name."""
-        if self.pool is not None:
-            return {"in": self.pool.name, "shape": list(self.shape)}
-        if self.blocks is None:
-            return {}
-        record: dict[str, Any] = {"dtype": CODES[self.dtype], "shape": list(self.shape)}
-        if self.values is not self.dtype:
-            record |= {"values": CODES[self.values], "error": self.error}
-        return {**record, "blocks": [[b.kept, b.distances, *b.planes] for b in self.blocks]}
+
+def pooled(pool: StoredTensor, name: str, shape: tuple[int, ...], begin: int) -> StoredTensor:
+    """A tensor in an entry of many, from one of its elements on."""
+    size = round(pool.size * elements(shape) / max(pool.elements, 1))
+    return StoredTensor(name, pool.dtype, shape, pool.dtype, size, pool=pool, begin=begin)
+
+
+def _record(x: StoredTensor) -> dict[str, Any]:
+    """What the index says of a tensor, beside its name."""
+    if x.pool is not None:
+        return {"in": x.pool.name, "shape": list(x.shape)}
+    if x.blocks is None:
+        return {}
+    record: dict[str, Any] = {"dtype": CODES[x.dtype], "shape": list(x.shape)}
+    if x.values is not x.dtype:
+        record |= {"values": CODES[x.values], "error": x.error}
+    return {**record, "blocks": [[b.kept, b.distances, *b.planes] for b in x.blocks]}
 
 
 def pack_index(
@@ -96,8 +96,8 @@ def pack_index(
         tied: For each name that is not stored, the name of the tensor that it shares.
     """
     index = {
-        "tensors": {x.name: x.record() for x in stored},
-        "pools": {x.name: x.record() for x in pools},
+        "tensors": {x.name: _record(x) for x in stored},
+        "pools": {x.name: _record(x) for x in pools},
         "tied": dict(tied),
     }
     return zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9)
@@ -148,7 +148,7 @@ def _index(reader: Reader, index: Any) -> dict[str, StoredTensor]:
     for name, record in index["tensors"].items():
         if "in" in record:
             pool, shape = pools[record["in"]], tuple(naturals(record["shape"]))
-            result[name] = pool.pooled(name, shape, filled[pool.name])
+            result[name] = pooled(pool, name, shape, filled[pool.name])
             filled[pool.name] += elements(shape)
         else:
             result[name] = _in_entry(entries.pop(name), name, record)
@@ -192,6 +192,6 @@ def _in_entry(entry: Any, name: str, record: Any) -> StoredTensor:
     stored = StoredTensor(
         name, dtype, shape, values, entry.size, tuple(blocks), error, begin=entry.begin
     )
-    if left or 4 * stored.scales + sum(block.size for block in blocks) != entry.size:
+    if left or 4 * scales_of(stored) + sum(block.size for block in blocks) != entry.size:
         raise ValueError(f"the blocks of {name!r} do not fill its entry")
     return stored

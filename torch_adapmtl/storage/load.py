@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch_adapmtl.components._unwrap import unwrap
 
 from ._blocks import BLOCK, Block, decode
-from ._index import StoredTensor, read_index
+from ._index import StoredTensor, read_index, scales_of
 from ._safetensors import Reader
 from ._values import spread, widened
 from .error import SparseFileError
@@ -176,15 +176,14 @@ class _Contents:
     def _decoded(self, stored: StoredTensor, blocks: Sequence[Block]) -> Iterator[Tensor]:
         place = stored.begin
 
-        def read(count: int) -> bytes:
+        def read(size: int) -> bytes:
             nonlocal place
-            place += count
-            return self._reader.read(place - count, count)
+            place += size
+            return self._reader.read(place - size, size)
 
-        scales = None
-        if stored.scales:
-            scales = torch.frombuffer(bytearray(read(4 * stored.scales)), dtype=torch.float32)
-        first = 0
+        count, scales, first = scales_of(stored), None, 0
+        if count:
+            scales = torch.frombuffer(bytearray(read(4 * count)), dtype=torch.float32)
         for block in blocks:
             try:
                 values = decode(block, stored.values, read)
@@ -193,7 +192,7 @@ class _Contents:
             except ValueError as error:
                 raise self._reader.error(f"{stored.name!r} is damaged: {error}") from error
             if stored.values is not stored.dtype:
-                row = stored.elements // max(stored.scales, 1)
+                row = stored.elements // max(count, 1)
                 of_each = spread(scales, first, block.elements, row)
                 values = widened(values, of_each, stored.dtype)
             yield values

@@ -15,7 +15,7 @@ from torch_adapmtl.components._unwrap import unwrap
 from torch_adapmtl.run import plain_state_dict
 
 from ._blocks import BLOCK, PLANES, Block, encode, memory
-from ._index import INDEX, POOL, VERSION, StoredTensor, pack_index
+from ._index import INDEX, POOL, VERSION, StoredTensor, pack_index, pooled
 from ._safetensors import CODES, Writer
 from ._values import NARROW, Narrowing
 from .file import SparseFile
@@ -111,7 +111,7 @@ def _write(
         pools.append(_stored(file, f"{POOL}{CODES[flat.dtype]}.{number}", flat, None))
         place = 0
         for name in names:
-            stored[name] = pools[-1].pooled(name, tuple(tensors[name].shape), place)
+            stored[name] = pooled(pools[-1], name, tuple(tensors[name].shape), place)
             place += tensors[name].numel()
 
     for name, x in tensors.items():
