@@ -419,3 +419,18 @@ def test_files_take_little_memory_beyond_the_model(sparsity: float, tmp_path: Pa
     dense = 4 * 4 * 3000 * 3000
     assert saved < dense / 3
     assert both < dense / 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.int8])
+def test_tensors_on_a_gpu(dtype: torch.dtype | None, tmp_path: Path) -> None:
+    """The same file as from the CPU, also where the GPU is the default device."""
+    model = with_zeros(nn.Sequential(nn.Linear(80, 90), nn.BatchNorm1d(90)))
+    save_sparse(model, tmp_path / "cpu", dtype=dtype)
+    expected = load_sparse(tmp_path / "cpu")
+    with torch.device("cuda"):
+        save_sparse(model.cuda(), tmp_path / "gpu", dtype=dtype)
+        other = load_sparse(tmp_path / "gpu", nn.Sequential(nn.Linear(80, 90), nn.BatchNorm1d(90)))
+    for name, x in other.state_dict().items():
+        assert x.is_cuda
+        torch.testing.assert_close(x.cpu(), expected[name])
