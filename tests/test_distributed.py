@@ -17,6 +17,7 @@ from torch_adapmtl import (
     DiSparse,
     Paper,
     Pruner,
+    RigL,
     SparsitySchedule,
     StabilityWeighting,
     Taylor,
@@ -36,6 +37,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "taylor": {"method": Taylor()},
     "snip": {"method": SNIP()},
     "disparse": {"method": DiSparse(dynamic=True)},
+    "rigl": {"method": RigL(interval=3)},
     "given": {"allocation": "sensitivity", "wrap_first": True},
 }
 

@@ -20,6 +20,7 @@ from torch_adapmtl import (
     DiSparse,
     Magnitude,
     Paper,
+    RigL,
     SparsitySchedule,
     Taylor,
     apply_adapmtl,
@@ -35,6 +36,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "taylor": {"method": Taylor()},
     "snip": {"method": SNIP()},
     "disparse": {"method": DiSparse(dynamic=True)},
+    "rigl": {"method": RigL()},
 }
 
 

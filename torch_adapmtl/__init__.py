@@ -23,6 +23,7 @@ from torch_adapmtl.methods import (
     MaskController,
     Method,
     Paper,
+    RigL,
     Taylor,
 )
 from torch_adapmtl.model_size import LayerSize, ModelSize, size
@@ -92,6 +93,7 @@ __all__ = [
     "Pruner",
     "RelativePerformance",
     "Report",
+    "RigL",
     "SensitivityAllocation",
     "SoftThreshold",
     "SoftThresholdPruning",

@@ -14,12 +14,13 @@ from torch_adapmtl import (
     IterativeMagnitude,
     LAMPAllocation,
     Magnitude,
+    RigL,
     SparsitySchedule,
     StabilityWeighting,
     Taylor,
 )
 
-__all__ = ["BASELINES", "DENSE", "MACS", "METHODS", "SETTINGS", "UNAIMED", "VARIANTS"]
+__all__ = ["BASELINES", "DENSE", "DYNAMIC", "MACS", "METHODS", "SETTINGS", "UNAIMED", "VARIANTS"]
 
 Options = dict[str, Any]
 
@@ -60,6 +61,11 @@ BASELINES: Mapping[str, Callable[[Problem], Options]] = {
     "DiSparse": lambda _: {"method": DiSparse()},
     "DiSparse dynamic": lambda _: {"method": DiSparse(dynamic=True)},
     "Taylor": lambda _: {"method": Taylor()},
+}
+
+#: Baselines that train sparse, with equal task weights. No study of the results page has run them.
+DYNAMIC: Mapping[str, Callable[[Problem], Options]] = {
+    "RigL": lambda _: {"method": RigL()},
 }
 
 #: The default method, the published algorithm, and the default with one or two parts changed.
@@ -137,6 +143,7 @@ MACS: Mapping[str, Callable[[Problem], Options]] = {
 METHODS: Mapping[str, Callable[[Problem], Options]] = {
     DENSE: lambda _: {},
     **BASELINES,
+    **DYNAMIC,
     **VARIANTS,
     **SETTINGS,
     **MACS,

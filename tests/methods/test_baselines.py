@@ -18,7 +18,15 @@ from torch.func import functional_call
 from torch.nn.utils import prune
 from toys import TwoTasks, batch, initialise, losses, prepare, tensors, train, weights, zeros
 
-from torch_adapmtl import SNIP, DiSparse, IterativeMagnitude, Magnitude, SparsitySchedule, Taylor
+from torch_adapmtl import (
+    SNIP,
+    DiSparse,
+    IterativeMagnitude,
+    Magnitude,
+    RigL,
+    SparsitySchedule,
+    Taylor,
+)
 
 # Layers of a dozen weights do lose them all: nothing in these methods keeps any.
 pytestmark = pytest.mark.filterwarnings("ignore:no weight is left")
@@ -36,6 +44,8 @@ METHODS: dict[str, Any] = {
     "DiSparse": DiSparse(),
     "DiSparse dynamic": DiSparse(dynamic=True),
     "DiSparse, every 4 steps": DiSparse(dynamic=True, interval=4),
+    "RigL": RigL(),
+    "RigL, every 4 steps": RigL(interval=4),
     "IMP": IterativeMagnitude(rounds=3),
     "LTH": IterativeMagnitude(rounds=3, rewind=True),
 }
@@ -391,6 +401,11 @@ def test_an_earlier_mask_counts_and_stays(method: Any) -> None:
         (DiSparse, {"fraction": 1.0}, ValueError, "fraction", "got 1.0", "in (0, 1)"),
         (DiSparse, {"fraction": "x"}, TypeError, "fraction", "'x'", "be a number"),
         (DiSparse, {"interval": 0}, ValueError, "interval", "got 0", "an integer >= 1"),
+        (RigL, {"fraction": 1.0}, ValueError, "fraction", "got 1.0", "in (0, 1)"),
+        (RigL, {"fraction": "x"}, TypeError, "fraction", "'x'", "be a number"),
+        (RigL, {"interval": 0}, ValueError, "interval", "got 0", "an integer >= 1"),
+        (RigL, {"end": 1.5}, ValueError, "end", "got 1.5", "in [0, 1]"),
+        (RigL, {"seed": -1}, ValueError, "seed", "got -1", "an integer >= 0"),
     ],
     ids=str,
 )

@@ -27,6 +27,7 @@ from torch_adapmtl import (
     Magnitude,
     Method,
     Paper,
+    RigL,
     SensitivityAllocation,
     SparsitySchedule,
     Taylor,
@@ -80,6 +81,12 @@ METHODS: dict[type, dict[str, st.SearchStrategy[Any]]] = {
     Taylor: {"schedule": schedules(), "decay": FRACTION},
     SNIP: {"batches": st.integers(1, 9)},
     IterativeMagnitude: {"rounds": st.integers(1, 9), "rewind": st.booleans()},
+    RigL: {
+        "fraction": st.floats(0.01, 0.99),
+        "interval": st.none() | st.integers(1, 9),
+        "end": st.floats(0, 1),
+        "seed": st.integers(0, 9),
+    },
     DiSparse: {
         "dynamic": st.booleans(),
         "fraction": st.floats(0.01, 0.99),

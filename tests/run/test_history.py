@@ -25,6 +25,7 @@ from torch_adapmtl import (
     Magnitude,
     Paper,
     Pruner,
+    RigL,
     SparsitySchedule,
     Taylor,
 )
@@ -41,6 +42,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "iterative": {"method": IterativeMagnitude(rewind=True)},
     "snip": {"method": SNIP()},
     "disparse": {"method": DiSparse(dynamic=True)},
+    "rigl": {"method": RigL()},
 }
 WITH_THRESHOLDS = ("adaptive", "macs", "gradient", "sensitivity", "paper")
 METHODS = pytest.mark.parametrize("name", RUNS)

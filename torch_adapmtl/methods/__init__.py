@@ -12,6 +12,7 @@ from __future__ import annotations
 from torch_adapmtl.methods._base import Controller, Method
 from torch_adapmtl.methods.adaptive import Adaptive
 from torch_adapmtl.methods.disparse import DiSparse
+from torch_adapmtl.methods.dynamic import RigL
 from torch_adapmtl.methods.iterative import IterativeMagnitude
 from torch_adapmtl.methods.magnitude import Magnitude
 from torch_adapmtl.methods.masks import MaskController
@@ -28,5 +29,6 @@ __all__ = [
     "MaskController",
     "Method",
     "Paper",
+    "RigL",
     "Taylor",
 ]
