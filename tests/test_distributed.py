@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from toys import TwoTasks, losses, prepare, tensors, train, zeros
 
 from torch_adapmtl import (
+    ACDC,
     SNIP,
     DiSparse,
     Paper,
@@ -37,6 +38,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "taylor": {"method": Taylor()},
     "snip": {"method": SNIP()},
     "disparse": {"method": DiSparse(dynamic=True)},
+    "acdc": {"method": ACDC()},
     "rigl": {"method": RigL(interval=3)},
     "given": {"allocation": "sensitivity", "wrap_first": True},
 }

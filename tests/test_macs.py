@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from toys import Bag, TwoTasks, initialise, losses, prepare, tensors, train
 
 from torch_adapmtl import (
+    ACDC,
     SNIP,
     Adaptive,
     DiSparse,
@@ -92,6 +93,7 @@ METHODS: dict[str, Method] = {
     "Taylor": Taylor(),
     "SNIP": SNIP(),
     "DiSparse dynamic": DiSparse(dynamic=True),
+    "AC/DC": ACDC(),
     "RigL": RigL(),
     "IMP": IterativeMagnitude(rounds=3),
     "LTH": IterativeMagnitude(rounds=3, rewind=True),

@@ -15,6 +15,7 @@ from torch.nn.utils import prune
 from toys import TwoTasks, prepare, tensors, train, zeros
 
 from torch_adapmtl import (
+    ACDC,
     SNIP,
     Adaptive,
     DiSparse,
@@ -36,6 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "taylor": {"method": Taylor()},
     "snip": {"method": SNIP()},
     "disparse": {"method": DiSparse(dynamic=True)},
+    "acdc": {"method": ACDC()},
     "rigl": {"method": RigL()},
 }
 

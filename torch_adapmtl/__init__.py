@@ -14,6 +14,7 @@ from torch_adapmtl.inference import (
 )
 from torch_adapmtl.layers import Layer, Layers
 from torch_adapmtl.methods import (
+    ACDC,
     SNIP,
     Adaptive,
     Controller,
@@ -63,6 +64,7 @@ from torch_adapmtl.weighting import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "ACDC",
     "SNIP",
     "AcceleratedModel",
     "AccelerationReport",

@@ -8,6 +8,7 @@ from typing import Any
 
 from examples.benchmark.problem import Problem
 from torch_adapmtl import (
+    ACDC,
     SNIP,
     Adaptive,
     DiSparse,
@@ -66,6 +67,7 @@ BASELINES: Mapping[str, Callable[[Problem], Options]] = {
 #: Baselines that train sparse, with equal task weights. No study of the results page has run them.
 DYNAMIC: Mapping[str, Callable[[Problem], Options]] = {
     "RigL": lambda _: {"method": RigL()},
+    "AC/DC": lambda _: {"method": ACDC()},
 }
 
 #: The default method, the published algorithm, and the default with one or two parts changed.

@@ -19,6 +19,7 @@ from torch.nn.utils import prune
 from toys import TwoTasks, batch, initialise, losses, prepare, tensors, train, weights, zeros
 
 from torch_adapmtl import (
+    ACDC,
     SNIP,
     DiSparse,
     IterativeMagnitude,
@@ -44,6 +45,7 @@ METHODS: dict[str, Any] = {
     "DiSparse": DiSparse(),
     "DiSparse dynamic": DiSparse(dynamic=True),
     "DiSparse, every 4 steps": DiSparse(dynamic=True, interval=4),
+    "AC/DC": ACDC(),
     "RigL": RigL(),
     "RigL, every 4 steps": RigL(interval=4),
     "IMP": IterativeMagnitude(rounds=3),
@@ -401,6 +403,10 @@ def test_an_earlier_mask_counts_and_stays(method: Any) -> None:
         (DiSparse, {"fraction": 1.0}, ValueError, "fraction", "got 1.0", "in (0, 1)"),
         (DiSparse, {"fraction": "x"}, TypeError, "fraction", "'x'", "be a number"),
         (DiSparse, {"interval": 0}, ValueError, "interval", "got 0", "an integer >= 1"),
+        (ACDC, {"warmup": 0.0}, ValueError, "warmup", "got 0.0", "in (0, 1)"),
+        (ACDC, {"phase": 1.0}, ValueError, "phase", "got 1.0", "in (0, 1)"),
+        (ACDC, {"last_compressed": "x"}, TypeError, "last_compressed", "'x'", "be a number"),
+        (ACDC, {"warmup": 0.8}, ValueError, "phase=0.05", "warmup=0.8", "sum to at most 1"),
         (RigL, {"fraction": 1.0}, ValueError, "fraction", "got 1.0", "in (0, 1)"),
         (RigL, {"fraction": "x"}, TypeError, "fraction", "'x'", "be a number"),
         (RigL, {"interval": 0}, ValueError, "interval", "got 0", "an integer >= 1"),

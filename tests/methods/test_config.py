@@ -16,6 +16,7 @@ from refusals import Row, assert_refused, call, raises
 from torch import nn
 
 from torch_adapmtl import (
+    ACDC,
     SNIP,
     Adaptive,
     Controller,
@@ -81,6 +82,12 @@ METHODS: dict[type, dict[str, st.SearchStrategy[Any]]] = {
     Taylor: {"schedule": schedules(), "decay": FRACTION},
     SNIP: {"batches": st.integers(1, 9)},
     IterativeMagnitude: {"rounds": st.integers(1, 9), "rewind": st.booleans()},
+    ACDC: {
+        "warmup": st.floats(0.01, 0.3),
+        "phase": st.floats(0.01, 0.2),
+        "last_decompressed": st.floats(0.01, 0.2),
+        "last_compressed": st.floats(0.01, 0.2),
+    },
     RigL: {
         "fraction": st.floats(0.01, 0.99),
         "interval": st.none() | st.integers(1, 9),

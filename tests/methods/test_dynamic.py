@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from toys import TwoTasks, losses, prepare, train, weights, zeros
 from waiting import refused
 
-from torch_adapmtl import RigL, apply_adapmtl
+from torch_adapmtl import ACDC, RigL, apply_adapmtl
 from torch_adapmtl.methods._drop_and_grow import drop_and_grow, erk_densities, erk_numbers
 
 pytestmark = pytest.mark.filterwarnings("ignore:no weight is left")
@@ -326,3 +327,106 @@ def test_a_step_without_an_update_never_waits_for_the_device() -> None:
             optimizer.step()
             optimizer.zero_grad()
             pruner.step()
+
+
+# --- AC/DC --------------------------------------------------------------------------------------
+
+
+def plain_acdc(plain: Plain, phases: dict[int, bool]) -> None:
+    """Projected after each step of a compressed phase; the momentum is reset when it ends."""
+    total = sum(weight.numel() for weight in plain.weights.values())
+    for step in range(STEPS):
+        plain.step(step)
+        compressed = phases.get(step + 1)
+        if compressed:
+            plain.prune(plain.magnitudes(), round(plain.target * total))
+        with torch.no_grad():
+            for name, weight in plain.weights.items():
+                weight *= plain.masks[name]
+        if compressed is False:
+            plain.masks = {n: torch.ones_like(mask) for n, mask in plain.masks.items()}
+            for state in plain.optimizer.state.values():
+                state["momentum_buffer"] = torch.zeros_like(state["momentum_buffer"])
+
+
+def test_acdc_equals_the_plain_version() -> None:
+    model, pruner, plain = start(ACDC())
+    train(model, pruner, torch.optim.SGD(model.parameters(), **SGD), range(STEPS))
+    # In 20 steps: 2 of warm-up, 13 phases of one step, a dense one of 2, a sparse one of 3.
+    phases = {2 + k: k % 2 == 0 for k in range(13)}
+    plain_acdc(plain, {**phases, 15: False, 17: True})
+    pruner.finalize()
+    same(model, plain)
+
+
+def test_acdcs_phases_are_those_of_the_paper() -> None:
+    """100 epochs: 10 dense, every 5 epochs the other, the last dense 10, the last sparse 15."""
+    wanted = [(0, False)]
+    wanted += [(epoch, (epoch - 10) % 10 == 0) for epoch in range(10, 75, 5)]
+    wanted += [(75, False), (85, True)]
+    assert ACDC().phases(100) == wanted
+    assert ACDC().phases(10_000) == [(100 * epoch, sparse) for epoch, sparse in wanted]
+    own = ACDC(warmup=0.2, phase=0.1, last_decompressed=0.2, last_compressed=0.2)
+    # Of the four phases of 10 steps that would fit, three of 13.3.
+    assert own.phases(100) == [(0, False), (20, True), (33, False), (47, True), (60, False),
+                               (80, True)]  # fmt: skip
+
+
+@given(
+    warmup=st.floats(0.01, 0.4), phase=st.floats(0.01, 0.1), dense=st.floats(0.01, 0.25),
+    sparse=st.floats(0.01, 0.25), total=st.integers(1, 500),
+)  # fmt: skip
+def test_acdcs_phases_alternate(
+    warmup: float, phase: float, dense: float, sparse: float, total: int
+) -> None:
+    phases = ACDC(warmup, phase, dense, sparse).phases(total)
+    begins = [begin for begin, _ in phases]
+    assert begins == sorted(begins)
+    assert [compressed for _, compressed in phases] == [k % 2 == 1 for k in range(len(phases))]
+    assert phases[-1] == (round((1 - sparse) * total), True)
+    lengths = [b - a for a, b in pairwise(begins[1:-1])]
+    assert max(lengths) - min(lengths) <= 2
+    assert min(lengths) >= phase * total - 1.5
+
+
+def test_acdc_is_sparse_and_dense_in_turn_and_forgets_the_momentum() -> None:
+    model = TwoTasks()
+    pruner = prepare(model, method=ACDC(), total_steps=100)
+    optimizers = [
+        torch.optim.SGD(model.body.parameters(), lr=0.1, momentum=0.9),
+        torch.optim.Adam(model.heads.parameters(), lr=0.01),
+    ]
+    stranger = torch.nn.Linear(2, 2)
+    apart = torch.optim.SGD(stranger.parameters(), lr=0.1, momentum=0.9)
+    stranger(torch.ones(1, 2)).sum().backward()
+    apart.step()
+    for step in range(100):
+        pruner.loss(losses(model, step)).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        pruner.step()
+        sparse = [compressed for begin, compressed in ACDC().phases(100) if begin <= step + 1][-1]
+        if sparse:
+            assert zeros(pruner) >= 134
+        if step + 1 in (15, 25, 75):  # lifted: what was pruned starts from zero
+            assert all(layer.mask is None for layer in pruner.layers)
+            assert zeros(pruner) >= 134
+            assert not any(s["momentum_buffer"].any() for s in optimizers[0].state.values())
+            assert not any(s["exp_avg"].any() for s in optimizers[1].state.values())
+            assert all(s["exp_avg_sq"].any() for s in optimizers[1].state.values())
+        if step + 1 in (19, 84):  # all are trained
+            assert zeros(pruner) == 0
+        if step + 1 == 20:
+            assert any(s["momentum_buffer"].any() for s in optimizers[0].state.values())
+    assert all(state["momentum_buffer"].any() for state in apart.state.values())
+    assert zeros(pruner) == 134
+
+
+def test_acdc_can_end_in_a_dense_phase() -> None:
+    model = TwoTasks()
+    pruner = prepare(model, method=ACDC(), total_steps=100)
+    train(model, pruner, torch.optim.SGD(model.parameters(), lr=0.1), range(17))
+    assert zeros(pruner) == 0
+    pruner.fix_zeros()
+    assert zeros(pruner) == 134

@@ -18,6 +18,7 @@ from toys import TwoTasks, losses, prepare, train
 from waiting import refused
 
 from torch_adapmtl import (
+    ACDC,
     SNIP,
     DiSparse,
     History,
@@ -42,6 +43,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "iterative": {"method": IterativeMagnitude(rewind=True)},
     "snip": {"method": SNIP()},
     "disparse": {"method": DiSparse(dynamic=True)},
+    "acdc": {"method": ACDC()},
     "rigl": {"method": RigL()},
 }
 WITH_THRESHOLDS = ("adaptive", "macs", "gradient", "sensitivity", "paper")

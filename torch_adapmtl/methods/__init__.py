@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from torch_adapmtl.methods._base import Controller, Method
 from torch_adapmtl.methods.adaptive import Adaptive
+from torch_adapmtl.methods.alternating import ACDC
 from torch_adapmtl.methods.disparse import DiSparse
 from torch_adapmtl.methods.dynamic import RigL
 from torch_adapmtl.methods.iterative import IterativeMagnitude
@@ -20,6 +21,7 @@ from torch_adapmtl.methods.paper import Paper
 from torch_adapmtl.methods.saliency import SNIP, Taylor
 
 __all__ = [
+    "ACDC",
     "SNIP",
     "Adaptive",
     "Controller",

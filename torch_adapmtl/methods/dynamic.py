@@ -22,10 +22,33 @@ from torch_adapmtl.methods._drop_and_grow import (
 )
 from torch_adapmtl.methods.masks import MaskController
 
-__all__ = ["DynamicController", "RigL", "RigLController"]
+__all__ = ["DynamicController", "MovingController", "RigL", "RigLController"]
 
 
-class DynamicController(MaskController):
+class MovingController(MaskController):
+    """Prunes by magnitude, by masks that move until the run ends with the present ones."""
+
+    def scores(self) -> list[Tensor]:
+        """The magnitude of each weight."""
+        return [layer.weight.abs() for layer in self.layers]
+
+    @torch.no_grad()
+    def fix(self) -> None:
+        """Fix the zeros of the present masks; prune by magnitude first if they are too few."""
+        keep = [
+            torch.ones(size, dtype=torch.bool, device=layer.weight.device)
+            if layer.mask is None
+            else layer.mask.flatten()
+            for layer, size in zip(self.layers, self.layers.sizes, strict=True)
+        ]
+        zeros = [len(flat) - int(flat.sum()) for flat in keep]
+        if self.layers.meets(zeros, self.budget):
+            self.fix_zeros(keep)
+        else:
+            super().fix()
+
+
+class DynamicController(MovingController):
     """Moves masks by drop and grow: by magnitudes, and by the dense gradient of one batch.
 
     Before the steps after which masks move, `observe` computes the gradient of the sum of the task
@@ -53,10 +76,6 @@ class DynamicController(MaskController):
     def due(self, step: int) -> bool:
         """Whether masks move after `step` steps."""
         return step == self.total_steps or self.moves(step)
-
-    def scores(self) -> list[Tensor]:
-        """The magnitude of each weight."""
-        return [layer.weight.abs() for layer in self.layers]
 
     def start(self, budget: float) -> None:
         """Set random masks whose densities are those of the Erdos-Renyi-Kernel rule.
@@ -133,21 +152,6 @@ class DynamicController(MaskController):
             grown = shaped_like(weight, new & ~kept)
             weight.masked_fill_(grown, 0.0)
             layer.threshold.mask = shaped_like(weight, new)
-
-    @torch.no_grad()
-    def fix(self) -> None:
-        """Fix the zeros of the present masks; prune by magnitude first if they are too few."""
-        keep = [
-            torch.ones(size, dtype=torch.bool, device=layer.weight.device)
-            if layer.mask is None
-            else layer.mask.flatten()
-            for layer, size in zip(self.layers, self.layers.sizes, strict=True)
-        ]
-        zeros = [len(flat) - int(flat.sum()) for flat in keep]
-        if self.layers.meets(zeros, self.budget):
-            self.fix_zeros(keep)
-        else:
-            super().fix()
 
 
 @dataclass(frozen=True)
