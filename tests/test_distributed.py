@@ -16,6 +16,7 @@ from torch_adapmtl import (
     ACDC,
     SNIP,
     DiSparse,
+    GraNet,
     Paper,
     Pruner,
     RigL,
@@ -39,6 +40,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "snip": {"method": SNIP()},
     "disparse": {"method": DiSparse(dynamic=True)},
     "acdc": {"method": ACDC()},
+    "granet": {"method": GraNet()},
     "rigl": {"method": RigL(interval=3)},
     "given": {"allocation": "sensitivity", "wrap_first": True},
 }

@@ -19,6 +19,7 @@ from torch_adapmtl import (
     SNIP,
     Adaptive,
     DiSparse,
+    GraNet,
     Magnitude,
     Paper,
     RigL,
@@ -38,6 +39,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "snip": {"method": SNIP()},
     "disparse": {"method": DiSparse(dynamic=True)},
     "acdc": {"method": ACDC()},
+    "granet": {"method": GraNet()},
     "rigl": {"method": RigL()},
 }
 

@@ -12,6 +12,7 @@ from torch_adapmtl import (
     SNIP,
     Adaptive,
     DiSparse,
+    GraNet,
     IterativeMagnitude,
     LAMPAllocation,
     Magnitude,
@@ -68,6 +69,7 @@ BASELINES: Mapping[str, Callable[[Problem], Options]] = {
 DYNAMIC: Mapping[str, Callable[[Problem], Options]] = {
     "RigL": lambda _: {"method": RigL()},
     "AC/DC": lambda _: {"method": ACDC()},
+    "GraNet": lambda _: {"method": GraNet()},
 }
 
 #: The default method, the published algorithm, and the default with one or two parts changed.

@@ -22,6 +22,7 @@ from torch_adapmtl import (
     ACDC,
     SNIP,
     DiSparse,
+    GraNet,
     IterativeMagnitude,
     Magnitude,
     RigL,
@@ -46,6 +47,8 @@ METHODS: dict[str, Any] = {
     "DiSparse dynamic": DiSparse(dynamic=True),
     "DiSparse, every 4 steps": DiSparse(dynamic=True, interval=4),
     "AC/DC": ACDC(),
+    "GraNet": GraNet(),
+    "GraNet, dense, every 4 steps": GraNet(SparsitySchedule(), interval=4),
     "RigL": RigL(),
     "RigL, every 4 steps": RigL(interval=4),
     "IMP": IterativeMagnitude(rounds=3),
@@ -407,6 +410,8 @@ def test_an_earlier_mask_counts_and_stays(method: Any) -> None:
         (ACDC, {"phase": 1.0}, ValueError, "phase", "got 1.0", "in (0, 1)"),
         (ACDC, {"last_compressed": "x"}, TypeError, "last_compressed", "'x'", "be a number"),
         (ACDC, {"warmup": 0.8}, ValueError, "phase=0.05", "warmup=0.8", "sum to at most 1"),
+        (GraNet, {"fraction": 0.0}, ValueError, "fraction", "got 0.0", "in (0, 1)"),
+        (GraNet, {"interval": 0}, ValueError, "interval", "got 0", "an integer >= 1"),
         (RigL, {"fraction": 1.0}, ValueError, "fraction", "got 1.0", "in (0, 1)"),
         (RigL, {"fraction": "x"}, TypeError, "fraction", "'x'", "be a number"),
         (RigL, {"interval": 0}, ValueError, "interval", "got 0", "an integer >= 1"),
@@ -421,6 +426,6 @@ def test_refused(
     raises(lambda: make(**options), error, named, found, remedy)
 
 
-@pytest.mark.parametrize("make", [Magnitude, Taylor])
+@pytest.mark.parametrize("make", [Magnitude, Taylor, GraNet])
 def test_a_schedule_by_name_is_refused(make: Any) -> None:
     raises(lambda: make(schedule="linear"), TypeError, "schedule", "'linear'", "SparsitySchedule(")

@@ -22,6 +22,7 @@ from torch_adapmtl import (
     Controller,
     DiSparse,
     GradientAllocation,
+    GraNet,
     IterativeMagnitude,
     LAMPAllocation,
     Layers,
@@ -88,6 +89,12 @@ METHODS: dict[type, dict[str, st.SearchStrategy[Any]]] = {
         "last_decompressed": st.floats(0.01, 0.2),
         "last_compressed": st.floats(0.01, 0.2),
     },
+    GraNet: {
+        "schedule": schedules(),
+        "fraction": st.floats(0.01, 0.99),
+        "interval": st.none() | st.integers(1, 9),
+        "seed": st.integers(0, 9),
+    },
     RigL: {
         "fraction": st.floats(0.01, 0.99),
         "interval": st.none() | st.integers(1, 9),
@@ -109,7 +116,7 @@ def effective(value: Any) -> Any:
         return value
     told = {f.name: effective(getattr(value, f.name)) for f in dataclasses.fields(value)}
     without: set[str] = set()
-    if isinstance(value, Magnitude | Taylor):  # masks neither return nor are they moved later
+    if isinstance(value, Magnitude | Taylor | GraNet):  # those times are of thresholds
         told["schedule"] = [
             setting for setting in told["schedule"] if setting[0] not in ("fix_at", "regrow_until")
         ]
@@ -156,6 +163,7 @@ def test_differs_when_a_setting_that_has_an_effect_does(kind: type, data: st.Dat
         (Adaptive, "allocation"),
         (Magnitude, "schedule"),
         (Taylor, "schedule"),
+        (GraNet, "schedule"),
     ],
 )
 @given(data=st.data())

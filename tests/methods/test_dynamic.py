@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from toys import TwoTasks, losses, prepare, train, weights, zeros
 from waiting import refused
 
-from torch_adapmtl import ACDC, RigL, apply_adapmtl
+from torch_adapmtl import ACDC, GraNet, RigL, SparsitySchedule, apply_adapmtl
 from torch_adapmtl.methods._drop_and_grow import drop_and_grow, erk_densities, erk_numbers
 
 pytestmark = pytest.mark.filterwarnings("ignore:no weight is left")
@@ -430,3 +430,55 @@ def test_acdc_can_end_in_a_dense_phase() -> None:
     assert zeros(pruner) == 0
     pruner.fix_zeros()
     assert zeros(pruner) == 134
+
+
+# --- GraNet -------------------------------------------------------------------------------------
+
+
+def plain_granet(plain: Plain, schedule: SparsitySchedule, interval: int) -> None:
+    for step in range(STEPS):
+        gradients = dense_gradient(plain, step)
+        plain.step(step)
+        t = step + 1
+        if t == STEPS or (t % interval == 0 and t >= schedule.start * STEPS):
+            plain.prune(plain.magnitudes(), plain.due(t, schedule))
+        if t < STEPS and t % interval == 0 and t >= schedule.start * STEPS:
+            drop_grow(plain, gradients, 0.5 / 2 * (1 + math.cos(math.pi * t / STEPS)))
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        SparsitySchedule(start=0.0, end=0.6875, initial=0.5),
+        SparsitySchedule(start=0.25, end=0.5),
+        SparsitySchedule(start=0.3, end=1.0),
+    ],
+    ids=["sparse", "dense", "late"],
+)
+def test_granet_equals_the_plain_version(schedule: SparsitySchedule, interval: int) -> None:
+    model, pruner, plain = start(GraNet(schedule, interval=interval))
+    assert zeros(pruner) == round(schedule.initial * 168)
+    train(model, pruner, torch.optim.SGD(model.parameters(), **SGD), range(STEPS))
+    plain_granet(plain, schedule, interval)
+    pruner.finalize()
+    same(model, plain)
+
+
+def test_granet_follows_its_schedule_while_weights_return() -> None:
+    torch.manual_seed(0)
+    model = TwoTasks()
+    pruner = prepare(model, method=GraNet(), total_steps=40)
+    assert zeros(pruner) == 84
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    returned = late = 0
+    for step in range(40):
+        before = [layer.mask for layer in pruner.layers]
+        train(model, pruner, optimizer, [step])
+        masks = [layer.mask for layer in pruner.layers]
+        wanted = GraNet().schedule(step + 1, 40, 0.8)
+        assert sum(int((~mask).sum()) for mask in masks) == round(wanted * 168)
+        back = sum(int((m & ~b).sum()) for m, b in zip(masks, before, strict=True))
+        returned += back
+        late += back if step > 0.6875 * 40 else 0
+    assert returned > late > 0  # also after the target was reached

@@ -21,6 +21,7 @@ from torch_adapmtl import (
     ACDC,
     SNIP,
     DiSparse,
+    GraNet,
     History,
     IterativeMagnitude,
     Magnitude,
@@ -44,6 +45,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "snip": {"method": SNIP()},
     "disparse": {"method": DiSparse(dynamic=True)},
     "acdc": {"method": ACDC()},
+    "granet": {"method": GraNet()},
     "rigl": {"method": RigL()},
 }
 WITH_THRESHOLDS = ("adaptive", "macs", "gradient", "sensitivity", "paper")

@@ -13,7 +13,7 @@ from torch_adapmtl.methods._base import Controller, Method
 from torch_adapmtl.methods.adaptive import Adaptive
 from torch_adapmtl.methods.alternating import ACDC
 from torch_adapmtl.methods.disparse import DiSparse
-from torch_adapmtl.methods.dynamic import RigL
+from torch_adapmtl.methods.dynamic import GraNet, RigL
 from torch_adapmtl.methods.iterative import IterativeMagnitude
 from torch_adapmtl.methods.magnitude import Magnitude
 from torch_adapmtl.methods.masks import MaskController
@@ -26,6 +26,7 @@ __all__ = [
     "Adaptive",
     "Controller",
     "DiSparse",
+    "GraNet",
     "IterativeMagnitude",
     "Magnitude",
     "MaskController",

@@ -1,18 +1,18 @@
-"""Dynamic sparse training: masks that prune and regrow by the dense gradient (RigL)."""
+"""Dynamic sparse training: masks that prune and regrow by the dense gradient (RigL, GraNet)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from torch_adapmtl._checks import check_count, check_numbers
 from torch_adapmtl._distributed import agree, sum_over_processes
-from torch_adapmtl.budget.schedule import SparsitySchedule
+from torch_adapmtl.budget.schedule import SparsitySchedule, check_schedule
 from torch_adapmtl.layers.collection import Layers
-from torch_adapmtl.layers.layer import Layer, shaped_like
+from torch_adapmtl.layers.layer import Layer, count_zeros, shaped_like
 from torch_adapmtl.methods._base import Method
 from torch_adapmtl.methods._drop_and_grow import (
     cosine_share,
@@ -20,9 +20,16 @@ from torch_adapmtl.methods._drop_and_grow import (
     erk_numbers,
     random_mask,
 )
-from torch_adapmtl.methods.masks import MaskController
+from torch_adapmtl.methods.masks import MaskController, MaskMethod
 
-__all__ = ["DynamicController", "MovingController", "RigL", "RigLController"]
+__all__ = [
+    "DynamicController",
+    "GraNet",
+    "GraNetController",
+    "MovingController",
+    "RigL",
+    "RigLController",
+]
 
 
 class MovingController(MaskController):
@@ -244,6 +251,105 @@ class RigLController(DynamicController):
         """Drop and grow, by the share that is due after `step` steps."""
         end = self.method.end * self.total_steps
         self.move(cosine_share(self.method.fraction, step, end))
+
+
+@dataclass(frozen=True)
+class GraNet(MaskMethod):
+    r"""Gradual pruning with regeneration of pruned weights (Liu et al., arXiv 2106.10404).
+
+    Every `interval` steps from the start of the schedule on, the smallest of the remaining weights
+    of the whole model are pruned, as many as the schedule asks for (Zhu and Gupta's cubic one).
+    Then each layer regenerates: it drops the share \(r/2 \cdot (1 + \cos(\pi t / T))\) of its
+    remaining weights, those with the smallest magnitudes, and grows as many of the others, those
+    with the largest magnitudes of the dense gradient, from zero, as in
+    [`RigL`][torch_adapmtl.RigL], which says how the gradient is computed. Regeneration goes on
+    after the schedule has reached the target, until the last step. If no loss is passed to `loss()`
+    in the step before an update, the update only prunes.
+
+    The schedule begins at its sparsity `initial`, with random masks of Erdos-Renyi-Kernel densities
+    as in `RigL`; with `initial=0`, the model is dense at first. The defaults are those of the
+    authors' code (github.com/VITA-Group/GraNet) for CIFAR: from half of the weights to the target
+    in the first 110 of 160 epochs, and r = 0.5.
+
+    What differs from that code: the share of the weights that moves decays to 0 rather than to
+    0.005, and is rounded down. The target is exact, and met at the last step in any case.
+
+    Args:
+        schedule: How the sparsity rises.
+        fraction: Share of the remaining weights of a layer that is regenerated at first, r; in
+            (0, 1).
+        interval: Steps between two updates; 100 if None, or a fiftieth of a run of fewer than 5000
+            steps.
+        seed: Seed of the random masks. The global random state is not used.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        TypeError: If `fraction` is not a number, or `schedule` no schedule.
+
+    Example:
+        >>> import torch
+        >>> from torch_adapmtl import GraNet, SparsitySchedule, apply_adapmtl
+        >>> model = torch.nn.Linear(20, 10)
+        >>> options = {"target_sparsity": 0.9, "total_steps": 9, "groups": {"main": ["*"]}}
+        >>> apply_adapmtl(model, method=GraNet(), **options).sparsity()  # before the first step
+        0.5
+        >>> dense = GraNet(schedule=SparsitySchedule(start=0.1, end=0.5))
+        >>> apply_adapmtl(torch.nn.Linear(20, 10), method=dense, **options).sparsity()
+        0.0
+    """
+
+    schedule: SparsitySchedule = field(
+        default_factory=lambda: SparsitySchedule(start=0.0, end=0.6875, initial=0.5)
+    )
+    fraction: float = 0.5
+    interval: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_schedule(self.schedule)
+        check_moves(self.fraction, self.interval, self.seed)
+
+    def controller(
+        self, layers: Layers, model: nn.Module, *, target_sparsity: float, total_steps: int
+    ) -> GraNetController:
+        """Make the controller."""
+        return GraNetController(self, layers, target_sparsity, total_steps)
+
+
+class GraNetController(DynamicController):
+    """Prunes by magnitude along the schedule, and regenerates by the gradient."""
+
+    def __init__(
+        self, method: GraNet, layers: Layers, target_sparsity: float, total_steps: int
+    ) -> None:
+        super().__init__(layers, target_sparsity, total_steps, method.schedule, method.seed)
+        self.method = method
+        self.every = method.interval or default_interval(total_steps)
+
+    def wanted(self, step: int) -> float:
+        """What is to be pruned after `step` steps."""
+        sparsity = self.schedule(step, self.total_steps, self.target_sparsity)
+        return self.layers.budget(sparsity)
+
+    def begin(self) -> None:
+        """Set the random masks, if the schedule begins sparse."""
+        if budget := self.wanted(0):
+            self.start(budget)
+
+    def moves(self, step: int) -> bool:
+        """Whether the masks are updated after `step` steps."""
+        began = self.schedule.start * self.total_steps <= step
+        return began and step % self.every == 0 and step < self.total_steps
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Prune to the sparsity of the schedule after `step` steps, and regenerate."""
+        budget = self.wanted(step)
+        zeros = [count_zeros(layer.mask) for layer in self.layers]
+        # What meets the budget stays: to multiply-adds it is met approximately only.
+        if self.layers.cost(zeros) < budget and not self.layers.meets(zeros, budget):
+            self.prune(budget)
+        self.move(cosine_share(self.method.fraction, step, self.total_steps))
 
 
 def check_moves(fraction: float, interval: int | None, seed: int) -> None:
