@@ -23,6 +23,7 @@ from torch_adapmtl import (
     SparsitySchedule,
     StabilityWeighting,
     Taylor,
+    TopKAST,
 )
 
 pytestmark = pytest.mark.skipif(
@@ -41,6 +42,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "disparse": {"method": DiSparse(dynamic=True)},
     "acdc": {"method": ACDC()},
     "granet": {"method": GraNet()},
+    "top-kast": {"method": TopKAST(interval=3)},
     "rigl": {"method": RigL(interval=3)},
     "given": {"allocation": "sensitivity", "wrap_first": True},
 }

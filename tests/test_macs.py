@@ -29,6 +29,7 @@ from torch_adapmtl import (
     RigL,
     SparsitySchedule,
     Taylor,
+    TopKAST,
     apply_adapmtl,
 )
 from torch_adapmtl.layers import sampling
@@ -96,6 +97,7 @@ METHODS: dict[str, Method] = {
     "DiSparse dynamic": DiSparse(dynamic=True),
     "AC/DC": ACDC(),
     "GraNet": GraNet(),
+    "Top-KAST": TopKAST(),
     "RigL": RigL(),
     "IMP": IterativeMagnitude(rounds=3),
     "LTH": IterativeMagnitude(rounds=3, rewind=True),

@@ -25,6 +25,7 @@ from torch_adapmtl import (
     RigL,
     SparsitySchedule,
     Taylor,
+    TopKAST,
     apply_adapmtl,
 )
 
@@ -40,6 +41,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "disparse": {"method": DiSparse(dynamic=True)},
     "acdc": {"method": ACDC()},
     "granet": {"method": GraNet()},
+    "top-kast": {"method": TopKAST()},
     "rigl": {"method": RigL()},
 }
 

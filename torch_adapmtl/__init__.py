@@ -27,6 +27,7 @@ from torch_adapmtl.methods import (
     Paper,
     RigL,
     Taylor,
+    TopKAST,
 )
 from torch_adapmtl.model_size import LayerSize, ModelSize, size
 from torch_adapmtl.prepare import apply_adapmtl
@@ -107,6 +108,7 @@ __all__ = [
     "StabilityWeighting",
     "StoredTensor",
     "Taylor",
+    "TopKAST",
     "accelerate",
     "apply_adapmtl",
     "find_components",

@@ -20,6 +20,7 @@ from torch_adapmtl import (
     SparsitySchedule,
     StabilityWeighting,
     Taylor,
+    TopKAST,
 )
 
 __all__ = ["BASELINES", "DENSE", "DYNAMIC", "MACS", "METHODS", "SETTINGS", "UNAIMED", "VARIANTS"]
@@ -70,6 +71,7 @@ DYNAMIC: Mapping[str, Callable[[Problem], Options]] = {
     "RigL": lambda _: {"method": RigL()},
     "AC/DC": lambda _: {"method": ACDC()},
     "GraNet": lambda _: {"method": GraNet()},
+    "Top-KAST": lambda _: {"method": TopKAST()},
 }
 
 #: The default method, the published algorithm, and the default with one or two parts changed.

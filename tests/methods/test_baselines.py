@@ -28,6 +28,7 @@ from torch_adapmtl import (
     RigL,
     SparsitySchedule,
     Taylor,
+    TopKAST,
 )
 
 # Layers of a dozen weights do lose them all: nothing in these methods keeps any.
@@ -49,6 +50,8 @@ METHODS: dict[str, Any] = {
     "AC/DC": ACDC(),
     "GraNet": GraNet(),
     "GraNet, dense, every 4 steps": GraNet(SparsitySchedule(), interval=4),
+    "Top-KAST": TopKAST(),
+    "Top-KAST, every 4 steps": TopKAST(interval=4),
     "RigL": RigL(),
     "RigL, every 4 steps": RigL(interval=4),
     "IMP": IterativeMagnitude(rounds=3),
@@ -412,6 +415,9 @@ def test_an_earlier_mask_counts_and_stays(method: Any) -> None:
         (ACDC, {"warmup": 0.8}, ValueError, "phase=0.05", "warmup=0.8", "sum to at most 1"),
         (GraNet, {"fraction": 0.0}, ValueError, "fraction", "got 0.0", "in (0, 1)"),
         (GraNet, {"interval": 0}, ValueError, "interval", "got 0", "an integer >= 1"),
+        (TopKAST, {"widening": 0.5}, ValueError, "widening", "got 0.5", "at least 1"),
+        (TopKAST, {"widening": "x"}, TypeError, "widening", "'x'", "be a number"),
+        (TopKAST, {"interval": 0}, ValueError, "interval", "got 0", "an integer >= 1"),
         (RigL, {"fraction": 1.0}, ValueError, "fraction", "got 1.0", "in (0, 1)"),
         (RigL, {"fraction": "x"}, TypeError, "fraction", "'x'", "be a number"),
         (RigL, {"interval": 0}, ValueError, "interval", "got 0", "an integer >= 1"),

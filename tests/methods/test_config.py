@@ -33,6 +33,7 @@ from torch_adapmtl import (
     SensitivityAllocation,
     SparsitySchedule,
     Taylor,
+    TopKAST,
 )
 from torch_adapmtl.allocation._base import CommonAllocation
 
@@ -95,6 +96,7 @@ METHODS: dict[type, dict[str, st.SearchStrategy[Any]]] = {
         "interval": st.none() | st.integers(1, 9),
         "seed": st.integers(0, 9),
     },
+    TopKAST: {"widening": st.floats(1, 9), "interval": st.none() | st.integers(1, 9)},
     RigL: {
         "fraction": st.floats(0.01, 0.99),
         "interval": st.none() | st.integers(1, 9),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from toys import TwoTasks, losses, prepare, train, weights, zeros
 from waiting import refused
 
-from torch_adapmtl import ACDC, GraNet, RigL, SparsitySchedule, apply_adapmtl
+from torch_adapmtl import ACDC, GraNet, RigL, SparsitySchedule, TopKAST, apply_adapmtl
 from torch_adapmtl.methods._drop_and_grow import drop_and_grow, erk_densities, erk_numbers
 
 pytestmark = pytest.mark.filterwarnings("ignore:no weight is left")
@@ -312,23 +312,6 @@ def test_rigl_is_exact(shapes: list[tuple[int, ...]], target: float) -> None:
     )
 
 
-def test_a_step_without_an_update_never_waits_for_the_device() -> None:
-    model = TwoTasks()
-    pruner = prepare(model, method=RigL(interval=10), total_steps=40)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    train(model, pruner, optimizer, [0])  # the first call looks at the weights
-    for step in range(1, 20):
-        if pruner.controller.due(step + 1):
-            train(model, pruner, optimizer, [step])
-            continue
-        found = losses(model, step)
-        with refused():
-            pruner.loss(found).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            pruner.step()
-
-
 # --- AC/DC --------------------------------------------------------------------------------------
 
 
@@ -482,3 +465,98 @@ def test_granet_follows_its_schedule_while_weights_return() -> None:
         returned += back
         late += back if step > 0.6875 * 40 else 0
     assert returned > late > 0  # also after the target was reached
+
+
+# --- Top-KAST -----------------------------------------------------------------------------------
+
+
+def largest(size: Tensor, number: int) -> Tensor:
+    """The largest of a layer, the last ones first if some are equal."""
+    order = sorted(range(size.numel()), key=lambda i: (float(size.flatten()[i]), i))
+    found = torch.zeros(size.numel())
+    found[order[size.numel() - number :]] = 1
+    return found.view(size.shape)
+
+
+def plain_top_kast(
+    plain: Plain, used: dict[str, int], widening: float, interval: int, decay: float
+) -> None:
+    plain.optimizer = torch.optim.SGD(
+        plain.model.parameters(), lr=0.1, momentum=0.9, weight_decay=decay
+    )
+    trained = {}
+    for step in range(STEPS):
+        if step % interval == 0:
+            for name, size in plain.magnitudes().items():
+                plain.masks[name] = largest(size, used[name])
+                more = min(round(widening * used[name]), size.numel())
+                trained[name] = largest(size, more)
+        gradients = dense_gradient(plain, step)
+        sum(plain.losses(step).values()).backward()
+        before = {name: weight.detach().clone() for name, weight in plain.weights.items()}
+        for name, weight in plain.weights.items():
+            weight.grad = gradients[name] * trained[name]
+        plain.optimizer.step()
+        plain.optimizer.zero_grad()
+        with torch.no_grad():
+            for name, weight in plain.weights.items():
+                weight.copy_(torch.where(trained[name] == 1, weight, before[name]))
+
+
+@pytest.mark.parametrize(
+    ("widening", "interval", "decay"), [(2.0, 1, 1e-2), (2.0, 3, 0.0), (1.0, 1, 0.0), (9.0, 2, 0.0)]
+)
+def test_top_kast_equals_the_plain_version(widening: float, interval: int, decay: float) -> None:
+    model, pruner, plain = start(TopKAST(widening, interval))
+    used = {name: int(mask.sum()) for name, mask in plain.masks.items()}
+    first = dict(plain.masks)
+    assert sum(used.values()) == 34
+    assert all(abs(n - 0.2 * plain.masks[name].numel()) < 1 for name, n in used.items())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=decay)
+    train(model, pruner, optimizer, range(STEPS))
+    plain_top_kast(plain, used, widening, interval, decay)
+    pruner.finalize()
+    same(model, plain)
+    assert any(not torch.equal(mask, first[name]) for name, mask in plain.masks.items())
+
+
+def test_top_kast_trains_more_than_it_uses_until_the_end() -> None:
+    torch.manual_seed(0)
+    model = TwoTasks()
+    pruner = prepare(model, method=TopKAST(interval=5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(STEPS + 2):
+        assert zeros(pruner) == 134
+        pruner.loss(losses(model, step)).backward()
+        for layer in pruner.layers:
+            gradients, used = int((layer.weight.grad != 0).sum()), int(layer.mask.sum())
+            assert gradients <= (2 * used if step < STEPS else used)
+            if step < STEPS and layer.name != "body.weight":  # where no gradient is 0 by chance
+                assert gradients == 2 * used
+        optimizer.step()
+        optimizer.zero_grad()
+        if step < STEPS:
+            pruner.step()
+
+
+# --- all ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "method", [RigL(interval=10), ACDC(), GraNet(interval=10), TopKAST(interval=10)], ids=str
+)
+def test_a_step_without_an_update_never_waits_for_the_device(method: Any) -> None:
+    model = TwoTasks()
+    pruner = prepare(model, method=method, total_steps=40)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train(model, pruner, optimizer, [0])  # the first call looks at the weights
+    for step in range(1, 20):
+        if pruner.controller.due(step + 1):
+            train(model, pruner, optimizer, [step])
+            continue
+        found = losses(model, step)
+        with refused():
+            pruner.loss(found).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            pruner.step()

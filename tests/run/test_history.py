@@ -30,6 +30,7 @@ from torch_adapmtl import (
     RigL,
     SparsitySchedule,
     Taylor,
+    TopKAST,
 )
 
 EARLY = SparsitySchedule(start=0.0, end=0.5)
@@ -46,6 +47,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "disparse": {"method": DiSparse(dynamic=True)},
     "acdc": {"method": ACDC()},
     "granet": {"method": GraNet()},
+    "top-kast": {"method": TopKAST()},
     "rigl": {"method": RigL()},
 }
 WITH_THRESHOLDS = ("adaptive", "macs", "gradient", "sensitivity", "paper")

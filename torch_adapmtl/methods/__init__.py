@@ -19,6 +19,7 @@ from torch_adapmtl.methods.magnitude import Magnitude
 from torch_adapmtl.methods.masks import MaskController
 from torch_adapmtl.methods.paper import Paper
 from torch_adapmtl.methods.saliency import SNIP, Taylor
+from torch_adapmtl.methods.top_kast import TopKAST
 
 __all__ = [
     "ACDC",
@@ -34,4 +35,5 @@ __all__ = [
     "Paper",
     "RigL",
     "Taylor",
+    "TopKAST",
 ]
