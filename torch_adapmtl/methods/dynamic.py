@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -76,9 +77,9 @@ class DynamicController(MovingController):
         self._gradients: list[Tensor] = []  # empty unless masks move after this step
         self._observing = False
 
+    @abstractmethod
     def moves(self, step: int) -> bool:
         """Whether masks move by the gradient after `step` steps."""
-        raise NotImplementedError
 
     def due(self, step: int) -> bool:
         """Whether masks move after `step` steps."""
