@@ -13,13 +13,17 @@ from torch import Tensor, nn
 from toys import TwoTasks, losses, prepare, tensors, train, zeros
 
 from torch_adapmtl import (
+    ACDC,
     SNIP,
     DiSparse,
+    GraNet,
     Paper,
     Pruner,
+    RigL,
     SparsitySchedule,
     StabilityWeighting,
     Taylor,
+    TopKAST,
 )
 
 pytestmark = pytest.mark.skipif(
@@ -36,6 +40,10 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "taylor": {"method": Taylor()},
     "snip": {"method": SNIP()},
     "disparse": {"method": DiSparse(dynamic=True)},
+    "acdc": {"method": ACDC()},
+    "granet": {"method": GraNet()},
+    "top-kast": {"method": TopKAST(interval=3)},
+    "rigl": {"method": RigL(interval=3)},
     "given": {"allocation": "sensitivity", "wrap_first": True},
 }
 

@@ -15,17 +15,21 @@ from torch import Tensor, nn
 from toys import Bag, TwoTasks, initialise, losses, prepare, tensors, train
 
 from torch_adapmtl import (
+    ACDC,
     SNIP,
     Adaptive,
     DiSparse,
+    GraNet,
     IterativeMagnitude,
     Magnitude,
     MaskController,
     Method,
     Paper,
     Pruner,
+    RigL,
     SparsitySchedule,
     Taylor,
+    TopKAST,
     apply_adapmtl,
 )
 from torch_adapmtl.layers import sampling
@@ -91,6 +95,10 @@ METHODS: dict[str, Method] = {
     "Taylor": Taylor(),
     "SNIP": SNIP(),
     "DiSparse dynamic": DiSparse(dynamic=True),
+    "AC/DC": ACDC(),
+    "GraNet": GraNet(),
+    "Top-KAST": TopKAST(),
+    "RigL": RigL(),
     "IMP": IterativeMagnitude(rounds=3),
     "LTH": IterativeMagnitude(rounds=3, rewind=True),
     "own": LargestFirst(),

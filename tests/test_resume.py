@@ -15,7 +15,7 @@ import pytest
 import torch
 from processes import context
 
-from torch_adapmtl import Adaptive, DiSparse, Paper, Taylor
+from torch_adapmtl import ACDC, Adaptive, DiSparse, GraNet, Paper, RigL, Taylor, TopKAST
 
 STEPS, EVERY = 50, 3  # an update at every step
 RUNS: dict[str, dict[str, Any]] = {
@@ -25,6 +25,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "paper": {"method": Paper(start=-4.0, weight_decay=0.1), "target_sparsity": 0.5},
     "Taylor": {"method": Taylor()},
     "DiSparse": {"method": DiSparse(dynamic=True)},
+    "AC/DC": {"method": ACDC()},
+    "GraNet": {"method": GraNet(interval=2)},
+    "Top-KAST": {"method": TopKAST(interval=2)},
+    "RigL": {"method": RigL(interval=2)},
 }
 # Kills of each run; the moments are drawn anew for each.
 KILLS = 4

@@ -15,13 +15,17 @@ from torch.nn.utils import prune
 from toys import TwoTasks, prepare, tensors, train, zeros
 
 from torch_adapmtl import (
+    ACDC,
     SNIP,
     Adaptive,
     DiSparse,
+    GraNet,
     Magnitude,
     Paper,
+    RigL,
     SparsitySchedule,
     Taylor,
+    TopKAST,
     apply_adapmtl,
 )
 
@@ -35,6 +39,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "taylor": {"method": Taylor()},
     "snip": {"method": SNIP()},
     "disparse": {"method": DiSparse(dynamic=True)},
+    "acdc": {"method": ACDC()},
+    "granet": {"method": GraNet()},
+    "top-kast": {"method": TopKAST()},
+    "rigl": {"method": RigL()},
 }
 
 

@@ -14,16 +14,20 @@ from torch_adapmtl.inference import (
 )
 from torch_adapmtl.layers import Layer, Layers
 from torch_adapmtl.methods import (
+    ACDC,
     SNIP,
     Adaptive,
     Controller,
     DiSparse,
+    GraNet,
     IterativeMagnitude,
     Magnitude,
     MaskController,
     Method,
     Paper,
+    RigL,
     Taylor,
+    TopKAST,
 )
 from torch_adapmtl.model_size import LayerSize, ModelSize, size
 from torch_adapmtl.prepare import apply_adapmtl
@@ -62,6 +66,7 @@ from torch_adapmtl.weighting import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "ACDC",
     "SNIP",
     "AcceleratedModel",
     "AccelerationReport",
@@ -73,6 +78,7 @@ __all__ = [
     "DiSparse",
     "EqualWeighting",
     "FixedWeighting",
+    "GraNet",
     "GradientAllocation",
     "History",
     "IterativeMagnitude",
@@ -92,6 +98,7 @@ __all__ = [
     "Pruner",
     "RelativePerformance",
     "Report",
+    "RigL",
     "SensitivityAllocation",
     "SoftThreshold",
     "SoftThresholdPruning",
@@ -101,6 +108,7 @@ __all__ = [
     "StabilityWeighting",
     "StoredTensor",
     "Taylor",
+    "TopKAST",
     "accelerate",
     "apply_adapmtl",
     "find_components",

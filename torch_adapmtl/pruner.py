@@ -681,6 +681,7 @@ class Pruner(nn.Module):
 
     def _begin(self) -> None:
         """Make the parameters sparse, and watch them, now that the model contains the pruner."""
+        self.controller.begin()
         self.sparse_weights.attach()
         watch_forward(self._model)
         self._unreached = watch_unreached(self.components)

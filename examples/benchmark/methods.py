@@ -8,18 +8,22 @@ from typing import Any
 
 from examples.benchmark.problem import Problem
 from torch_adapmtl import (
+    ACDC,
     SNIP,
     Adaptive,
     DiSparse,
+    GraNet,
     IterativeMagnitude,
     LAMPAllocation,
     Magnitude,
+    RigL,
     SparsitySchedule,
     StabilityWeighting,
     Taylor,
+    TopKAST,
 )
 
-__all__ = ["BASELINES", "DENSE", "MACS", "METHODS", "SETTINGS", "UNAIMED", "VARIANTS"]
+__all__ = ["BASELINES", "DENSE", "DYNAMIC", "MACS", "METHODS", "SETTINGS", "UNAIMED", "VARIANTS"]
 
 Options = dict[str, Any]
 
@@ -60,6 +64,14 @@ BASELINES: Mapping[str, Callable[[Problem], Options]] = {
     "DiSparse": lambda _: {"method": DiSparse()},
     "DiSparse dynamic": lambda _: {"method": DiSparse(dynamic=True)},
     "Taylor": lambda _: {"method": Taylor()},
+}
+
+#: Baselines that train sparse, with equal task weights. No study of the results page has run them.
+DYNAMIC: Mapping[str, Callable[[Problem], Options]] = {
+    "RigL": lambda _: {"method": RigL()},
+    "AC/DC": lambda _: {"method": ACDC()},
+    "GraNet": lambda _: {"method": GraNet()},
+    "Top-KAST": lambda _: {"method": TopKAST()},
 }
 
 #: The default method, the published algorithm, and the default with one or two parts changed.
@@ -137,6 +149,7 @@ MACS: Mapping[str, Callable[[Problem], Options]] = {
 METHODS: Mapping[str, Callable[[Problem], Options]] = {
     DENSE: lambda _: {},
     **BASELINES,
+    **DYNAMIC,
     **VARIANTS,
     **SETTINGS,
     **MACS,

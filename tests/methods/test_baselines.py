@@ -18,7 +18,18 @@ from torch.func import functional_call
 from torch.nn.utils import prune
 from toys import TwoTasks, batch, initialise, losses, prepare, tensors, train, weights, zeros
 
-from torch_adapmtl import SNIP, DiSparse, IterativeMagnitude, Magnitude, SparsitySchedule, Taylor
+from torch_adapmtl import (
+    ACDC,
+    SNIP,
+    DiSparse,
+    GraNet,
+    IterativeMagnitude,
+    Magnitude,
+    RigL,
+    SparsitySchedule,
+    Taylor,
+    TopKAST,
+)
 
 # Layers of a dozen weights do lose them all: nothing in these methods keeps any.
 pytestmark = pytest.mark.filterwarnings("ignore:no weight is left")
@@ -36,6 +47,13 @@ METHODS: dict[str, Any] = {
     "DiSparse": DiSparse(),
     "DiSparse dynamic": DiSparse(dynamic=True),
     "DiSparse, every 4 steps": DiSparse(dynamic=True, interval=4),
+    "AC/DC": ACDC(),
+    "GraNet": GraNet(),
+    "GraNet, dense, every 4 steps": GraNet(SparsitySchedule(), interval=4),
+    "Top-KAST": TopKAST(),
+    "Top-KAST, every 4 steps": TopKAST(interval=4),
+    "RigL": RigL(),
+    "RigL, every 4 steps": RigL(interval=4),
     "IMP": IterativeMagnitude(rounds=3),
     "LTH": IterativeMagnitude(rounds=3, rewind=True),
 }
@@ -391,6 +409,20 @@ def test_an_earlier_mask_counts_and_stays(method: Any) -> None:
         (DiSparse, {"fraction": 1.0}, ValueError, "fraction", "got 1.0", "in (0, 1)"),
         (DiSparse, {"fraction": "x"}, TypeError, "fraction", "'x'", "be a number"),
         (DiSparse, {"interval": 0}, ValueError, "interval", "got 0", "an integer >= 1"),
+        (ACDC, {"warmup": 0.0}, ValueError, "warmup", "got 0.0", "in (0, 1)"),
+        (ACDC, {"phase": 1.0}, ValueError, "phase", "got 1.0", "in (0, 1)"),
+        (ACDC, {"last_compressed": "x"}, TypeError, "last_compressed", "'x'", "be a number"),
+        (ACDC, {"warmup": 0.8}, ValueError, "phase=0.05", "warmup=0.8", "sum to at most 1"),
+        (GraNet, {"fraction": 0.0}, ValueError, "fraction", "got 0.0", "in (0, 1)"),
+        (GraNet, {"interval": 0}, ValueError, "interval", "got 0", "an integer >= 1"),
+        (TopKAST, {"widening": 0.5}, ValueError, "widening", "got 0.5", "at least 1"),
+        (TopKAST, {"widening": "x"}, TypeError, "widening", "'x'", "be a number"),
+        (TopKAST, {"interval": 0}, ValueError, "interval", "got 0", "an integer >= 1"),
+        (RigL, {"fraction": 1.0}, ValueError, "fraction", "got 1.0", "in (0, 1)"),
+        (RigL, {"fraction": "x"}, TypeError, "fraction", "'x'", "be a number"),
+        (RigL, {"interval": 0}, ValueError, "interval", "got 0", "an integer >= 1"),
+        (RigL, {"end": 1.5}, ValueError, "end", "got 1.5", "in [0, 1]"),
+        (RigL, {"seed": -1}, ValueError, "seed", "got -1", "an integer >= 0"),
     ],
     ids=str,
 )
@@ -400,6 +432,6 @@ def test_refused(
     raises(lambda: make(**options), error, named, found, remedy)
 
 
-@pytest.mark.parametrize("make", [Magnitude, Taylor])
+@pytest.mark.parametrize("make", [Magnitude, Taylor, GraNet])
 def test_a_schedule_by_name_is_refused(make: Any) -> None:
     raises(lambda: make(schedule="linear"), TypeError, "schedule", "'linear'", "SparsitySchedule(")

@@ -16,20 +16,24 @@ from refusals import Row, assert_refused, call, raises
 from torch import nn
 
 from torch_adapmtl import (
+    ACDC,
     SNIP,
     Adaptive,
     Controller,
     DiSparse,
     GradientAllocation,
+    GraNet,
     IterativeMagnitude,
     LAMPAllocation,
     Layers,
     Magnitude,
     Method,
     Paper,
+    RigL,
     SensitivityAllocation,
     SparsitySchedule,
     Taylor,
+    TopKAST,
 )
 from torch_adapmtl.allocation._base import CommonAllocation
 
@@ -80,6 +84,25 @@ METHODS: dict[type, dict[str, st.SearchStrategy[Any]]] = {
     Taylor: {"schedule": schedules(), "decay": FRACTION},
     SNIP: {"batches": st.integers(1, 9)},
     IterativeMagnitude: {"rounds": st.integers(1, 9), "rewind": st.booleans()},
+    ACDC: {
+        "warmup": st.floats(0.01, 0.3),
+        "phase": st.floats(0.01, 0.2),
+        "last_decompressed": st.floats(0.01, 0.2),
+        "last_compressed": st.floats(0.01, 0.2),
+    },
+    GraNet: {
+        "schedule": schedules(),
+        "fraction": st.floats(0.01, 0.99),
+        "interval": st.none() | st.integers(1, 9),
+        "seed": st.integers(0, 9),
+    },
+    TopKAST: {"widening": st.floats(1, 9), "interval": st.none() | st.integers(1, 9)},
+    RigL: {
+        "fraction": st.floats(0.01, 0.99),
+        "interval": st.none() | st.integers(1, 9),
+        "end": st.floats(0, 1),
+        "seed": st.integers(0, 9),
+    },
     DiSparse: {
         "dynamic": st.booleans(),
         "fraction": st.floats(0.01, 0.99),
@@ -95,7 +118,7 @@ def effective(value: Any) -> Any:
         return value
     told = {f.name: effective(getattr(value, f.name)) for f in dataclasses.fields(value)}
     without: set[str] = set()
-    if isinstance(value, Magnitude | Taylor):  # masks neither return nor are they moved later
+    if isinstance(value, Magnitude | Taylor | GraNet):  # those times are of thresholds
         told["schedule"] = [
             setting for setting in told["schedule"] if setting[0] not in ("fix_at", "regrow_until")
         ]
@@ -142,6 +165,7 @@ def test_differs_when_a_setting_that_has_an_effect_does(kind: type, data: st.Dat
         (Adaptive, "allocation"),
         (Magnitude, "schedule"),
         (Taylor, "schedule"),
+        (GraNet, "schedule"),
     ],
 )
 @given(data=st.data())

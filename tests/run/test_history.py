@@ -18,15 +18,19 @@ from toys import TwoTasks, losses, prepare, train
 from waiting import refused
 
 from torch_adapmtl import (
+    ACDC,
     SNIP,
     DiSparse,
+    GraNet,
     History,
     IterativeMagnitude,
     Magnitude,
     Paper,
     Pruner,
+    RigL,
     SparsitySchedule,
     Taylor,
+    TopKAST,
 )
 
 EARLY = SparsitySchedule(start=0.0, end=0.5)
@@ -41,6 +45,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "iterative": {"method": IterativeMagnitude(rewind=True)},
     "snip": {"method": SNIP()},
     "disparse": {"method": DiSparse(dynamic=True)},
+    "acdc": {"method": ACDC()},
+    "granet": {"method": GraNet()},
+    "top-kast": {"method": TopKAST()},
+    "rigl": {"method": RigL()},
 }
 WITH_THRESHOLDS = ("adaptive", "macs", "gradient", "sensitivity", "paper")
 METHODS = pytest.mark.parametrize("name", RUNS)

@@ -23,6 +23,7 @@ __all__ = [
     "Follower",
     "follow",
     "followers",
+    "forget_momentum",
     "kept_parameters",
     "running_steps",
     "stop_warning",
@@ -51,6 +52,8 @@ class Follower(Protocol):
 
 _followers: weakref.WeakSet[Any] = weakref.WeakSet()
 _registered: list[Any] = []
+# Optimisers that have stepped parameters of a follower.
+_steppers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 # Weights that no optimiser has trained since `warn_if_trained`: their names, and the warning.
 _untrained = WeakIdKeyDictionary()
 
@@ -76,6 +79,26 @@ def followers() -> list[Any]:
 def kept_parameters() -> set[int]:
     """Return the `id` of each parameter that is kept sparse."""
     return set[int]().union(*(follower.kept() for follower in followers()))
+
+
+@torch.no_grad()
+def forget_momentum(parameters: Collection[int]) -> None:
+    """Set the momentum to zero in every optimiser that has stepped one of these parameters.
+
+    The momentum of all its parameters: the buffer of SGD and RMSprop, the first moment of Adam and
+    its kin. Second moments and step counts stay. A compiled step is not noticed.
+
+    Args:
+        parameters: The `id` of each parameter.
+    """
+    for optimizer in list(_steppers):
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if held.isdisjoint(parameters):
+            continue
+        for state in optimizer.state.values():
+            for name in ("momentum_buffer", "exp_avg"):
+                if isinstance(state.get(name), Tensor):
+                    state[name].zero_()
 
 
 # The code of the function by which torch wraps the steps of optimisers.
@@ -104,6 +127,8 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[Any, 
         for follower in followers()
         if follower.begin_step(optimizer, parameters, closure=callable(closure))
     ]
+    if stepping:
+        _steppers.add(optimizer)
     if not stepping or not callable(closure):
         return None
 

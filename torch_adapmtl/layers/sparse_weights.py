@@ -342,6 +342,8 @@ class SparseWeights(nn.Module):
         layer, gradient = self.layers[index], weight.grad
         threshold = layer.threshold
         mask = threshold.mask
+        if threshold.gradient_mask is not None and not self.fixed:
+            mask = threshold.gradient_mask
         regrows = self.fixed or threshold.straight_through or threshold.known() == 0.0
         # A mask that was set in this step acts from the next on.
         acts = self.fixed or index in self._shrunk

@@ -11,22 +11,29 @@ from __future__ import annotations
 
 from torch_adapmtl.methods._base import Controller, Method
 from torch_adapmtl.methods.adaptive import Adaptive
+from torch_adapmtl.methods.alternating import ACDC
 from torch_adapmtl.methods.disparse import DiSparse
+from torch_adapmtl.methods.dynamic import GraNet, RigL
 from torch_adapmtl.methods.iterative import IterativeMagnitude
 from torch_adapmtl.methods.magnitude import Magnitude
 from torch_adapmtl.methods.masks import MaskController
 from torch_adapmtl.methods.paper import Paper
 from torch_adapmtl.methods.saliency import SNIP, Taylor
+from torch_adapmtl.methods.top_kast import TopKAST
 
 __all__ = [
+    "ACDC",
     "SNIP",
     "Adaptive",
     "Controller",
     "DiSparse",
+    "GraNet",
     "IterativeMagnitude",
     "Magnitude",
     "MaskController",
     "Method",
     "Paper",
+    "RigL",
     "Taylor",
+    "TopKAST",
 ]

@@ -115,6 +115,13 @@ class Controller(KeepsPrecision, ABC):
     def fix(self) -> None:
         """Prune to exactly the target now: choose the zeros, then call `fix_zeros`."""
 
+    def begin(self) -> None:
+        """Set masks that act from the first forward pass on.
+
+        Called once, after the thresholds and the initial masks were attached. A state that is
+        loaded later replaces the masks.
+        """
+
     def due(self, step: int) -> bool:
         """Whether an update is due after `step` steps."""
         # A fractional spacing, so that updates do not always meet the same batch if batches of

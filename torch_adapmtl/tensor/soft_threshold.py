@@ -236,6 +236,8 @@ class SoftThreshold(nn.Module):
     mask: Tensor | None
     # A mask of torch.nn.utils.prune that the tensor had before; it is restored at the end.
     earlier_mask: Tensor | None = None
+    # In a run, which weights get a gradient until the zeros are fixed, if not those of `mask`.
+    gradient_mask: Tensor | None = None
 
     def __init__(
         self,
@@ -348,6 +350,8 @@ class SoftThreshold(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.mask is not None and "mask" not in self._buffers:
             self.mask = fn(self.mask)
+        if self.gradient_mask is not None:
+            self.gradient_mask = fn(self.gradient_mask)
         if value is not None and not self.alpha.is_meta:
             self.set_threshold(value)  # also written, because `to_empty` leaves alpha uninitialised
         return self
