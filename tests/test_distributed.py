@@ -14,6 +14,7 @@ from toys import TwoTasks, losses, prepare, tensors, train, zeros
 
 from torch_adapmtl import (
     SNIP,
+    ST3,
     DiSparse,
     Paper,
     Pruner,
@@ -34,6 +35,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "gradient": {"allocation": "gradient"},
     "paper": {"method": Paper(start=-3.0, weight_decay=0.1), "target_sparsity": 0.3},
     "taylor": {"method": Taylor()},
+    "st3": {"method": ST3()},
     "snip": {"method": SNIP()},
     "disparse": {"method": DiSparse(dynamic=True)},
     "given": {"allocation": "sensitivity", "wrap_first": True},

@@ -16,8 +16,10 @@ from toys import Bag, TwoTasks, initialise, losses, prepare, tensors, train
 
 from torch_adapmtl import (
     SNIP,
+    ST3,
     Adaptive,
     DiSparse,
+    Feather,
     IterativeMagnitude,
     Magnitude,
     MaskController,
@@ -93,6 +95,8 @@ METHODS: dict[str, Method] = {
     "DiSparse dynamic": DiSparse(dynamic=True),
     "IMP": IterativeMagnitude(rounds=3),
     "LTH": IterativeMagnitude(rounds=3, rewind=True),
+    "ST-3": ST3(),
+    "Feather": Feather(),
     "own": LargestFirst(),
 }
 methods = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -171,7 +175,7 @@ def test_the_target_is_met_whatever_the_weights_are(
             assert row.macs_left <= 0.6 * row.macs + weight
 
 
-@pytest.mark.parametrize("method", [Adaptive(), Adaptive(allocation="common"), Magnitude()])
+@pytest.mark.parametrize("method", [Adaptive(), Adaptive(allocation="common"), Magnitude(), ST3()])
 def test_the_share_follows_the_schedule(method: Any) -> None:
     schedule = SparsitySchedule(start=0.1, end=0.8)
     model = Maps()
@@ -186,7 +190,7 @@ def test_the_share_follows_the_schedule(method: Any) -> None:
 
 
 @pytest.mark.parametrize("positions", [1, 64])
-@pytest.mark.parametrize("method", [Adaptive(), Magnitude(), Taylor()])
+@pytest.mark.parametrize("method", [Adaptive(), Magnitude(), Taylor(), ST3()])
 def test_equal_positions_are_a_budget_of_weights(method: Method, positions: float) -> None:
     found = []
     for count in ("weights", {"*": positions}):

@@ -15,9 +15,11 @@ from torch_adapmtl.inference import (
 from torch_adapmtl.layers import Layer, Layers
 from torch_adapmtl.methods import (
     SNIP,
+    ST3,
     Adaptive,
     Controller,
     DiSparse,
+    Feather,
     IterativeMagnitude,
     Magnitude,
     MaskController,
@@ -63,6 +65,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SNIP",
+    "ST3",
     "AcceleratedModel",
     "AccelerationReport",
     "Adaptive",
@@ -72,6 +75,7 @@ __all__ = [
     "Controller",
     "DiSparse",
     "EqualWeighting",
+    "Feather",
     "FixedWeighting",
     "GradientAllocation",
     "History",

@@ -9,8 +9,10 @@ from typing import Any
 from examples.benchmark.problem import Problem
 from torch_adapmtl import (
     SNIP,
+    ST3,
     Adaptive,
     DiSparse,
+    Feather,
     IterativeMagnitude,
     LAMPAllocation,
     Magnitude,
@@ -60,6 +62,8 @@ BASELINES: Mapping[str, Callable[[Problem], Options]] = {
     "DiSparse": lambda _: {"method": DiSparse()},
     "DiSparse dynamic": lambda _: {"method": DiSparse(dynamic=True)},
     "Taylor": lambda _: {"method": Taylor()},
+    "ST-3": lambda _: {"method": ST3()},
+    "Feather": lambda _: {"method": Feather()},
 }
 
 #: The default method, the published algorithm, and the default with one or two parts changed.

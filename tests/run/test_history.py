@@ -19,7 +19,9 @@ from waiting import refused
 
 from torch_adapmtl import (
     SNIP,
+    ST3,
     DiSparse,
+    Feather,
     History,
     IterativeMagnitude,
     Magnitude,
@@ -36,13 +38,15 @@ RUNS: dict[str, dict[str, Any]] = {
     "gradient": {"schedule": EARLY, "allocation": "gradient"},
     "sensitivity": {"schedule": EARLY, "allocation": "sensitivity", "weighting": "equal"},
     "paper": {"method": Paper(start=-3.0, weight_decay=0.1)},
+    "st3": {"method": ST3()},
+    "feather": {"method": Feather()},
     "magnitude": {"method": Magnitude()},
     "taylor": {"method": Taylor()},
     "iterative": {"method": IterativeMagnitude(rewind=True)},
     "snip": {"method": SNIP()},
     "disparse": {"method": DiSparse(dynamic=True)},
 }
-WITH_THRESHOLDS = ("adaptive", "macs", "gradient", "sensitivity", "paper")
+WITH_THRESHOLDS = ("adaptive", "macs", "gradient", "sensitivity", "paper", "st3", "feather")
 METHODS = pytest.mark.parametrize("name", RUNS)
 
 
