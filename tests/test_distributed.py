@@ -15,6 +15,7 @@ from toys import TwoTasks, losses, prepare, tensors, train, zeros
 from torch_adapmtl import (
     SNIP,
     ST3,
+    STR,
     DiSparse,
     Paper,
     Pruner,
@@ -36,6 +37,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "paper": {"method": Paper(start=-3.0, weight_decay=0.1), "target_sparsity": 0.3},
     "taylor": {"method": Taylor()},
     "st3": {"method": ST3()},
+    "str": {"method": STR(start=-1.2, weight_decay=0.1)},
     "snip": {"method": SNIP()},
     "disparse": {"method": DiSparse(dynamic=True)},
     "given": {"allocation": "sensitivity", "wrap_first": True},

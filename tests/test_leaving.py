@@ -13,6 +13,7 @@ from toys import TwoTasks, losses, prepare, tensors, train, weights, zeros
 
 from torch_adapmtl import (
     ST3,
+    STR,
     Adaptive,
     Feather,
     Magnitude,
@@ -25,6 +26,7 @@ from torch_adapmtl import (
 
 METHODS = [
     Adaptive(), Adaptive(allocation="gradient"), Paper(start=-3.0), Magnitude(), ST3(), Feather(),
+    STR(start=-1.2),
 ]  # fmt: skip
 
 

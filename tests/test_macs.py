@@ -17,6 +17,7 @@ from toys import Bag, TwoTasks, initialise, losses, prepare, tensors, train
 from torch_adapmtl import (
     SNIP,
     ST3,
+    STR,
     Adaptive,
     DiSparse,
     Feather,
@@ -32,7 +33,10 @@ from torch_adapmtl import (
 )
 from torch_adapmtl.layers import sampling
 
-pytestmark = pytest.mark.filterwarnings("ignore:no weight is left")  # of few, used everywhere
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:no weight is left",  # of few, used everywhere
+    "ignore:the thresholds of STR",  # trained for 20 steps
+)
 
 POSITIONS = {"body": 50, "heads.a": 7, "heads.b": 2.5}
 
@@ -97,6 +101,7 @@ METHODS: dict[str, Method] = {
     "LTH": IterativeMagnitude(rounds=3, rewind=True),
     "ST-3": ST3(),
     "Feather": Feather(),
+    "STR": STR(start=-1.2),
     "own": LargestFirst(),
 }
 methods = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)

@@ -16,6 +16,7 @@ from torch_adapmtl.layers import Layer, Layers
 from torch_adapmtl.methods import (
     SNIP,
     ST3,
+    STR,
     Adaptive,
     Controller,
     DiSparse,
@@ -66,6 +67,7 @@ __version__ = "0.1.0"
 __all__ = [
     "SNIP",
     "ST3",
+    "STR",
     "AcceleratedModel",
     "AccelerationReport",
     "Adaptive",

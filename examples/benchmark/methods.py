@@ -10,6 +10,7 @@ from examples.benchmark.problem import Problem
 from torch_adapmtl import (
     SNIP,
     ST3,
+    STR,
     Adaptive,
     DiSparse,
     Feather,
@@ -64,6 +65,8 @@ BASELINES: Mapping[str, Callable[[Problem], Options]] = {
     "Taylor": lambda _: {"method": Taylor()},
     "ST-3": lambda _: {"method": ST3()},
     "Feather": lambda _: {"method": Feather()},
+    # The pair was found for the thresholds of the paper's mechanism, which rise in the same way.
+    "STR": lambda problem: {"method": STR(problem.paper.start, problem.paper.weight_decay)},
 }
 
 #: The default method, the published algorithm, and the default with one or two parts changed.

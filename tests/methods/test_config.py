@@ -18,6 +18,7 @@ from torch import nn
 from torch_adapmtl import (
     SNIP,
     ST3,
+    STR,
     Adaptive,
     Controller,
     DiSparse,
@@ -81,6 +82,7 @@ METHODS: dict[type, dict[str, st.SearchStrategy[Any]]] = {
     Magnitude: {"scope": st.sampled_from(["global", "uniform"]), "schedule": schedules()},
     Taylor: {"schedule": schedules(), "decay": FRACTION},
     ST3: {"schedule": schedules()},
+    STR: {"start": st.floats(-30, 0), "weight_decay": FRACTION, "fix_at": FRACTION},
     Feather: {
         "power": st.floats(1, 9),
         "theta": st.none() | st.floats(0, 1),

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from toys import TwoTasks, batch, initialise, losses, prepare, tensors, train, weights, zeros
 
-from torch_adapmtl import ST3, Feather, Method, SparsitySchedule
+from torch_adapmtl import ST3, STR, Feather, Method, SparsitySchedule
 from torch_adapmtl.layers import sampling
 from torch_adapmtl.tensor.shapes import PowerThreshold, RescaledThreshold
 from torch_adapmtl.tensor.soft_threshold import SoftThreshold
 
 # Layers of a dozen weights do lose them all: nothing in these methods keeps any.
-pytestmark = pytest.mark.filterwarnings("ignore:no weight is left")
+pytestmark = pytest.mark.filterwarnings("ignore:no weight is left", "ignore:the thresholds of STR")
 
 NAMES = ("body", "heads.a", "heads.b")
 STEPS, TARGET = 20, 0.8
@@ -36,6 +36,12 @@ METHODS: dict[str, Method] = {
     "Feather, fixed early": Feather(schedule=LATE),
 }
 methods = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+# All of them; the thresholds of the last follow no schedule.
+every = pytest.mark.parametrize(
+    "method",
+    [*METHODS.values(), STR(start=-1.2, weight_decay=0.2), STR(start=-900, fix_at=1)],
+    ids=[*METHODS, "STR", "STR, never learned"],
+)
 VALUES = st.floats(-1, 1, width=32).map(lambda x: round(x, 3))
 
 
@@ -229,7 +235,7 @@ def test_equals_the_plain_version_at_every_step(method: Any) -> None:
     assert zeros(pruner) == round(TARGET * weights(pruner))
 
 
-@methods
+@every
 @pytest.mark.parametrize("how", ["usual", "zero", "constant", "coarse", "two scales"])
 @pytest.mark.parametrize("target", [0.0, 0.3, 0.97])
 def test_the_zeros_are_exact_and_stay_after_finalize(
@@ -254,7 +260,7 @@ def test_the_zeros_are_exact_and_stay_after_finalize(
         assert all(torch.equal(before[task], out) for task, out in model(x).items())
 
 
-@methods
+@every
 @pytest.mark.parametrize("at", [1, 11, 17, STEPS])
 def test_a_run_resumes_bit_for_bit(method: Method, at: int) -> None:
     torch.manual_seed(0)
@@ -321,7 +327,7 @@ def test_theta_follows_the_target(theta: float | None, target: float, expected: 
     assert [layer.threshold.theta for layer in pruner.layers] == [expected] * 3
 
 
-@methods
+@every
 def test_a_model_is_copied_during_a_run(method: Method) -> None:
     model = TwoTasks()
     pruner = prepare(model, method=method)
@@ -343,6 +349,10 @@ def test_a_model_is_copied_during_a_run(method: Method) -> None:
         (lambda: Feather(power=math.inf), ValueError, "method: power", "got inf", "finite"),
         (lambda: Feather(power="3"), TypeError, "method: power", "'3'", "be a number"),
         (lambda: Feather(theta=1.5), ValueError, "method: theta", "got 1.5", "in [0, 1]"),
+        (lambda: STR(start=math.nan), ValueError, "method: start", "got nan", "finite"),
+        (lambda: STR(weight_decay=-1), ValueError, "method: weight_decay", "got -1.0", ">= 0"),
+        (lambda: STR(fix_at=1.5), ValueError, "method: fix_at", "got 1.5", "fraction of"),
+        (lambda: STR(start="x"), TypeError, "method: start", "'x'", "be a number"),
         (lambda: Feather(theta="x"), TypeError, "method: theta", "'x'", "be a number"),
     ],
     ids=str,
@@ -351,7 +361,7 @@ def test_refused(make: Any, error: Error, named: str, found: str, remedy: str) -
     raises(make, error, named, found, remedy)
 
 
-@methods
+@every
 def test_more_zeros_than_the_target_asks_for_are_refused(method: Method) -> None:
     model = TwoTasks()
     with torch.no_grad():
@@ -360,7 +370,7 @@ def test_more_zeros_than_the_target_asks_for_are_refused(method: Method) -> None
     raises(do, ValueError, "target_sparsity=0.2", "hold 60", "raise the target")
 
 
-@methods
+@every
 def test_zeros_that_are_kept_count_and_stay(method: Method) -> None:
     model = TwoTasks()
     with torch.no_grad():
@@ -380,3 +390,98 @@ def test_losses_reach_pruned_weights() -> None:
     gone = model.heads["a"].weight == 0
     assert gone.any()
     assert model.heads["a"].parametrizations.weight.original.grad[gone].all()
+
+
+# --- STR ------------------------------------------------------------------------------------------
+
+
+class PlainSTR:
+    """STR in plain tensors, whose gradients are those of autograd; cut by magnitudes over alpha."""
+
+    def __init__(self, model: TwoTasks, method: STR) -> None:
+        self.model = copy.deepcopy(model)
+        self.s = {name: torch.tensor(method.start, requires_grad=True) for name in NAMES}
+        self.masks: dict[str, Tensor] | None = None
+        self.optimizer = torch.optim.SGD(
+            [
+                {"params": list(self.model.parameters()), **SGD},
+                {"params": list(self.s.values()), **SGD, "weight_decay": method.weight_decay},
+            ]
+        )
+
+    def sparse(self, name: str) -> Tensor:
+        weight = self.model.get_parameter(f"{name}.weight")
+        if self.masks is not None:
+            return weight * self.masks[name]
+        return weight.sign() * (weight.abs() - self.s[name].sigmoid()).relu()
+
+    def step(self, step: int) -> None:
+        x, targets = batch(step)
+        bias = {name: self.model.get_parameter(f"{name}.bias") for name in NAMES}
+        h = nn.functional.linear(x, self.sparse("body"), bias["body"]).tanh()
+        loss = torch.zeros(())
+        for task, y in targets.items():
+            name = f"heads.{task}"
+            output = nn.functional.linear(h, self.sparse(name), bias[name])
+            loss = loss + (output - y).square().mean()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def cut(self, count: int) -> None:
+        parameters = {name: self.model.get_parameter(f"{name}.weight") for name in NAMES}
+        scores = {name: w.abs() / self.s[name].sigmoid() for name, w in parameters.items()}
+        level = torch.cat([score.flatten() for score in scores.values()]).sort().values[count - 1]
+        sparse = {name: self.sparse(name) for name in NAMES}
+        self.masks = {name: (score > level).float() for name, score in scores.items()}
+        for name, w in parameters.items():
+            w.copy_(sparse[name] * self.masks[name])
+
+
+@pytest.mark.parametrize("start", [-2.0, -1.2], ids=["too little", "too much"])
+def test_str_equals_the_plain_version_at_every_step(start: float) -> None:
+    """Before the cut to the target, at it, and after it."""
+    torch.manual_seed(0)
+    method = STR(start=start, weight_decay=0.02, fix_at=0.8)
+    model = TwoTasks()
+    plain = PlainSTR(model, method)
+    pruner = prepare(model, method=method, total_steps=STEPS, weighting="equal")
+    optimizer = torch.optim.SGD(pruner.param_groups(**SGD))
+    wanted = round(TARGET * weights(pruner))
+    for step in range(1, STEPS + 1):
+        plain.step(step)
+        train(model, pruner, optimizer, [step])
+        if step == 16:
+            outcome = sum(int((plain.sparse(name) == 0).sum()) for name in NAMES)
+            assert (outcome < wanted) == (start == -2.0)
+            assert outcome != wanted
+            plain.cut(wanted)
+        for i, name in enumerate(NAMES):
+            found = model.get_submodule(name).weight
+            torch.testing.assert_close(found, plain.sparse(name), rtol=1e-4, atol=1e-5)
+            if step < 16:
+                s = pruner.controller.s.values[i]
+                torch.testing.assert_close(s, plain.s[name].detach(), rtol=1e-5, atol=1e-6)
+        gone = sum(int((plain.sparse(name) == 0).sum()) for name in NAMES)
+        # Weights that return at the cut are zero in plain numbers until their first step.
+        assert zeros(pruner) == (wanted if step >= 16 else gone)
+    assert len({s.item() for s in plain.s.values()}) == 3
+
+
+def test_str_that_learned_nothing_is_global_magnitude_pruning_and_says_so() -> None:
+    model = TwoTasks()
+    pruner = prepare(model, method=STR())
+    assert not pruner.controller.thresholds().any()
+    every = torch.cat([model.get_submodule(name).weight.abs().flatten() for name in NAMES])
+    with pytest.warns(UserWarning, match=r"STR had pruned 0.00% .* 79.76%, far less.*raise STR's"):
+        pruner.fix_zeros()
+    found = torch.cat([model.get_submodule(name).weight.flatten() for name in NAMES])
+    assert torch.equal(found != 0, every > every.sort().values[134 - 1])
+
+
+def test_str_that_pruned_far_too_much_says_so() -> None:
+    pruner = prepare(TwoTasks(), method=STR(start=5.0), target_sparsity=0.5)
+    with pytest.warns(UserWarning, match=r"had pruned 100.00% .* 50.00%, far more.*lower STR's"):
+        pruner.fix_zeros()
+    assert zeros(pruner) == 84

@@ -20,6 +20,7 @@ from waiting import refused
 from torch_adapmtl import (
     SNIP,
     ST3,
+    STR,
     DiSparse,
     Feather,
     History,
@@ -40,13 +41,14 @@ RUNS: dict[str, dict[str, Any]] = {
     "paper": {"method": Paper(start=-3.0, weight_decay=0.1)},
     "st3": {"method": ST3()},
     "feather": {"method": Feather()},
+    "str": {"method": STR(start=-1.2)},
     "magnitude": {"method": Magnitude()},
     "taylor": {"method": Taylor()},
     "iterative": {"method": IterativeMagnitude(rewind=True)},
     "snip": {"method": SNIP()},
     "disparse": {"method": DiSparse(dynamic=True)},
 }
-WITH_THRESHOLDS = ("adaptive", "macs", "gradient", "sensitivity", "paper", "st3", "feather")
+WITH_THRESHOLDS = ("adaptive", "macs", "gradient", "sensitivity", "paper", "st3", "feather", "str")
 METHODS = pytest.mark.parametrize("name", RUNS)
 
 

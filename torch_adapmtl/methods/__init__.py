@@ -3,8 +3,8 @@
 `Adaptive` is the default method, and `Paper` is the mechanism of AdapMTL as published. The others
 are baselines, which use the same pruner, the same training loop and the same exact budget. The
 baselines prune by masks, without shrinkage: a pruned weight gets no gradient and stays pruned,
-unless the method documents otherwise, as `ST3` and `Feather` do, which shrink weights by a
-threshold. They end with exactly `round(target_sparsity * N)` zeros.
+unless the method documents otherwise, as `ST3`, `Feather` and `STR` do, which shrink weights by
+thresholds. They end with exactly `round(target_sparsity * N)` zeros.
 They do not guarantee a minimum number of weights in a layer.
 """
 
@@ -14,6 +14,7 @@ from torch_adapmtl.methods._base import Controller, Method
 from torch_adapmtl.methods.adaptive import Adaptive
 from torch_adapmtl.methods.disparse import DiSparse
 from torch_adapmtl.methods.iterative import IterativeMagnitude
+from torch_adapmtl.methods.learned import STR
 from torch_adapmtl.methods.magnitude import Magnitude
 from torch_adapmtl.methods.masks import MaskController
 from torch_adapmtl.methods.paper import Paper
@@ -23,6 +24,7 @@ from torch_adapmtl.methods.shrinking import ST3, Feather
 __all__ = [
     "SNIP",
     "ST3",
+    "STR",
     "Adaptive",
     "Controller",
     "DiSparse",
