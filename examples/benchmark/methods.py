@@ -22,7 +22,7 @@ from torch_adapmtl import (
     Taylor,
 )
 
-__all__ = ["BASELINES", "DENSE", "MACS", "METHODS", "SETTINGS", "UNAIMED", "VARIANTS"]
+__all__ = ["BASELINES", "DENSE", "MACS", "METHODS", "SETTINGS", "SHRINKING", "UNAIMED", "VARIANTS"]
 
 Options = dict[str, Any]
 
@@ -63,6 +63,10 @@ BASELINES: Mapping[str, Callable[[Problem], Options]] = {
     "DiSparse": lambda _: {"method": DiSparse()},
     "DiSparse dynamic": lambda _: {"method": DiSparse(dynamic=True)},
     "Taylor": lambda _: {"method": Taylor()},
+}
+
+#: Baselines that shrink the remaining weights; the recorded comparison does not contain them.
+SHRINKING: Mapping[str, Callable[[Problem], Options]] = {
     "ST-3": lambda _: {"method": ST3()},
     "Feather": lambda _: {"method": Feather()},
     # The pair was found for the thresholds of the paper's mechanism, which rise in the same way.
@@ -144,6 +148,7 @@ MACS: Mapping[str, Callable[[Problem], Options]] = {
 METHODS: Mapping[str, Callable[[Problem], Options]] = {
     DENSE: lambda _: {},
     **BASELINES,
+    **SHRINKING,
     **VARIANTS,
     **SETTINGS,
     **MACS,
