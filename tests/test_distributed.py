@@ -15,6 +15,8 @@ from toys import TwoTasks, losses, prepare, tensors, train, zeros
 from torch_adapmtl import (
     ACDC,
     SNIP,
+    ST3,
+    STR,
     DiSparse,
     GraNet,
     Paper,
@@ -38,6 +40,8 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "gradient": {"allocation": "gradient"},
     "paper": {"method": Paper(start=-3.0, weight_decay=0.1), "target_sparsity": 0.3},
     "taylor": {"method": Taylor()},
+    "st3": {"method": ST3()},
+    "str": {"method": STR(start=-1.2, weight_decay=0.1)},
     "snip": {"method": SNIP()},
     "disparse": {"method": DiSparse(dynamic=True)},
     "acdc": {"method": ACDC()},

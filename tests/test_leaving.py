@@ -12,7 +12,10 @@ from torch import fx, nn
 from toys import TwoTasks, losses, prepare, tensors, train, weights, zeros
 
 from torch_adapmtl import (
+    ST3,
+    STR,
     Adaptive,
+    Feather,
     Magnitude,
     Paper,
     SparsitySchedule,
@@ -21,7 +24,10 @@ from torch_adapmtl import (
     plain_state_dict,
 )
 
-METHODS = [Adaptive(), Adaptive(allocation="gradient"), Paper(start=-3.0), Magnitude()]
+METHODS = [
+    Adaptive(), Adaptive(allocation="gradient"), Paper(start=-3.0), Magnitude(), ST3(), Feather(),
+    STR(start=-1.2),
+]  # fmt: skip
 
 
 def run(steps: int, **options: Any) -> tuple[TwoTasks, Any, torch.optim.Optimizer]:

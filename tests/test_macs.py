@@ -17,8 +17,11 @@ from toys import Bag, TwoTasks, initialise, losses, prepare, tensors, train
 from torch_adapmtl import (
     ACDC,
     SNIP,
+    ST3,
+    STR,
     Adaptive,
     DiSparse,
+    Feather,
     GraNet,
     IterativeMagnitude,
     Magnitude,
@@ -34,7 +37,10 @@ from torch_adapmtl import (
 )
 from torch_adapmtl.layers import sampling
 
-pytestmark = pytest.mark.filterwarnings("ignore:no weight is left")  # of few, used everywhere
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:no weight is left",  # of few, used everywhere
+    "ignore:the thresholds of STR",  # trained for 20 steps
+)
 
 POSITIONS = {"body": 50, "heads.a": 7, "heads.b": 2.5}
 
@@ -101,6 +107,9 @@ METHODS: dict[str, Method] = {
     "RigL": RigL(),
     "IMP": IterativeMagnitude(rounds=3),
     "LTH": IterativeMagnitude(rounds=3, rewind=True),
+    "ST-3": ST3(),
+    "Feather": Feather(),
+    "STR": STR(start=-1.2),
     "own": LargestFirst(),
 }
 methods = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -179,7 +188,7 @@ def test_the_target_is_met_whatever_the_weights_are(
             assert row.macs_left <= 0.6 * row.macs + weight
 
 
-@pytest.mark.parametrize("method", [Adaptive(), Adaptive(allocation="common"), Magnitude()])
+@pytest.mark.parametrize("method", [Adaptive(), Adaptive(allocation="common"), Magnitude(), ST3()])
 def test_the_share_follows_the_schedule(method: Any) -> None:
     schedule = SparsitySchedule(start=0.1, end=0.8)
     model = Maps()
@@ -194,7 +203,7 @@ def test_the_share_follows_the_schedule(method: Any) -> None:
 
 
 @pytest.mark.parametrize("positions", [1, 64])
-@pytest.mark.parametrize("method", [Adaptive(), Magnitude(), Taylor()])
+@pytest.mark.parametrize("method", [Adaptive(), Magnitude(), Taylor(), ST3()])
 def test_equal_positions_are_a_budget_of_weights(method: Method, positions: float) -> None:
     found = []
     for count in ("weights", {"*": positions}):

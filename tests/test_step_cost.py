@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toys import TwoTasks, batch, losses, prepare, train, weights, zeros
 from waiting import refused
 
-from torch_adapmtl import Magnitude
+from torch_adapmtl import ST3, Feather, Magnitude
 from torch_adapmtl.layers import sampling
 
 
@@ -25,6 +25,8 @@ from torch_adapmtl.layers import sampling
         {"allocation": "common", "gradient": "mask"},
         {"method": "paper"},
         {"method": Magnitude()},
+        {"method": ST3()},
+        {"method": Feather(theta=0.5)},
     ],
     ids=str,
 )

@@ -68,7 +68,7 @@ def apply_adapmtl(
     losses and moves the sparsity. The model is changed in place and used as before. Its parameters
     keep their identity, so an optimiser made before the call still works. Such an optimiser does
     not train thresholds. For the methods that train them (`Adaptive(allocation="gradient")`,
-    `Paper()`), make the optimiser from
+    `Paper()`, `STR()`), make the optimiser from
     [`Pruner.param_groups`][torch_adapmtl.Pruner.param_groups].
 
     Args:

@@ -373,8 +373,8 @@ class Pruner(nn.Module):
         a group for each component instead. Parameters that are not pruned, such as biases and
         norms, belong to the component of the nearest pruned tensor: the one whose name begins with
         the most equal parts, and of several the last one before it. If thresholds are trained
-        (`method="paper"` or `Adaptive(allocation="gradient")`), a last group holds what trains
-        them, without weight decay, or with the weight decay of `Paper`.
+        (`Paper`, `STR` or `Adaptive(allocation="gradient")`), a last group holds what trains them,
+        without weight decay, or with the weight decay of `Paper` or `STR`.
 
         Args:
             threshold_lr: Learning rate of the thresholds. If None, it is `lr`, or that of the first

@@ -10,8 +10,11 @@ from examples.benchmark.problem import Problem
 from torch_adapmtl import (
     ACDC,
     SNIP,
+    ST3,
+    STR,
     Adaptive,
     DiSparse,
+    Feather,
     GraNet,
     IterativeMagnitude,
     LAMPAllocation,
@@ -23,7 +26,17 @@ from torch_adapmtl import (
     TopKAST,
 )
 
-__all__ = ["BASELINES", "DENSE", "DYNAMIC", "MACS", "METHODS", "SETTINGS", "UNAIMED", "VARIANTS"]
+__all__ = [
+    "BASELINES",
+    "DENSE",
+    "DYNAMIC",
+    "MACS",
+    "METHODS",
+    "SETTINGS",
+    "SHRINKING",
+    "UNAIMED",
+    "VARIANTS",
+]
 
 Options = dict[str, Any]
 
@@ -72,6 +85,14 @@ DYNAMIC: Mapping[str, Callable[[Problem], Options]] = {
     "AC/DC": lambda _: {"method": ACDC()},
     "GraNet": lambda _: {"method": GraNet()},
     "Top-KAST": lambda _: {"method": TopKAST()},
+}
+
+#: Baselines that shrink the remaining weights; the recorded comparison does not contain them.
+SHRINKING: Mapping[str, Callable[[Problem], Options]] = {
+    "ST-3": lambda _: {"method": ST3()},
+    "Feather": lambda _: {"method": Feather()},
+    # The pair was found for the thresholds of the paper's mechanism, which rise in the same way.
+    "STR": lambda problem: {"method": STR(problem.paper.start, problem.paper.weight_decay)},
 }
 
 #: The default method, the published algorithm, and the default with one or two parts changed.
@@ -150,6 +171,7 @@ METHODS: Mapping[str, Callable[[Problem], Options]] = {
     DENSE: lambda _: {},
     **BASELINES,
     **DYNAMIC,
+    **SHRINKING,
     **VARIANTS,
     **SETTINGS,
     **MACS,

@@ -18,9 +18,12 @@ from torch import nn
 from torch_adapmtl import (
     ACDC,
     SNIP,
+    ST3,
+    STR,
     Adaptive,
     Controller,
     DiSparse,
+    Feather,
     GradientAllocation,
     GraNet,
     IterativeMagnitude,
@@ -82,6 +85,13 @@ METHODS: dict[type, dict[str, st.SearchStrategy[Any]]] = {
     Paper: {"start": st.floats(-30, 0), "weight_decay": FRACTION, "gradient": GRADIENT},
     Magnitude: {"scope": st.sampled_from(["global", "uniform"]), "schedule": schedules()},
     Taylor: {"schedule": schedules(), "decay": FRACTION},
+    ST3: {"schedule": schedules()},
+    STR: {"start": st.floats(-30, 0), "weight_decay": FRACTION, "fix_at": FRACTION},
+    Feather: {
+        "power": st.floats(1, 9),
+        "theta": st.none() | st.floats(0, 1),
+        "schedule": schedules(),
+    },
     SNIP: {"batches": st.integers(1, 9)},
     IterativeMagnitude: {"rounds": st.integers(1, 9), "rewind": st.booleans()},
     ACDC: {
@@ -122,6 +132,8 @@ def effective(value: Any) -> Any:
         told["schedule"] = [
             setting for setting in told["schedule"] if setting[0] not in ("fix_at", "regrow_until")
         ]
+    if isinstance(value, ST3 | Feather):  # pruned weights learn until the zeros are fixed
+        told["schedule"] = [setting for setting in told["schedule"] if setting[0] != "regrow_until"]
     if isinstance(value, DiSparse) and not value.dynamic:
         without = {"fraction", "interval"}
     if isinstance(value, Adaptive):
@@ -166,6 +178,8 @@ def test_differs_when_a_setting_that_has_an_effect_does(kind: type, data: st.Dat
         (Magnitude, "schedule"),
         (Taylor, "schedule"),
         (GraNet, "schedule"),
+        (ST3, "schedule"),
+        (Feather, "schedule"),
     ],
 )
 @given(data=st.data())

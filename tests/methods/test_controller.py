@@ -13,6 +13,8 @@ from toys import TwoTasks, losses, prepare, tensors, train, weights, zeros
 
 from torch_adapmtl import (
     SNIP,
+    ST3,
+    STR,
     Controller,
     DiSparse,
     Layers,
@@ -94,7 +96,9 @@ def test_what_is_changed_after_fixing_is_found_by_finalize() -> None:
         pruner.finalize()
 
 
-@pytest.mark.parametrize("method", [Magnitude(), Taylor(), "adaptive", Soft()], ids=str)
+@pytest.mark.parametrize(
+    "method", [Magnitude(), Taylor(), ST3(), STR(start=-1.2), "adaptive", Soft()], ids=str
+)
 def test_zeros_fixed_in_inference_mode_are_for_training(method: Any) -> None:
     model = TwoTasks()
     pruner = prepare(model, method=method)

@@ -20,7 +20,10 @@ from waiting import refused
 from torch_adapmtl import (
     ACDC,
     SNIP,
+    ST3,
+    STR,
     DiSparse,
+    Feather,
     GraNet,
     History,
     IterativeMagnitude,
@@ -40,6 +43,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "gradient": {"schedule": EARLY, "allocation": "gradient"},
     "sensitivity": {"schedule": EARLY, "allocation": "sensitivity", "weighting": "equal"},
     "paper": {"method": Paper(start=-3.0, weight_decay=0.1)},
+    "st3": {"method": ST3()},
+    "feather": {"method": Feather()},
+    "str": {"method": STR(start=-1.2)},
     "magnitude": {"method": Magnitude()},
     "taylor": {"method": Taylor()},
     "iterative": {"method": IterativeMagnitude(rewind=True)},
@@ -50,7 +56,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "top-kast": {"method": TopKAST()},
     "rigl": {"method": RigL()},
 }
-WITH_THRESHOLDS = ("adaptive", "macs", "gradient", "sensitivity", "paper")
+WITH_THRESHOLDS = ("adaptive", "macs", "gradient", "sensitivity", "paper", "st3", "feather", "str")
 METHODS = pytest.mark.parametrize("name", RUNS)
 
 

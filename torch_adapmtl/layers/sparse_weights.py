@@ -53,7 +53,8 @@ class SparseWeights(nn.Module):
     decay does.
 
     Layers whose threshold is trained are left out. They have a parametrization, through which the
-    gradient reaches the threshold.
+    gradient reaches the threshold. So have layers whose sparse weight is another function than the
+    soft threshold: the residual could not be added again without a rounding error.
 
     Args:
         layers: The layers.

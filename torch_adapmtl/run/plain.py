@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_adapmtl.run._packing import unpack, unpack_mask
+from torch_adapmtl.tensor.shapes import power, rescaled
 from torch_adapmtl.tensor.soft_threshold import soft_threshold
 
 __all__ = ["plain_state_dict"]
@@ -60,7 +61,7 @@ def _make_plain(plain: dict[str, Any], prefix: str) -> None:
     header, progress, masks = unpack(plain[prefix + _STATE])
     names = list(header.get("layers", ()))
     thresholds = plain.get(pruner + "thresholds")
-    reach = header.get("method", {}).get("reach", math.inf)
+    method = header.get("method", {})
     sparse: dict[str, Tensor] = {}
     for i, name in enumerate(names):
         path, _, tensor = name.rpartition(".")
@@ -69,7 +70,7 @@ def _make_plain(plain: dict[str, Any], prefix: str) -> None:
         if thresholds is not None and key in plain:
             weight = plain[key]
             alpha = thresholds[i].to(weight.device, weight.dtype)
-            value = soft_threshold(weight, 0.0 if progress["fixed"] else alpha, reach=reach)
+            value = weight if progress["fixed"] else _sparse(weight, alpha, method)
             if (bits := masks[i]) is not None:
                 value = torch.where(unpack_mask(bits, weight), value, 0.0)
             sparse[key] = value + 0.0  # every zero is +0.0
@@ -80,3 +81,15 @@ def _make_plain(plain: dict[str, Any], prefix: str) -> None:
             plain[key.replace("parametrizations.", "").removesuffix(".original")] = sparse[key]
         elif not key.startswith(pruner):
             plain[key] = item
+
+
+def _sparse(weight: Tensor, alpha: Tensor, method: Mapping[str, Any]) -> Tensor:
+    """The sparse weight under a method's settings, as its thresholds compute it."""
+    shape = method.get("shape")
+    if shape is not None and not alpha:
+        return weight  # as `SoftThreshold` does, to the last bit
+    if shape == "rescaled":
+        return rescaled(weight, alpha)
+    if shape == "power":
+        return power(weight, alpha, method["power"])
+    return soft_threshold(weight, alpha, reach=method.get("reach", math.inf))

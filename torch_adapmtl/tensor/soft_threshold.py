@@ -298,11 +298,15 @@ class SoftThreshold(nn.Module):
 
     @property
     def trained(self) -> bool:
-        """Whether the threshold is trained, or computed from something else that is."""
+        """Whether the weight has to be computed in the forward pass, by a parametrization.
+
+        That is so if the threshold is trained, or computed from something else that is, or if the
+        sparse weight is another function of it.
+        """
         kind = type(self)
         changed = any(
             getattr(kind, name) is not getattr(SoftThreshold, name)
-            for name in ("threshold", "forward")
+            for name in ("threshold", "forward", "_shrink")
         )
         return changed or isinstance(self.alpha, nn.Parameter)
 
@@ -320,7 +324,7 @@ class SoftThreshold(nn.Module):
         if value != 0.0 or self.alpha.requires_grad:
             alpha = self.threshold()
             check_place(alpha, weight)
-            sparse = _apply(weight, alpha, value, self.reach, self.straight_through)
+            sparse = self._shrink(weight, alpha, value)
         if self.mask is not None:
             check_mask(self.mask, weight)
             sparse = _mask(sparse, self.mask)
@@ -330,6 +334,20 @@ class SoftThreshold(nn.Module):
             # `finalize()`.
             sparse.requires_grad_()
         return sparse
+
+    def _shrink(self, weight: Tensor, alpha: Tensor, value: float | None) -> Tensor:
+        """Return the weight that remains, before the mask; not called if alpha is known to be zero.
+
+        A subclass that overrides it gives the model another function of the weight and the
+        threshold. What it takes away cannot be added again without a rounding error, so that its
+        layers have a parametrization (see `trained`).
+
+        Args:
+            weight: The dense weight.
+            alpha: The threshold.
+            value: The threshold as a number, or None if it is not known on the host.
+        """
+        return _apply(weight, alpha, value, self.reach, self.straight_through)
 
     def _value(self) -> float | None:
         if torch.compiler.is_compiling() or self._known is None or self.alpha.is_inference():

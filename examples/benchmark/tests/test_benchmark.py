@@ -97,6 +97,7 @@ def test_every_problem_has_losses_and_metrics(name: str, words: tuple[Words, Wor
     assert all(delta > 0 for delta in better.tasks.values())
 
 
+@pytest.mark.filterwarnings("ignore:the thresholds of STR")  # in a few steps
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_and_is_exact(tiny: Any, method: str) -> None:
     found = run(tiny, method, 0.9, seed=0)
