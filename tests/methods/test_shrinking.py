@@ -355,7 +355,6 @@ def test_a_model_is_copied_during_a_run(method: Method) -> None:
         (lambda: STR(start="x"), TypeError, "method: start", "'x'", "be a number"),
         (lambda: Feather(theta="x"), TypeError, "method: theta", "'x'", "be a number"),
     ],
-    ids=str,
 )
 def test_refused(make: Any, error: Error, named: str, found: str, remedy: str) -> None:
     raises(make, error, named, found, remedy)
