@@ -63,7 +63,7 @@ def entropy(x: Tensor) -> float:
     return (used + len(kept) * (bits - exponents)) / 8
 
 
-def formats(folder: Path) -> dict[str, tuple[Callable[[Any, Path], Any], Callable[[Path], Any]]]:
+def formats() -> dict[str, tuple[Callable[[Any, Path], Any], Callable[[Path], Any]]]:
     """How to write and read each format; those whose packages are not installed are left out."""
     found: dict[str, Any] = {
         "save_sparse": (save_sparse, load_sparse),
@@ -109,7 +109,7 @@ def measure(state: dict[str, Tensor], dtype: torch.dtype | None, repeats: int) -
     dense = sum(x.nbytes for x in state.values())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "file"
-        for name, (write, read) in formats(Path(folder)).items():
+        for name, (write, read) in formats().items():
             times = []
             for _ in range(repeats if name != "xz" else 1):
                 begin = time.process_time()

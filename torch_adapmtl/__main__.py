@@ -11,7 +11,6 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,10 +69,10 @@ def _pack(args: argparse.Namespace) -> None:
 
 
 def _state_dict(path: str, key: str | None) -> Mapping[str, Any]:
+    with open(path, "rb"):
+        pass  # an OSError that names the file
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
     except Exception as error:  # torch raises errors of many types for what it did not write
         raise ValueError(
             f"{path} holds more than tensors, or is no file of torch.save, or was cut off: save "
@@ -104,7 +103,7 @@ def _unpack(args: argparse.Namespace) -> None:
     state = load_sparse(args.file)
     try:
         _write(state, args.out)
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # safetensors has errors of its own
         raise ValueError(f"{args.out} cannot be written: {str(error).splitlines()[0]}") from error
 
 
@@ -117,7 +116,6 @@ def _write(state: Mapping[str, torch.Tensor], out: str) -> None:
                 "writing a safetensors file needs the package: pip install safetensors"
             ) from None
         # It wants no two tensors in one memory.
-        Path(out).touch()  # its own errors are no OSErrors
         save_file({name: x.clone() for name, x in state.items()}, out)
     else:
         torch.save(state, out)

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import copy
 import importlib
-import json
 import sys
 import tempfile
-import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
+from sealing import parts, places, sealed, text_of, with_index
 from torch import nn
 
 PATH = Path(tempfile.gettempdir()) / "fuzzed.safetensors"
-INDEX = "torch_adapmtl.index"
 
 
 def make() -> nn.Module:
@@ -31,33 +29,6 @@ def make() -> nn.Module:
     model = nn.Sequential(first, nn.BatchNorm1d(70), nn.Linear(70, 3))
     model.register_buffer("flag", torch.tensor([True, False]))
     return model
-
-
-def parts(content: bytes) -> tuple[dict[str, Any], Any, bytes]:
-    """The header and the index of a file, and the other entries."""
-    start = 8 + int.from_bytes(content[:8], "little")
-    header, data = json.loads(content[8:start]), content[start:]
-    begin, end = header.pop(INDEX)["data_offsets"]
-    return header, json.loads(zlib.decompress(data[begin:end])), data[:begin]
-
-
-def sealed(header: dict[str, Any], index: Any, data: bytes) -> bytes:
-    """A file with the right checksum."""
-    packed = zlib.compress(json.dumps(index).encode(), 1)
-    place = [len(data), len(data) + len(packed)]
-    header[INDEX] = {"dtype": "U8", "shape": [len(packed)], "data_offsets": place}
-    if isinstance(header.get("__metadata__"), dict):
-        header["__metadata__"]["crc32"] = "00000000"
-    text = json.dumps(header, separators=(",", ":")).encode()
-    checksum = zlib.crc32(packed, zlib.crc32(data, zlib.crc32(text)))
-    text = text.replace(b'"crc32":"00000000"', f'"crc32":"{checksum:08x}"'.encode(), 1)
-    return len(text).to_bytes(8, "little") + text + data + packed
-
-
-def places(x: Any) -> list[tuple[Any, Any]]:
-    """All values in dicts and lists, as their holders and keys."""
-    keys = list(x) if isinstance(x, dict) else range(len(x)) if isinstance(x, list) else ()
-    return [(x, key) for key in keys] + [place for key in keys for place in places(x[key])]
 
 
 def change(source: Any, header: dict[str, Any], index: Any) -> None:
@@ -106,7 +77,8 @@ def main() -> None:
         for _ in range(source.ConsumeIntInRange(0, 9)):
             place = source.ConsumeIntInRange(0, len(content) - 1)
             content[place] = source.ConsumeIntInRange(0, 255)
-        PATH.write_bytes(sealed(header, index, bytes(content)))
+        header, content = with_index(header, index, bytes(content))
+        PATH.write_bytes(sealed(text_of(header), content))
         try:
             library.load_sparse(PATH, model)
             counts["loaded"] += 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tracemalloc
 import zlib
 from collections.abc import Callable
@@ -13,10 +12,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sealing import INDEX, parts, places, sealed, text_of, with_index
 from torch import nn
 
 from torch_adapmtl import SparseFile, SparseFileError, load_sparse, save_sparse
-from torch_adapmtl.storage._index import INDEX
 from torch_adapmtl.storage._safetensors import MOST_HEADER
 
 Change = Callable[[dict[str, Any], dict[str, Any]], Any]
@@ -60,35 +59,15 @@ def refused(content: bytes, folder: Path) -> str:
     return str(caught.value)
 
 
-def parts(content: bytes) -> tuple[dict[str, Any], bytes]:
-    start = 8 + int.from_bytes(content[:8], "little")
-    return json.loads(content[8:start]), content[start:]
-
-
-def sealed(header: str, data: bytes) -> bytes:
-    """A file with the right checksum."""
-    before, _, after = header.partition("CHECKSUM")
-    checksum = zlib.crc32(data, zlib.crc32((before + "00000000" + after).encode()))
-    text = (before + f"{checksum:08x}" + after).encode()
-    return len(text).to_bytes(8, "little") + text + data
-
-
 def changed(content: bytes, change: Change, data: bytes | None = None) -> bytes:
     """The file after a change of its header and its index, with the right checksum.
 
-    `data` is to take the place of all entries, of which the index is the last.
+    `data` is to take the place of all entries but the index.
     """
-    header, old = parts(content)
-    begin, end = header.pop(INDEX)["data_offsets"]
-    assert end == len(old)
-    index = json.loads(zlib.decompress(old[begin:]))
+    header, index, old = parts(content)
     change(header, index)
-    packed = zlib.compress(json.dumps(index).encode())
-    old = old[:begin] if data is None else data
-    place = [len(old), len(old) + len(packed)]
-    header[INDEX] = {"dtype": "U8", "shape": [len(packed)], "data_offsets": place}
-    header["__metadata__"]["crc32"] = "CHECKSUM"
-    return sealed(json.dumps(header, separators=(",", ":")), old + packed)
+    header, old = with_index(header, index, old if data is None else data)
+    return sealed(text_of(header), old)
 
 
 def test_a_sealed_file_is_what_was_written(valid: bytes, folder: Path) -> None:
@@ -121,11 +100,11 @@ def test_other_data_under_the_right_checksum(
     valid: bytes, folder: Path, data: st.DataObject
 ) -> None:
     """They may be values, but what is loaded has the right shapes, and no other error comes."""
-    header, content = parts(valid)
+    _, _, content = parts(valid)
     noise = data.draw(st.binary(min_size=1, max_size=40))
-    place = data.draw(st.integers(0, header[INDEX]["data_offsets"][0] - len(noise)))
-    other = valid[: -len(content)] + content[:place] + noise + content[place + len(noise) :]
-    (folder / "x").write_bytes(changed(other, lambda header, index: None))
+    place = data.draw(st.integers(0, len(content) - len(noise)))
+    other = content[:place] + noise + content[place + len(noise) :]
+    (folder / "x").write_bytes(changed(valid, lambda header, index: None, other))
     model = make()
     try:
         load_sparse(folder / "x", model)
@@ -145,12 +124,6 @@ VALUES = st.one_of(
     st.lists(st.integers(-1, 40), max_size=4),
     st.dictionaries(st.text(max_size=2), st.integers(), max_size=2),
 )
-
-
-def places(x: Any) -> list[tuple[Any, Any]]:
-    """All values in dicts and lists."""
-    keys = list(x) if isinstance(x, dict) else range(len(x)) if isinstance(x, list) else ()
-    return [(x, key) for key in keys] + [place for key in keys for place in places(x[key])]
 
 
 @settings(max_examples=300)
@@ -266,9 +239,8 @@ def test_files_of_safetensors(folder: Path) -> None:
 
 
 def test_names_that_occur_twice(valid: bytes, folder: Path) -> None:
-    header, data = parts(valid)
-    header["__metadata__"]["crc32"] = "CHECKSUM"
-    text = json.dumps(header)
+    header, data = with_index(*parts(valid))
+    text = text_of(header)
     assert "occurs twice" in refused(sealed(text.replace('"0.weight"', f'"{INDEX}"'), data), folder)
 
 
@@ -333,12 +305,11 @@ def test_distances_that_lead_out_of_the_tensor(valid: bytes, folder: Path) -> No
 def test_truth_values_are_0_or_1(folder: Path) -> None:
     save_sparse({"few": torch.tensor([True]), "many": torch.rand(9000) < 0.05}, folder / "x")
     content = (folder / "x").read_bytes()
-    header, data = parts(content)
+    header, _, data = parts(content)
     begin, _ = header["torch_adapmtl.small.BOOL.0"]["data_offsets"]
-    place = len(content) - len(data) + begin
-    content = content[:place] + b"\x02" + content[place + 1 :]
+    data = data[:begin] + b"\x02" + data[begin + 1 :]
     with pytest.raises(SparseFileError, match="neither 0 nor 1"):
-        load_sparse(_written(changed(content, lambda header, index: None), folder))
+        load_sparse(_written(changed(content, lambda header, index: None, data), folder))
 
 
 def test_a_folder_or_nothing(folder: Path) -> None:

@@ -252,7 +252,7 @@ def test_long_names_and_paths_as_bytes(name: str, tmp_path: Path) -> None:
 def test_names_of_any_characters(name: str, tmp_path: Path) -> None:
     file = save_sparse({name: torch.eye(90)}, tmp_path / "x")
     assert load_sparse(tmp_path / "x").keys() == {name}
-    assert file.table().isprintable() or file.table().replace("\n", "").isprintable()
+    assert file.table().replace("\n", "").isprintable()
     assert read_sparse(str(tmp_path / "x")).keys() == {name}
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torch_adapmtl._precision import KeepsPrecision
+from torch_adapmtl.tensor.soft_threshold import SoftThreshold
 
-__all__ = ["Pooled"]
+__all__ = ["Pooled", "PooledThreshold"]
 
 
 class Pooled(KeepsPrecision):
@@ -64,3 +66,28 @@ class Pooled(KeepsPrecision):
         if self._on_device.device != self.values.device:
             self._on_device = self._on_device.to(self.values.device)
         return self._on_device
+
+
+class PooledThreshold(SoftThreshold):
+    """A threshold that subclasses compute from the number of a layer's pool, in `threshold`.
+
+    Args:
+        numbers: The numbers.
+        layer: The index of the layer.
+        value: The value of `alpha`.
+        **options: Options of `SoftThreshold`.
+    """
+
+    def __init__(self, numbers: Pooled, layer: int, value: float = 0.0, **options: Any) -> None:
+        super().__init__(value, **options)
+        self._source = (numbers, layer)  # in a tuple, so that it is not registered as a submodule
+
+    @property
+    def number(self) -> Tensor:
+        """The number of the layer's pool, 0-d."""
+        numbers, layer = self._source
+        return numbers.of(layer)
+
+    def _value(self) -> float | None:
+        value = super()._value()
+        return value if value == 0.0 else None

@@ -115,6 +115,21 @@ class Controller(KeepsPrecision, ABC):
     def fix(self) -> None:
         """Prune to exactly the target now: choose the zeros, then call `fix_zeros`."""
 
+    def check_initial(self) -> None:
+        """Check that initial masks do not fix more zeros than the target asks for.
+
+        Raises:
+            ValueError: If they do.
+        """
+        layers = self.layers
+        initial = layers.cost(layers.initial_zeros)
+        if initial > self.budget and not layers.meets(layers.initial_zeros, self.budget):
+            raise ValueError(
+                f"target_sparsity={self.target_sparsity} asks for {self.budget:.12g} "
+                f"{layers.units[1]}, but masks that are there already, or zeros that are kept, "
+                f"hold {initial:.12g}: raise the target, pass keep_zeros=False, or remove the masks"
+            )
+
     def begin(self) -> None:
         """Set masks that act from the first forward pass on.
 

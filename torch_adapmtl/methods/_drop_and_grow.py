@@ -45,11 +45,9 @@ def erk_densities(
         scale = rest / sum(shares[i] * prices[i] for i in free)
         full = [i for i in free if scale * shares[i] >= most[i]]
         for i in full or free:
-            numbers[i] = Fraction(most[i]) if full else scale * shares[i]
+            numbers[i] = min(Fraction(most[i]), scale * shares[i])
             rest -= numbers[i] * prices[i]
-            free.remove(i) if full else None
-        if not full:
-            break
+        free = [i for i in free if i not in full] if full else []
     return [number / size for number, size in zip(numbers, sizes, strict=True)]
 
 
@@ -87,7 +85,7 @@ def random_mask(allowed: Tensor, count: int, generator: torch.Generator) -> Tens
         count: How many.
         generator: On the CPU, so that the choice does not depend on the device.
     """
-    draw = torch.rand(allowed.numel(), generator=generator)
+    draw = torch.rand(allowed.numel(), generator=generator, device="cpu", dtype=torch.float32)
     draw = draw.to(allowed.device).masked_fill(~allowed, torch.inf)
     return lowest([draw], count)[0]
 

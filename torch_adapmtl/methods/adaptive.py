@@ -19,7 +19,7 @@ from torch_adapmtl.budget.schedule import SparsitySchedule, check_schedule
 from torch_adapmtl.budget.solver import Bounds, Scores, from_bits, solve
 from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.layers.layer import count_zeros
-from torch_adapmtl.layers.pooled import Pooled
+from torch_adapmtl.layers.pooled import Pooled, PooledThreshold
 from torch_adapmtl.layers.sampling import Sample
 from torch_adapmtl.methods._base import Controller, Method
 from torch_adapmtl.methods._exact import choose
@@ -134,20 +134,11 @@ class Adaptive(Method):
         return AdaptiveController(self, layers, target_sparsity, total_steps)
 
 
-class _OffsetThreshold(SoftThreshold):
+class _OffsetThreshold(PooledThreshold):
     """alpha = level * exp(offset), with an offset that the gradient of the loss trains."""
 
-    def __init__(self, offsets: Pooled, layer: int, **options: Any) -> None:
-        super().__init__(0.0, **options)
-        self._source = (offsets, layer)  # in a tuple, so that it is not registered as a submodule
-
     def threshold(self) -> Tensor:
-        offsets, layer = self._source
-        return self.alpha * offsets.of(layer).exp()
-
-    def _value(self) -> float | None:
-        value = super()._value()
-        return value if value == 0.0 else None
+        return self.alpha * self.number.exp()
 
 
 class AdaptiveController(Controller):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +12,8 @@ from torch import Tensor, nn
 
 from torch_adapmtl._checks import check_numbers
 from torch_adapmtl.layers.collection import Layers
-from torch_adapmtl.layers.pooled import Pooled
+from torch_adapmtl.layers.pooled import Pooled, PooledThreshold
 from torch_adapmtl.methods._base import Controller, Method
-from torch_adapmtl.methods.shrinking import check_initial
-from torch_adapmtl.tensor.soft_threshold import SoftThreshold
 
 __all__ = ["STR", "STRController"]
 
@@ -88,20 +85,11 @@ class STR(Method):
         return STRController(self, layers, target_sparsity, total_steps)
 
 
-class _LearnedThreshold(SoftThreshold):
+class _LearnedThreshold(PooledThreshold):
     """alpha = sigmoid(s), with the s of the layer; zero once the zeros are fixed."""
 
-    def __init__(self, scores: Pooled, layer: int, **options: Any) -> None:
-        super().__init__(1.0, **options)
-        self._source = (scores, layer)  # in a tuple, so that it is not registered as a submodule
-
     def threshold(self) -> Tensor:
-        scores, layer = self._source
-        return self.alpha * scores.of(layer).sigmoid()
-
-    def _value(self) -> float | None:
-        value = super()._value()
-        return value if value == 0.0 else None
+        return self.alpha * self.number.sigmoid()
 
 
 class STRController(Controller):
@@ -125,11 +113,11 @@ class STRController(Controller):
     ) -> None:
         self.method = method
         super().__init__(layers, target_sparsity, total_steps)
-        check_initial(layers, target_sparsity, self.budget)
+        self.check_initial()
         self.threshold_decay = method.weight_decay
         self.s = Pooled(range(len(layers)), value=method.start, device=layers.device, trained=True)
         for i, layer in enumerate(layers):
-            threshold = _LearnedThreshold(self.s, i, persistent=False)
+            threshold = _LearnedThreshold(self.s, i, 1.0, persistent=False)
             layer.threshold = threshold.to(layer.weight.device, layer.weight.dtype)
 
     def aim(self, target_sparsity: float, total_steps: int) -> None:

@@ -82,13 +82,7 @@ class MaskController(Controller):
         super().__init__(layers, target_sparsity, total_steps)
         self.schedule = schedule
         self._initial = layers.cost(layers.initial_zeros)
-        if self._initial > self.budget and not layers.meets(layers.initial_zeros, self.budget):
-            raise ValueError(
-                f"target_sparsity={target_sparsity} asks for {self.budget:.12g} "
-                f"{layers.units[1]}, but masks that are there already, or zeros that are kept, "
-                f"hold {self._initial:.12g}: raise the target, pass keep_zeros=False, or remove "
-                f"the masks"
-            )
+        self.check_initial()
         for layer in layers:
             weight = layer.weight
             layer.threshold = SoftThreshold(0.0, persistent=False).to(weight.device, weight.dtype)

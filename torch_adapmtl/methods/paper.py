@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from torch_adapmtl._checks import check_choice, check_numbers
 from torch_adapmtl.layers.collection import Layers
-from torch_adapmtl.layers.pooled import Pooled
+from torch_adapmtl.layers.pooled import Pooled, PooledThreshold
 from torch_adapmtl.methods._base import Controller, Method
-from torch_adapmtl.tensor.soft_threshold import SoftThreshold
 
 __all__ = ["Paper", "PaperController"]
 
@@ -76,16 +75,11 @@ class Paper(Method):
         return PaperController(self, layers, target_sparsity, total_steps)
 
 
-class _SigmoidThreshold(SoftThreshold):
+class _SigmoidThreshold(PooledThreshold):
     """alpha = sigmoid(s), with the s of the layer's component."""
 
-    def __init__(self, scores: Pooled, layer: int, **options: Any) -> None:
-        super().__init__(0.0, **options)
-        self._source = (scores, layer)  # in a tuple, so that it is not registered as a submodule
-
     def threshold(self) -> Tensor:
-        scores, layer = self._source
-        return scores.of(layer).sigmoid()
+        return self.number.sigmoid()
 
     def _value(self) -> None:
         return None

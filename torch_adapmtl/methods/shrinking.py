@@ -195,7 +195,7 @@ class ShrinkingController(Controller):
     ) -> None:
         self.schedule = schedule
         super().__init__(layers, target_sparsity, total_steps)
-        check_initial(layers, target_sparsity, self.budget)
+        self.check_initial()
         self.initial = min(schedule.initial, target_sparsity)
         self.register_buffer("level", torch.zeros((), device=layers.device))
         for layer in layers:
@@ -255,14 +255,3 @@ class ShrinkingController(Controller):
     def refresh(self) -> None:
         """Set the thresholds from the loaded state."""
         self._set_thresholds()
-
-
-def check_initial(layers: Layers, target_sparsity: float, budget: float) -> None:
-    """Raise a `ValueError` if initial masks fix more zeros than the target asks for."""
-    initial = layers.cost(layers.initial_zeros)
-    if initial > budget and not layers.meets(layers.initial_zeros, budget):
-        raise ValueError(
-            f"target_sparsity={target_sparsity} asks for {budget:.12g} {layers.units[1]}, but "
-            f"masks that are there already, or zeros that are kept, hold {initial:.12g}: raise "
-            f"the target, pass keep_zeros=False, or remove the masks"
-        )

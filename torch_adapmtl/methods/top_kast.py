@@ -37,6 +37,9 @@ class TopKAST(Method):
     gradients, of which those outside B are dropped, so that no computation is saved. The
     optimiser's momentum of weights outside B stays, and acts when they return to B.
 
+    The controller holds a copy of the dense weights, and a mask, for each layer; both are part of
+    the checkpoint.
+
     Processes that train together start from the dense weights of the first, which takes an exchange
     in `apply_adapmtl`: move the model to its device before.
 

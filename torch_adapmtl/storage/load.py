@@ -51,6 +51,8 @@ def load_sparse(
             a ValueError.
         ValueError: If names or shapes are not those of the model; if a tensor of it is on the meta
             device.
+        RuntimeError: If `Module.load_state_dict` loads the model, and keys or shapes differ. It may
+            have changed tensors before.
         OSError: If the file cannot be read.
 
     Example:
