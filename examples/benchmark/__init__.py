@@ -18,7 +18,7 @@ from examples.benchmark.problems import COMPARISON, OTHERS, PROBLEMS, find_probl
 from examples.benchmark.runs import evaluate, run, settings
 from examples.benchmark.studies import STUDIES, study
 from examples.benchmark.summary import Estimate, Margin, Row, differences, margin, summarize
-from examples.benchmark.synthetic import TEACHERS
+from examples.benchmark.problems.tables import TEACHERS
 from examples.benchmark.tables import (
     better_table,
     delta_table,

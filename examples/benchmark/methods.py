@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from examples.benchmark.candidates import SHAPES, Shaped
 from examples.benchmark.problem import Problem
 from torch_adapmtl import (
     ACDC,
@@ -28,6 +29,7 @@ from torch_adapmtl import (
 
 __all__ = [
     "BASELINES",
+    "CANDIDATES",
     "DENSE",
     "DYNAMIC",
     "MACS",
@@ -166,6 +168,19 @@ MACS: Mapping[str, Callable[[Problem], Options]] = {
     for power in (0.25, 0.125, 0.5)
 }
 
+
+def _shaped(shape: str, **changed: Any) -> Callable[[Problem], Options]:
+    return lambda _: {"weighting": "stability", "method": Shaped(shape=shape, **changed)}
+
+
+#: Candidates for the default method.
+CANDIDATES: Mapping[str, Callable[[Problem], Options]] = {
+    **{shape: _shaped(shape) for shape in SHAPES},
+    "soft, magnitude of the layer, at updates": _shaped(
+        "soft, magnitude of the layer", renewed="updates"
+    ),
+}
+
 #: Every method by name; each makes the options of `apply_adapmtl`, `weighting="equal"` unless said.
 METHODS: Mapping[str, Callable[[Problem], Options]] = {
     DENSE: lambda _: {},
@@ -175,4 +190,5 @@ METHODS: Mapping[str, Callable[[Problem], Options]] = {
     **VARIANTS,
     **SETTINGS,
     **MACS,
+    **CANDIDATES,
 }

@@ -9,6 +9,7 @@ from torch import nn
 
 from examples.benchmark.data import Data
 from torch_adapmtl import Paper
+from torch_adapmtl.components._prunable import Prunable
 from torch_adapmtl.tasks import Task
 
 __all__ = ["Problem"]
@@ -33,6 +34,7 @@ class Problem:
         threshold_lr: Learning rate of the paper's thresholds.
         paper: Start and decay of the paper's thresholds, a pair that has to be found for each
             problem and number of steps.
+        prunable: What is prunable besides the weights of convolutions and linear layers.
 
     Example:
         >>> from dataclasses import replace
@@ -52,6 +54,7 @@ class Problem:
     weight_decay: float = 1e-4
     threshold_lr: float = 2e-2
     paper: Paper = _AUTHORS
+    prunable: Prunable | None = None
 
     @property
     def lower_is_better(self) -> list[tuple[str, str]]:

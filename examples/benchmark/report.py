@@ -25,7 +25,7 @@ from examples.benchmark.page import fill
 from examples.benchmark.problems import PROBLEMS
 from examples.benchmark.studies import ROOT
 from examples.benchmark.summary import Row, summarize
-from examples.benchmark.synthetic import TEACHERS
+from examples.benchmark.problems.tables import TEACHERS
 from examples.benchmark.tables import (
     better_table,
     delta_table,

@@ -140,6 +140,7 @@ def run(
             target_sparsity=sparsity,
             total_steps=problem.steps,
             example_inputs=train.example(2),
+            prunable=problem.prunable,
             **chosen,
         )
     way = chosen.get("method")

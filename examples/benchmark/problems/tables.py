@@ -57,7 +57,7 @@ def teachers() -> Problem:
         load,
         TeacherModel,
         lambda: {task: Regression() for task in TEACHERS},
-        steps=2000,
+        steps=1000,
         batch=64,
         paper=Paper(start=-8.0, weight_decay=1.0),
     )
@@ -141,7 +141,7 @@ def tabular() -> Problem:
             "noisy_class": Classification(outputs["noisy_class"]),
             "noisy_value": Regression(),
         },
-        steps=1500,
+        steps=600,
         batch=128,
         lr=1e-3,
         paper=Paper(start=-6.0, weight_decay=1.0),
