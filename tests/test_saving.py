@@ -125,8 +125,10 @@ def test_the_keys_that_are_added() -> None:
     }
     assert [key for key in added if ".controller." in key or ".sparse_weights." in key] == [
         "adapmtl.controller.level",
+        "adapmtl.controller.scale",
         "adapmtl.controller.offsets.values",
         *(f"adapmtl.sparse_weights.residual_{i}" for i in range(3)),
+        "adapmtl.sparse_weights.powers",
     ]
 
 

@@ -6,7 +6,6 @@ the others stay here, so that the lines of `docs/results/candidates.jsonl` can b
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -163,7 +162,7 @@ class Shaped(Adaptive):
             thresholds.
     """
 
-    reach: float = math.inf
+    rescale: bool = False
     shape: str = "soft"
     renewed: str = "step"
 

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from torch_adapmtl import Layer, Layers, SoftThreshold, soft_threshold
 from torch_adapmtl.layers.sparse_weights import SparseWeights
 from torch_adapmtl.tensor import _kernels
-from torch_adapmtl.tensor._kernels import Shrinkage, batches, shrink_
+from torch_adapmtl.tensor._kernels import Shrinkage, batches, power_of_two, shrink_
+
+Masks = list[Tensor | None]
 
 SHAPES = [(4, 6), (5, 3), (3, 4, 2, 2)]
 
@@ -208,10 +210,11 @@ class Subject(Run):
             (weight.data if through_data else weight).add_(value)
         self.sparse.catch_up()
 
-    def prune(self, alphas: list[float], masks: list[Tensor | None], fixed: bool) -> None:
+    def prune(self, alphas: list[float], scale: float, masks: Masks, fixed: bool) -> None:
         with self.sparse.dense():
             for layer, alpha, mask in zip(self.layers, alphas, masks, strict=True):
                 layer.threshold.set_threshold(alpha)
+                layer.threshold.set_scale(scale)
                 layer.threshold.mask = mask
             self.sparse.fix(fixed)
 
@@ -231,7 +234,7 @@ class Oracle(Run):
         self.weights = [nn.Parameter(weight.detach().clone()) for weight in subject.weights]
         threshold = subject.layers[0].threshold
         self.reach, self.straight_through = threshold.reach, threshold.straight_through
-        self.prune([0.0] * 3, [None] * 3, False)
+        self.prune([0.0] * 3, 1.0, [None] * 3, False)
 
     @torch.no_grad()
     def split(self, index: int) -> tuple[Tensor, Tensor]:
@@ -241,7 +244,8 @@ class Oracle(Run):
             weight.copy_(torch.where(mask, weight, 0.0))
         sparse, residual = weight.detach().clone(), torch.zeros_like(weight)
         alpha = torch.tensor(alpha, dtype=weight.dtype).item()
-        shrink_([Shrinkage(sparse, residual, alpha, self.reach, mask)])
+        scale = self.scale if alpha else 1.0
+        shrink_([Shrinkage(sparse, residual, alpha, self.reach, mask, scale)])
         return sparse, residual
 
     def backward(self, step: int) -> Tensor:
@@ -264,10 +268,12 @@ class Oracle(Run):
     def write(self, values: list[Tensor], through_data: bool) -> None:
         for i, value in enumerate(values):
             sparse, residual = self.split(i)
-            self.weights[i].copy_(sparse + value + residual)
+            scaled = self.alphas[i] and (self.masks[i] is None or not self.fixed)
+            power = power_of_two(self.scale) if scaled else 1.0
+            self.weights[i].copy_((sparse + value) / power + residual)
 
-    def prune(self, alphas: list[float], masks: list[Tensor | None], fixed: bool) -> None:
-        self.alphas, self.masks, self.fixed = alphas, masks, fixed
+    def prune(self, alphas: list[float], scale: float, masks: Masks, fixed: bool) -> None:
+        self.alphas, self.scale, self.masks, self.fixed = alphas, scale, masks, fixed
 
     def state(self) -> tuple[list[Tensor], list[Tensor]]:
         sparse = [self.split(i)[0] for i in range(3)]
@@ -309,7 +315,8 @@ def happen(run: Run, what: str, number: int, switch: bool) -> None:
         kept = [torch.rand(s, generator=generator) > 0.4 for s in shapes]
         alphas = [[0.0, 0.1, 0.4, 3.0][number // 4**i % 4] for i in range(3)]
         masks = [mask if switch or what == "fix" else None for mask in kept]
-        run.prune([0.0] * 3 if what == "fix" else alphas, masks, what == "fix")
+        scale = [1.0, 1.5, 2.0, 5.5][number % 3 + switch]
+        run.prune([0.0] * 3 if what == "fix" else alphas, scale, masks, what == "fix")
 
 
 def assert_same(subject: Subject, oracle: Oracle) -> None:
@@ -492,17 +499,20 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def assert_shrunk(dense: Tensor, alpha: float, reach: float, mask: Tensor | None) -> None:
+def assert_shrunk(
+    dense: Tensor, alpha: float, reach: float, mask: Tensor | None, scale: float = 1.0
+) -> None:
     alpha = torch.tensor(alpha, dtype=dense.dtype).item()
+    scale = scale if alpha else 1.0
     weight = torch.empty_strided(dense.shape, dense.stride(), dtype=dense.dtype).copy_(dense)
     residual = torch.full_like(weight, torch.nan)
-    shrink_([Shrinkage(weight, residual, alpha, reach, mask)])
-    assert torch.equal(weight + residual, dense)
+    shrink_([Shrinkage(weight, residual, alpha, reach, mask, scale)])
+    assert torch.equal(weight / power_of_two(scale) + residual, dense)
     kept = torch.ones_like(dense, dtype=torch.bool) if mask is None else mask
     assert torch.equal(weight == 0, ~(kept & (dense.abs() > alpha)) | (dense == 0))
     assert not weight[~kept].signbit().any()
-    expected = soft_threshold(dense, alpha, reach=reach).where(kept, 0.0).double()
-    ulp = torch.finfo(dense.dtype).eps * dense.double().abs()
+    expected = scale * soft_threshold(dense, alpha, reach=reach).where(kept, 0.0).double()
+    ulp = torch.finfo(dense.dtype).eps * scale * dense.double().abs()
     assert ((weight.double() - expected).abs() <= ulp).all()
 
 
@@ -516,19 +526,21 @@ def assert_shrunk(dense: Tensor, alpha: float, reach: float, mask: Tensor | None
     ),
     alpha=st.floats(0, 100) | st.sampled_from([0.5, 1e-7, 6e4]),
     reach=st.sampled_from([math.inf, 1.001, 1.1, 2.0]),
+    scale=st.sampled_from([1.0, 2.0, 20.0]) | st.floats(1.0, 20.0),
     mask=st.none() | SEEDS,
 )
 @settings(max_examples=300)
 def test_the_sparse_weight_and_its_residual(
     dtype: torch.dtype, layout: str, values: list[float], alpha: float, reach: float,
-    mask: int | None,
+    scale: float, mask: int | None,
 ) -> None:  # fmt: skip
-    flat = torch.tensor(values, dtype=dtype).repeat(24)[:24]
+    # Float16 ends at 65504.
+    flat = torch.tensor(values).div(scale).to(dtype).repeat(24)[:24]
     kept = None
     if mask is not None:
         generator = torch.Generator().manual_seed(mask)
         kept = torch.rand(2, 3, 2, 2, generator=generator) > 0.5
-    assert_shrunk(LAYOUTS[layout](flat.view(2, 3, 2, 2)), alpha, reach, kept)
+    assert_shrunk(LAYOUTS[layout](flat.view(2, 3, 2, 2)), alpha, reach, kept, scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -539,6 +551,7 @@ def test_large_weights_are_computed_in_pieces(dtype: torch.dtype, layout: str) -
     for kept in (None, mask, mask.contiguous()):
         for reach in (math.inf, 1.1):
             assert_shrunk(dense, 0.7, reach, kept)
+        assert_shrunk(dense, 0.7, math.inf, kept, 3.3)
 
 
 @given(
@@ -556,7 +569,8 @@ def test_weights_that_are_computed_together_are_as_if_computed_alone(
         mask = torch.rand(size, generator=generator) > 0.5 if choice.random() < 0.5 else None
         alpha, reach = choice.choice([0.0, 0.25, 1.0]), choice.choice([math.inf, 1.1])
         residual = torch.full_like(weight, torch.nan)
-        shrinkages.append(Shrinkage(weight, residual, alpha, reach, mask))
+        scale = choice.choice([1.0, 1.5, 4.0])
+        shrinkages.append(Shrinkage(weight, residual, alpha, reach, mask, scale))
     alone = [s._replace(weight=s.weight.clone(), residual=s.residual.clone()) for s in shrinkages]
     for batch in batches(dict(enumerate(shrinkages))):
         shrink_(list(batch.values()))

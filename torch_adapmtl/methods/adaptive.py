@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from torch_adapmtl._checks import check_choice, check_numbers, check_reach
+from torch_adapmtl._checks import check_choice, check_flag, check_numbers, check_reach
 from torch_adapmtl.allocation._base import Allocation, CommonAllocation
 from torch_adapmtl.allocation.gradient import GradientAllocation
 from torch_adapmtl.allocation.lamp import LAMPAllocation
@@ -29,6 +30,10 @@ __all__ = ["Adaptive", "AdaptiveController"]
 
 # Default of `position_power`.
 _POWER = 0.125
+# The largest scale: where a threshold is just below the largest weight, next to nothing is left.
+_MOST = 20.0
+# Magnitudes are summed as integers, in units of the layer's largest over this.
+_UNIT = 2.0**40
 
 _ALLOCATIONS: Mapping[str, type[Allocation]] = {
     "lamp": LAMPAllocation,
@@ -61,6 +66,9 @@ class Adaptive(Method):
         reach: Magnitude at which the shrinkage of the remaining weights ends, in units of the
             threshold; `math.inf` for the paper's soft threshold. See
             [`soft_threshold`][torch_adapmtl.soft_threshold].
+        rescale: Whether the remaining weights of a layer are multiplied by a common factor, so that
+            the sum of their magnitudes is what it was before they were shrunk. The factor is
+            renewed when the thresholds move; it is at most 20. The paper has none.
         min_density: Smallest share of nonzero weights in a component, as a fraction: one number for
             all components, or a mapping by component. Independently of it, each layer keeps at
             least a tenth of the overall density, and a layer with few weights keeps more.
@@ -79,14 +87,15 @@ class Adaptive(Method):
         >>> from torch_adapmtl import Adaptive, SparsitySchedule
         >>> method = Adaptive(schedule=SparsitySchedule(end=0.35), allocation="common")
         >>> method.reach, method.granularity
-        (1.1, 'layer')
+        (inf, 'layer')
     """
 
     schedule: SparsitySchedule = field(default_factory=SparsitySchedule)
     granularity: Literal["layer", "component"] = "layer"
     allocation: Allocation | Literal["lamp", "sensitivity", "gradient", "common"] = "lamp"
     gradient: Literal["straight_through", "mask"] = "straight_through"
-    reach: float = 1.1
+    reach: float = math.inf
+    rescale: bool = True
     min_density: float | Mapping[str, float] | None = None
     max_density: float | Mapping[str, float] | None = None
     position_power: float | None = None
@@ -105,6 +114,7 @@ class Adaptive(Method):
             object.__setattr__(self, "allocation", _ALLOCATIONS[self.allocation]())
         check_choice("gradient", self.gradient, ("straight_through", "mask"))
         check_reach(self.reach)
+        check_flag("rescale", self.rescale)
         object.__setattr__(self, "reach", float(self.reach))
         for name in ("min_density", "max_density"):
             density = getattr(self, name)
@@ -154,6 +164,7 @@ class AdaptiveController(Controller):
         level: The level of each layer, (L,): the common level, or a lower or higher one where a
             bound applies.
         tilt: The factor of each layer's threshold that grows with its positions, (L,).
+        scale: What the remaining weights of each layer are multiplied by, (L,).
         offsets: The offsets, one for each pool of layers that share it, in units of log alpha.
 
     Raises:
@@ -162,6 +173,7 @@ class AdaptiveController(Controller):
 
     level: Tensor
     tilt: Tensor
+    scale: Tensor
 
     def __init__(
         self, method: Adaptive, layers: Layers, target_sparsity: float, total_steps: int
@@ -180,6 +192,7 @@ class AdaptiveController(Controller):
         self.initial = max(min(method.schedule.initial, target_sparsity), share)
 
         self.register_buffer("level", torch.zeros(len(layers), device=layers.device))
+        self.register_buffer("scale", torch.ones(len(layers), device=layers.device))
         self.register_buffer("tilt", self._tilt().to(layers.device), persistent=False)
         pool = layers.component if method.granularity == "component" else range(len(layers))
         trained = self.allocation.trained
@@ -239,6 +252,9 @@ class AdaptiveController(Controller):
             offsets = offsets + self._mobility(step) * moves
         self._set_offsets(offsets)
         self.level.copy_(from_bits(self._solve(magnitudes.scaled(self._factors()), budget)))
+        if self.method.rescale:
+            shrunk = shares_kept(magnitudes, self.thresholds(), self.method.reach)
+            self.scale.copy_(shrunk.reciprocal().clamp(1.0, _MOST))
         self._set_thresholds()
 
     def _mobility(self, step: int) -> float:
@@ -271,9 +287,11 @@ class AdaptiveController(Controller):
     def _set_thresholds(self) -> None:
         """Write the thresholds into the layers, after an update."""
         alphas = self.level * self.tilt if self.allocation.trained else self.thresholds()
-        for layer, alpha in zip(self.layers, alphas.tolist(), strict=True):
+        both = torch.stack([alphas, self.scale]).tolist()
+        for layer, alpha, scale in zip(self.layers, *both, strict=True):
             value = 0.0 if self.fixed else min(alpha, torch.finfo(layer.weight.dtype).max)
             layer.threshold.set_threshold(value)
+            layer.threshold.set_scale(1.0 if self.fixed else scale)
 
     # --- bounds -----------------------------------------------------------------------------------
 
@@ -339,3 +357,29 @@ class AdaptiveController(Controller):
             masked = [count_zeros(layer.mask) for layer in self.layers]
             self._bound(masked, self.target_sparsity)
         self._set_thresholds()
+
+
+def shares_kept(magnitudes: Scores, thresholds: Tensor, reach: float = math.inf) -> Tensor:
+    """What shrinkage leaves of the magnitudes of the weights above the threshold, as a fraction.
+
+    Args:
+        magnitudes: The magnitudes of the layers' weights, or of a sample of them.
+        thresholds: The threshold of each layer, (L,).
+        reach: See `soft_threshold`.
+
+    Returns:
+        For each layer, float32 of shape (L,); 1 where no weight is above the threshold.
+    """
+    layer, values = magnitudes.layer, magnitudes.values
+    alpha = thresholds[layer]
+    # An infinite weight would make all others count for nothing.
+    above = (values > alpha) & values.isfinite()
+    before = values.where(above, 0.0)
+    after = (values - alpha).where(above, 0.0)
+    if reach != math.inf:
+        after += torch.minimum(after, alpha * (reach - 1)) / (reach - 1)
+    largest = torch.zeros_like(thresholds).scatter_reduce_(0, layer, before, "amax")
+    # Sums of integers are exact, and do not depend on the order.
+    whole = (torch.stack([before, after]) / largest[layer].double() * _UNIT).nan_to_num(0.0).long()
+    sums = whole.new_zeros(2, len(thresholds)).index_add_(1, layer, whole)
+    return (sums[1] / sums[0].double()).nan_to_num(1.0).float()

@@ -61,6 +61,7 @@ def _make_plain(plain: dict[str, Any], prefix: str) -> None:
     header, progress, masks = unpack(plain[prefix + _STATE])
     names = list(header.get("layers", ()))
     thresholds = plain.get(pruner + "thresholds")
+    scales = plain.get(pruner + "controller.scale")
     method = header.get("method", {})
     sparse: dict[str, Tensor] = {}
     for i, name in enumerate(names):
@@ -71,6 +72,8 @@ def _make_plain(plain: dict[str, Any], prefix: str) -> None:
             weight = plain[key]
             alpha = thresholds[i].to(weight.device, weight.dtype)
             value = weight if progress["fixed"] else _sparse(weight, alpha, method)
+            if scales is not None and not progress["fixed"] and alpha:
+                value = value * scales[i].to(weight.device, weight.dtype)
             if (bits := masks[i]) is not None:
                 value = torch.where(unpack_mask(bits, weight), value, 0.0)
             sparse[key] = value + 0.0  # every zero is +0.0

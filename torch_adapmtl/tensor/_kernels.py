@@ -18,6 +18,7 @@ __all__ = [
     "mask_",
     "masked",
     "masked_gradient",
+    "power_of_two",
     "shrink_",
     "to_firm",
 ]
@@ -117,6 +118,7 @@ class Shrinkage(NamedTuple):
         alpha: The threshold.
         reach: See `soft_threshold`.
         mask: False where the sparse weight is zero; None for no mask.
+        scale: What the sparse weight is multiplied by; at least 1.
     """
 
     weight: Tensor
@@ -124,6 +126,12 @@ class Shrinkage(NamedTuple):
     alpha: float
     reach: float
     mask: Tensor | None = None
+    scale: float = 1.0
+
+
+def power_of_two(scale: float) -> float:
+    """The largest power of two up to a number of at least 1."""
+    return 2.0 ** (math.frexp(scale)[1] - 1)
 
 
 def batches(shrinkages: Mapping[int, Shrinkage]) -> Iterator[dict[int, Shrinkage]]:
@@ -147,9 +155,11 @@ def batches(shrinkages: Mapping[int, Shrinkage]) -> Iterator[dict[int, Shrinkage
 def shrink_(batch: Sequence[Shrinkage]) -> None:
     """Replace dense weights by their sparse weights, and write the differences into `residual`.
 
-    The sum of the two is the dense weight again, without any rounding error: the sparse weight is
-    the weight minus the residual, and the residual is so large or so small that this difference or
-    the one before it is exact (Sterbenz).
+    Let p be `power_of_two(scale)`. The residual is the dense weight minus the sparse weight divided
+    by p, so that `residual + sparse / p` is the dense weight again. No rounding error arises: the
+    sparse weight divided by p is less than twice the dense weight, therefore either its difference
+    to the dense weight is exact, or the difference of the dense weight and the residual is
+    (Sterbenz); and products with powers of two are exact.
 
     Args:
         batch: The weights, of the same reach.
@@ -157,10 +167,10 @@ def shrink_(batch: Sequence[Shrinkage]) -> None:
     if len(batch) > 1:
         _shrink(batch)
         return
-    weight, residual, alpha, reach, mask = batch[0]
+    weight, residual, alpha, reach, mask, scale = batch[0]
     tensors = (weight, residual) if mask is None else (weight, residual, mask)
     for part, rest, *kept in _pieces(*tensors):
-        _shrink([Shrinkage(part, rest, alpha, reach, *kept)])
+        _shrink([Shrinkage(part, rest, alpha, reach, kept[0] if kept else None, scale)])
 
 
 def _shrink(group: Sequence[Shrinkage]) -> None:
@@ -181,12 +191,18 @@ def _shrink(group: Sequence[Shrinkage]) -> None:
             back = torch._foreach_clamp_max(residuals, limits)
             torch._foreach_clamp_min_(back, [-limit for limit in limits])
             torch._foreach_add_(residuals, back, alpha=1 / (reach - 1))
+        factors = [s.scale / power_of_two(s.scale) for s in moved]
+        if any(factor != 1.0 for factor in factors):
+            torch._foreach_mul_(residuals, factors)
         torch._foreach_sub_(residuals, weights)
         torch._foreach_neg_(residuals)
     masked = [(s.weight, s.residual, s.mask) for s in group if s.mask is not None]
     for weight, residual, mask in masked:
         torch.where(mask, residual, weight, out=residual)
     torch._foreach_sub_([s.weight for s in group], [s.residual for s in group])
+    scaled = [(s.weight, power_of_two(s.scale)) for s in moved if s.scale >= 2.0]
+    if scaled:
+        torch._foreach_mul_([weight for weight, _ in scaled], [power for _, power in scaled])
     for weight, _, mask in masked:
         mask_(weight, mask)  # infinity minus infinity is NaN
 

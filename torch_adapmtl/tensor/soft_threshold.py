@@ -105,6 +105,24 @@ class _Mask(torch.autograd.Function):
         return _Mask.apply(grad, *ctx.saved_tensors), None
 
 
+class _Scale(torch.autograd.Function):
+    """Multiply by a number that the gradient takes for 1."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(sparse: Tensor, scale: Tensor) -> Tensor:
+        return sparse * scale.to(sparse.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Save nothing."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
 def soft_threshold(
     weight: Tensor,
     alpha: Tensor | float,
@@ -238,6 +256,9 @@ class SoftThreshold(nn.Module):
     earlier_mask: Tensor | None = None
     # In a run, which weights get a gradient until the zeros are fixed, if not those of `mask`.
     gradient_mask: Tensor | None = None
+    # In a run, what the sparse weight is multiplied by: as a number, and 0-d, or None for 1.
+    scale: float = 1.0
+    _scale: Tensor | None = None
 
     def __init__(
         self,
@@ -292,6 +313,18 @@ class SoftThreshold(nn.Module):
         self.alpha.fill_(value)
         self._remember(value)
 
+    @torch.no_grad()
+    def set_scale(self, scale: float) -> None:
+        """Set what the sparse weight is multiplied by, at least 1, without waiting for the device.
+
+        Unless alpha is zero. The gradient of the product passes to the sparse weight as it is.
+        """
+        self.scale = scale
+        if self._scale is not None:
+            self._scale.fill_(scale)
+        elif scale != 1.0:
+            self._scale = torch.full((), scale, device=self.alpha.device)
+
     def threshold(self) -> Tensor:
         """Return the threshold that `forward` applies, differentiable if it is trained."""
         return self.alpha
@@ -325,6 +358,8 @@ class SoftThreshold(nn.Module):
             alpha = self.threshold()
             check_place(alpha, weight)
             sparse = self._shrink(weight, alpha, value)
+            if self._scale is not None:
+                sparse = _Scale.apply(sparse, self._scale)
         if self.mask is not None:
             check_mask(self.mask, weight)
             sparse = _mask(sparse, self.mask)
@@ -370,6 +405,8 @@ class SoftThreshold(nn.Module):
             self.mask = fn(self.mask)
         if self.gradient_mask is not None:
             self.gradient_mask = fn(self.gradient_mask)
+        if self._scale is not None:
+            self._scale = fn(self._scale)
         if value is not None and not self.alpha.is_meta:
             self.set_threshold(value)  # also written, because `to_empty` leaves alpha uninitialised
         return self
