@@ -21,9 +21,12 @@ from torch_adapmtl import (
     Pruner,
     SparsitySchedule,
     apply_adapmtl,
+    soft_threshold,
 )
 from torch_adapmtl.allocation._base import Allocation, Allocator
+from torch_adapmtl.budget.solver import Scores
 from torch_adapmtl.layers import sampling
+from torch_adapmtl.methods.adaptive import shares_kept
 
 
 @given(st.integers(0, 10**6), st.sampled_from(["lamp", "sensitivity", "common", "gradient"]))
@@ -253,3 +256,74 @@ def test_a_mapping_of_densities_is_copied() -> None:
     method = Adaptive(min_density=densities)
     densities["a"] = 0.9
     assert method.min_density == {"a": 0.2}
+
+
+# --- the magnitude of a layer ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reach", [math.inf, 1.5])
+@pytest.mark.parametrize("allocation", ["lamp", "gradient"])
+def test_a_layer_keeps_the_magnitude_of_its_remaining_weights(allocation: Any, reach: float) -> None:
+    model = TwoTasks(20)
+    pruner = prepare(model, total_steps=30, allocation=allocation, reach=reach)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for step in range(15):
+        train(model, pruner, optimizer, [step])
+    assert pruner.controller.due(15)
+    sparse = [layer.sparse().detach().clone() for layer in pruner.layers]
+    shrunk = 0
+    with pruner.sparse_weights.dense():
+        for layer, weight in zip(pruner.layers, sparse, strict=True):
+            if layer.threshold.scale == 20:  # the limit
+                continue
+            before = layer.weight.detach()[weight != 0].abs().sum()
+            torch.testing.assert_close(weight.abs().sum(), before, rtol=1e-3, atol=0)
+            shrunk += int((weight.abs() < 0.9 * layer.weight.detach().abs()).sum())
+    assert shrunk > 0.5 * weights(pruner)
+    assert pruner.controller.scale.max() > 1.1
+    train(model, pruner, optimizer, range(15, 30))
+    assert zeros(pruner) == round(0.8 * weights(pruner))
+
+
+def test_without_a_scale_the_remaining_weights_are_smaller() -> None:
+    model = TwoTasks()
+    pruner = prepare(model, total_steps=30, rescale=False)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    train(model, pruner, optimizer, range(15))
+    assert (pruner.controller.scale == 1).all()
+    assert all(layer.threshold.scale == 1.0 for layer in pruner.layers)
+
+
+def test_the_scale_has_a_limit() -> None:
+    """Where one weight is left that is hardly above the threshold."""
+    values = torch.tensor([1.0, 2.0, 3.0])
+    assert shares_kept(Scores(values, [3]), torch.tensor([3.0 - 1e-4])).item() < 1e-3
+    model = TwoTasks()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(1.0 + 1e-4 * torch.rand_like(weight))
+    pruner = prepare(model, total_steps=30)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    train(model, pruner, optimizer, range(15))
+    assert pruner.controller.scale.max() == 20
+
+
+@given(
+    layers=st.lists(
+        st.lists(st.floats(0, 100, width=32) | st.sampled_from([1.0, math.inf]), min_size=1),
+        min_size=1,
+        max_size=4,
+    ),
+    threshold=st.floats(0, 100, width=32),
+    reach=st.sampled_from([math.inf, 1.1, 2.0]),
+)
+def test_what_shrinkage_leaves(
+    layers: list[list[float]], threshold: float, reach: float
+) -> None:
+    magnitudes = Scores(torch.tensor(sum(layers, [])), [len(values) for values in layers])
+    found = shares_kept(magnitudes, torch.full((len(layers),), threshold), reach)
+    for values, share in zip(layers, found.tolist(), strict=True):
+        kept = torch.tensor([v for v in values if threshold < v < math.inf], dtype=torch.float64)
+        left = soft_threshold(kept, threshold, reach=reach).sum()
+        expected = 1.0 if not len(kept) else (left / kept.sum()).item()
+        assert share == pytest.approx(expected, rel=1e-4, abs=1e-6)

@@ -372,8 +372,9 @@ def shares_kept(magnitudes: Scores, thresholds: Tensor, reach: float = math.inf)
     """
     layer, values = magnitudes.layer, magnitudes.values
     alpha = thresholds[layer]
-    # An infinite weight would make all others count for nothing.
-    above = (values > alpha) & values.isfinite()
+    # An infinite weight, which has the score of the largest number, would make all others count
+    # for nothing.
+    above = (values > alpha) & (values < torch.finfo(torch.float32).max)
     before = values.where(above, 0.0)
     after = (values - alpha).where(above, 0.0)
     if reach != math.inf:
