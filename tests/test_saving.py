@@ -128,7 +128,6 @@ def test_the_keys_that_are_added() -> None:
         "adapmtl.controller.scale",
         "adapmtl.controller.offsets.values",
         *(f"adapmtl.sparse_weights.residual_{i}" for i in range(3)),
-        "adapmtl.sparse_weights.powers",
     ]
 
 

@@ -15,10 +15,10 @@ from examples.benchmark.page import fill
 from examples.benchmark.paper_scale import ENCODERS, paper_problem
 from examples.benchmark.problem import Problem
 from examples.benchmark.problems import COMPARISON, OTHERS, PROBLEMS, find_problem
+from examples.benchmark.problems.tables import TEACHERS
 from examples.benchmark.runs import evaluate, run, settings
 from examples.benchmark.studies import STUDIES, study
 from examples.benchmark.summary import Estimate, Margin, Row, differences, margin, summarize
-from examples.benchmark.problems.tables import TEACHERS
 from examples.benchmark.tables import (
     better_table,
     delta_table,

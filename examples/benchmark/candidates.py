@@ -6,6 +6,7 @@ the others stay here, so that the lines of `docs/results/candidates.jsonl` can b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +72,10 @@ def _whole_layer(weight: Tensor, sparse: Tensor) -> Tensor:
     return _ratio(weight.norm(), sparse.norm())
 
 
+def _at_most_2(weight: Tensor, sparse: Tensor) -> Tensor:
+    return _by_layer(weight, sparse).clamp(max=2.0)
+
+
 def _nothing(weight: Tensor, sparse: Tensor) -> Tensor:
     return torch.ones(())
 
@@ -81,6 +86,8 @@ Factor = Callable[[Tensor, Tensor], Tensor]
 SHAPES: Mapping[str, tuple[float, Factor]] = {
     "soft": (1.0, _nothing),
     "soft, magnitude of the layer": (1.0, _by_layer),
+    "soft, magnitude of the layer, at most 2": (1.0, _at_most_2),
+    "soft, magnitude of the layer, doubled at most": (1.0, _by_layer),
     "soft, magnitude of the channel": (1.0, _by_channel),
     "soft, norm of the layer": (1.0, _by_layer_squared),
     "soft, ST-3's factor": (1.0, _st3),
@@ -99,7 +106,10 @@ def sparse_weight(weight: Tensor, alpha: Tensor, shape: str, factor: Tensor | No
     exponent, make_factor = SHAPES[shape]
     alpha = alpha.to(weight.dtype)
     sparse = _soft(weight, alpha) if exponent == 1.0 else power(weight, alpha, exponent)
-    return sparse * (make_factor(weight, sparse) if factor is None else factor)
+    sparse = sparse * (make_factor(weight, sparse) if factor is None else factor)
+    if shape.endswith("doubled at most"):
+        sparse = torch.minimum(sparse.abs(), 2 * weight.abs()).copysign(weight)
+    return sparse
 
 
 class _Apply(torch.autograd.Function):
@@ -162,7 +172,7 @@ class Shaped(Adaptive):
             thresholds.
     """
 
-    rescale: bool = False
+    reach: float | None = math.inf
     shape: str = "soft"
     renewed: str = "step"
 

@@ -31,13 +31,12 @@ __all__ = [
     "BASELINES",
     "CANDIDATES",
     "DENSE",
-    "DYNAMIC",
     "MACS",
     "METHODS",
     "SETTINGS",
-    "SHRINKING",
     "UNAIMED",
     "VARIANTS",
+    "WEIGHTED",
 ]
 
 Options = dict[str, Any]
@@ -51,8 +50,8 @@ OURS = "adaptive (ours)"
 #: The same, but pruned weights learn until the zeros are fixed.
 REGROW = "adaptive, regrow until 90 %"
 
-#: The same with the schedule that was the default before.
-EARLIER = "adaptive, fixed at 70 %"
+#: The same with the threshold that was the default before: firm, and without a scale.
+EARLIER = "adaptive, firm"
 
 #: The algorithm of the AdapMTL paper.
 PUBLISHED = "AdapMTL as published"
@@ -79,22 +78,26 @@ BASELINES: Mapping[str, Callable[[Problem], Options]] = {
     "DiSparse": lambda _: {"method": DiSparse()},
     "DiSparse dynamic": lambda _: {"method": DiSparse(dynamic=True)},
     "Taylor": lambda _: {"method": Taylor()},
-}
-
-#: Baselines that train sparse, with equal task weights. No study of the results page has run them.
-DYNAMIC: Mapping[str, Callable[[Problem], Options]] = {
+    # These train sparse.
     "RigL": lambda _: {"method": RigL()},
     "AC/DC": lambda _: {"method": ACDC()},
     "GraNet": lambda _: {"method": GraNet()},
     "Top-KAST": lambda _: {"method": TopKAST()},
-}
-
-#: Baselines that shrink the remaining weights; the recorded comparison does not contain them.
-SHRINKING: Mapping[str, Callable[[Problem], Options]] = {
+    # These shrink the remaining weights.
     "ST-3": lambda _: {"method": ST3()},
     "Feather": lambda _: {"method": Feather()},
     # The pair was found for the thresholds of the paper's mechanism, which rise in the same way.
     "STR": lambda problem: {"method": STR(problem.paper.start, problem.paper.weight_decay)},
+}
+
+
+def _weighted(make: Callable[[Problem], Options]) -> Callable[[Problem], Options]:
+    return lambda problem: {**make(problem), "weighting": "stability"}
+
+
+#: The same with the task weights of the default method.
+WEIGHTED: Mapping[str, Callable[[Problem], Options]] = {
+    f"{name}, stability weights": _weighted(make) for name, make in BASELINES.items()
 }
 
 #: The default method, the published algorithm, and the default with one or two parts changed.
@@ -109,7 +112,8 @@ VARIANTS: Mapping[str, Callable[[Problem], Options]] = {
         "method": problem.paper,
         "weighting": "deviation",
     },
-    EARLIER: _ours(schedule=SparsitySchedule(fix_at=0.7, regrow_until=0.7)),
+    EARLIER: _ours(reach=1.1),
+    "adaptive, soft": _ours(reach=math.inf),
     "adaptive, common threshold": _ours(allocation="common"),
     "adaptive, by sensitivity": _ours(allocation="sensitivity"),
     "adaptive, by gradient": _ours(allocation="gradient"),
@@ -155,7 +159,6 @@ SETTINGS: Mapping[str, Callable[[Problem], Options]] = {
     "strength 1": _ours(allocation=LAMPAllocation(strength=1.0)),
     "by component": _ours(granularity="component"),
     "reach 1.5": _ours(reach=1.5),
-    "reach inf": _ours(reach=math.inf),
     "mask gradient": _ours(gradient="mask"),
 }
 
@@ -185,8 +188,7 @@ CANDIDATES: Mapping[str, Callable[[Problem], Options]] = {
 METHODS: Mapping[str, Callable[[Problem], Options]] = {
     DENSE: lambda _: {},
     **BASELINES,
-    **DYNAMIC,
-    **SHRINKING,
+    **WEIGHTED,
     **VARIANTS,
     **SETTINGS,
     **MACS,

@@ -90,7 +90,7 @@ def mean_margin(found: Scores, method: str, *, draws: int = 2000) -> Interval:
         >>> print(mean_margin({"p": {"a": {0: 1.0, 1: 2.0}, "b": {0: 0.5, 1: 1.5}}}, "a"))
         +0.50 [+0.50, +0.50]
     """
-    generator = random.Random(0)  # noqa: S311
+    generator = random.Random(0)
     problems = list(found)
 
     def margin(problem: str, seeds: Sequence[int]) -> float:

@@ -23,9 +23,9 @@ from examples.benchmark.macs import equal_work_table
 from examples.benchmark.methods import BASELINES, DENSE, METHODS, OURS, PUBLISHED
 from examples.benchmark.page import fill
 from examples.benchmark.problems import PROBLEMS
+from examples.benchmark.problems.tables import TEACHERS
 from examples.benchmark.studies import ROOT
 from examples.benchmark.summary import Row, summarize
-from examples.benchmark.problems.tables import TEACHERS
 from examples.benchmark.tables import (
     better_table,
     delta_table,

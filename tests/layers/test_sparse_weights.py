@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch_adapmtl import Layer, Layers, SoftThreshold, soft_threshold
 from torch_adapmtl.layers.sparse_weights import SparseWeights
 from torch_adapmtl.tensor import _kernels
-from torch_adapmtl.tensor._kernels import Shrinkage, batches, power_of_two, shrink_
+from torch_adapmtl.tensor._kernels import Shrinkage, batches, shrink_
 
 Masks = list[Tensor | None]
 
@@ -244,7 +244,7 @@ class Oracle(Run):
             weight.copy_(torch.where(mask, weight, 0.0))
         sparse, residual = weight.detach().clone(), torch.zeros_like(weight)
         alpha = torch.tensor(alpha, dtype=weight.dtype).item()
-        scale = self.scale if alpha else 1.0
+        scale = self.scale if self.reach == math.inf else 1.0
         shrink_([Shrinkage(sparse, residual, alpha, self.reach, mask, scale)])
         return sparse, residual
 
@@ -268,9 +268,7 @@ class Oracle(Run):
     def write(self, values: list[Tensor], through_data: bool) -> None:
         for i, value in enumerate(values):
             sparse, residual = self.split(i)
-            scaled = self.alphas[i] and (self.masks[i] is None or not self.fixed)
-            power = power_of_two(self.scale) if scaled else 1.0
-            self.weights[i].copy_((sparse + value) / power + residual)
+            self.weights[i].copy_(sparse + value + residual)
 
     def prune(self, alphas: list[float], scale: float, masks: Masks, fixed: bool) -> None:
         self.alphas, self.scale, self.masks, self.fixed = alphas, scale, masks, fixed
@@ -503,16 +501,18 @@ def assert_shrunk(
     dense: Tensor, alpha: float, reach: float, mask: Tensor | None, scale: float = 1.0
 ) -> None:
     alpha = torch.tensor(alpha, dtype=dense.dtype).item()
-    scale = scale if alpha else 1.0
     weight = torch.empty_strided(dense.shape, dense.stride(), dtype=dense.dtype).copy_(dense)
     residual = torch.full_like(weight, torch.nan)
     shrink_([Shrinkage(weight, residual, alpha, reach, mask, scale)])
-    assert torch.equal(weight / power_of_two(scale) + residual, dense)
+    assert torch.equal(weight + residual, dense)
     kept = torch.ones_like(dense, dtype=torch.bool) if mask is None else mask
     assert torch.equal(weight == 0, ~(kept & (dense.abs() > alpha)) | (dense == 0))
     assert not weight[~kept].signbit().any()
-    expected = scale * soft_threshold(dense, alpha, reach=reach).where(kept, 0.0).double()
-    ulp = torch.finfo(dense.dtype).eps * scale * dense.double().abs()
+    expected = soft_threshold(dense, alpha, reach=reach).where(kept, 0.0).double()
+    if alpha and reach == math.inf:
+        most = 1.875 * dense.double().abs()
+        expected = (scale * expected.abs()).minimum(most).copysign(dense)
+    ulp = 4 * torch.finfo(dense.dtype).eps * dense.double().abs()
     assert ((weight.double() - expected).abs() <= ulp).all()
 
 
@@ -535,7 +535,7 @@ def test_the_sparse_weight_and_its_residual(
     scale: float, mask: int | None,
 ) -> None:  # fmt: skip
     # Float16 ends at 65504.
-    flat = torch.tensor(values).div(scale).to(dtype).repeat(24)[:24]
+    flat = torch.tensor(values).div(2).to(dtype).repeat(24)[:24]
     kept = None
     if mask is not None:
         generator = torch.Generator().manual_seed(mask)

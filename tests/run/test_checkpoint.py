@@ -103,7 +103,7 @@ STATES = [
          "method.allocation.strength=0.25", "method.allocation.strength=", ALIKE),
         ("another schedule", foreign(schedule=SparsitySchedule(end=0.3, regrow_until=0.7)),
          "method.schedule.end=0.3", "method.schedule.end=0.5", ALIKE),
-        ("another reach", foreign(reach=2.0), "method.reach=2.0", "method.reach=inf", ALIKE),
+        ("another reach", foreign(reach=2.0), "method.reach=2.0", "method.reach=None", ALIKE),
         ("another floor", foreign(min_density=0.01), "method.min_density=0.01",
          "method.min_density=None", ALIKE),
         ("another window", foreign(weighting=StabilityWeighting(["a", "b"], window=3, start=0)),

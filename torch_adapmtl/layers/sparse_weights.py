@@ -23,14 +23,7 @@ from torch_adapmtl.layers.optimizer_hooks import (
     running_steps,
     unfollow,
 )
-from torch_adapmtl.tensor._kernels import (
-    Shrinkage,
-    batches,
-    drop_zeros_,
-    mask_,
-    power_of_two,
-    shrink_,
-)
+from torch_adapmtl.tensor._kernels import Shrinkage, batches, drop_zeros_, mask_, shrink_
 
 __all__ = [
     "SparseWeights",
@@ -45,11 +38,10 @@ class SparseWeights(nn.Module):
     """Keeps the sparse weights of the layers in their parameters, so that modules stay plain.
 
     A layer's parameter holds the sparse weight. The residual, which is the dense weight minus the
-    sparse weight (divided by a power of two, if the threshold has a scale), is stored here. Just
-    before an optimiser's step the residual is added to the parameter, so that the optimiser updates
-    the dense weight. Just after the step the threshold and the mask are applied to the new dense
-    weight. All other code that reads or writes the parameter, forward and backward passes included,
-    sees the sparse weight. No rounding error arises.
+    sparse weight, is stored here. Just before an optimiser's step the residual is added to the
+    parameter, so that the optimiser updates the dense weight. Just after the step the threshold and
+    the mask are applied to the new dense weight. All other code that reads or writes the parameter,
+    forward and backward passes included, sees the sparse weight. No rounding error arises.
 
     The gradient of the sparse weight is used for the dense weight (it is straight-through). Hooks
     on the parameters set the gradients of pruned weights to zero if these must not be trained; just
@@ -83,10 +75,8 @@ class SparseWeights(nn.Module):
         with torch.inference_mode(False):
             for i, layer in enumerate(() if fixed else self.layers):
                 self.register_buffer(f"residual_{i}", torch.zeros_like(layer.weight.detach()))
-            self.register_buffer("powers", torch.ones(len(self.layers)))
-        # Layers whose residual may not be zero, and what their sparse weights are divided by before
-        # it is added.
-        self._shrunk: dict[int, float] = {}
+        # Layers whose residual may not be zero.
+        self._shrunk: set[int] = set()
         self._start()
 
     def attach(self) -> None:
@@ -129,14 +119,10 @@ class SparseWeights(nn.Module):
         changed = {i for i in wanted if not layers[i].dense and layers[i].held is not None}
         for i in changed:
             layers[i].dense = True
-        shrunk = sorted(changed & self._shrunk.keys())
+        shrunk = sorted(changed & self._shrunk)
         if shrunk:
-            weights = {i: local(layers[i].weight) for i in shrunk}
-            scaled = [i for i in shrunk if self._shrunk[i] != 1.0]
-            if scaled:
-                inverse = [1.0 / self._shrunk[i] for i in scaled]
-                torch._foreach_mul_([weights[i] for i in scaled], inverse)
-            torch._foreach_add_(list(weights.values()), [local(self._residual(i)) for i in shrunk])
+            weights = [local(layers[i].weight) for i in shrunk]
+            torch._foreach_add_(weights, [local(self._residual(i)) for i in shrunk])
         return changed
 
     @torch.no_grad()
@@ -155,10 +141,6 @@ class SparseWeights(nn.Module):
             layer.dense = False
             if self.fixed and (mask := layer.threshold.mask) is not None:
                 mask_(local(layer.weight), local_mask(mask, layer.weight))
-
-    def _stored(self) -> list[int]:
-        """The layers that have a residual: all, or none if the zeros were fixed from the start."""
-        return [i for i in range(len(self.layers)) if f"residual_{i}" in self._buffers]
 
     def _ours(self, index: int, weight: nn.Parameter) -> bool:
         """Whether this is the parameter that the threshold was applied to last."""
@@ -179,20 +161,13 @@ class SparseWeights(nn.Module):
         alpha, mask = threshold.known(), threshold.mask
         residual = local(self._residual(index))
         if alpha > 0.0 or mask is not None:
-            scale = threshold.scale if alpha > 0.0 else 1.0
-            self._remember_power(index, power_of_two(scale))
+            self._shrunk.add(index)
             mask = None if mask is None else local_mask(mask, weight)
-            return Shrinkage(local(weight), residual, alpha, threshold.reach, mask, scale)
+            return Shrinkage(local(weight), residual, alpha, threshold.reach, mask, threshold.scale)
         if index in self._shrunk:
             residual.zero_()
-            self._remember_power(index, 1.0)
-            del self._shrunk[index]
+            self._shrunk.remove(index)
         return None
-
-    def _remember_power(self, index: int, power: float) -> None:
-        if self._shrunk.get(index, 1.0) != power:
-            self.powers[index].fill_(power)
-        self._shrunk[index] = power
 
     def _residual(self, index: int) -> Tensor:
         name, weight = f"residual_{index}", self.layers[index].weight
@@ -242,14 +217,13 @@ class SparseWeights(nn.Module):
         if fixed:
             for i in sorted(self._shrunk):
                 local(self._residual(i)).zero_()
-            self._shrunk = {}
-            self.powers.fill_(1.0)
+            self._shrunk = set()
 
     def loaded(self, fixed: bool) -> None:
         """Use the parameters and residuals of a state dict that was loaded."""
         for layer in self.layers:
             layer.dense = False
-        self._shrunk = dict(enumerate(self.powers.tolist()))
+        self._shrunk = self._all()
         self.fix(fixed)
         self.to_sparse()  # changes nothing if the weights were loaded with the residuals
 
@@ -396,9 +370,6 @@ class SparseWeights(nn.Module):
                 # Not in place: the state dict that is being loaded may be the model's own.
                 with torch.inference_mode(False):
                     self._buffers[f"residual_{i}"] = torch.zeros_like(self._residual(i))
-                    self._buffers["powers"] = self.powers.clone()
-                if i in self._shrunk:
-                    self._remember_power(i, 1.0)
 
     def detach(self) -> None:
         """Undo `attach`."""
@@ -408,14 +379,14 @@ class SparseWeights(nn.Module):
     # --- copies -----------------------------------------------------------------------------------
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        for i in self._stored():
+        for i in range(len(self._buffers)):
             self._residual(i)  # sharded, if the weight is
         super()._load_from_state_dict(*args)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        for i in self._stored():
+        for i in range(len(self._buffers)):
             self._residual(i)
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for i, layer in enumerate(self.layers):
@@ -433,9 +404,9 @@ class SparseWeights(nn.Module):
         if not keep_vars:  # else the state dict holds the parameter itself
             mask = None if threshold.mask is None else local_mask(threshold.mask, weight)
             alpha, reach = threshold.known(), threshold.reach
-            scale = threshold.scale if alpha > 0.0 else 1.0
-            shrink_([Shrinkage(local(sparse), local(residual), alpha, reach, mask, scale)])
-            self._remember_power(index, power_of_two(scale))
+            shrink_(
+                [Shrinkage(local(sparse), local(residual), alpha, reach, mask, threshold.scale)]
+            )
             for name, value in destination.items():  # under several names if the weight is tied
                 if isinstance(value, Tensor) and _same_memory(value, weight):
                     destination[name] = sparse

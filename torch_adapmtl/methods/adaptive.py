@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from torch_adapmtl._checks import check_choice, check_flag, check_numbers, check_reach
+from torch_adapmtl._checks import check_choice, check_numbers, check_reach
 from torch_adapmtl.allocation._base import Allocation, CommonAllocation
 from torch_adapmtl.allocation.gradient import GradientAllocation
 from torch_adapmtl.allocation.lamp import LAMPAllocation
@@ -30,7 +30,7 @@ __all__ = ["Adaptive", "AdaptiveController"]
 
 # Default of `position_power`.
 _POWER = 0.125
-# The largest scale: where a threshold is just below the largest weight, next to nothing is left.
+# The largest scale: a threshold just below the largest weight leaves next to nothing.
 _MOST = 20.0
 # Magnitudes are summed as integers, in units of the layer's largest over this.
 _UNIT = 2.0**40
@@ -63,12 +63,12 @@ class Adaptive(Method):
             [`GradientAllocation`][torch_adapmtl.GradientAllocation].
         gradient: `"straight_through"`: pruned weights receive gradients until the schedule's
             `regrow_until`. `"mask"`: pruned weights never receive gradients, as in the paper.
-        reach: Magnitude at which the shrinkage of the remaining weights ends, in units of the
-            threshold; `math.inf` for the paper's soft threshold. See
+        reach: If None, the remaining weights are shrunk by the threshold, and those of a layer
+            multiplied by a common factor, so that they keep the sum of their magnitudes; but no
+            weight is multiplied by more than 15/8. The factor is renewed when the thresholds move.
+            A number: the magnitude at which the shrinkage ends, in units of the threshold, without
+            a factor; `math.inf` for the paper's soft threshold. See
             [`soft_threshold`][torch_adapmtl.soft_threshold].
-        rescale: Whether the remaining weights of a layer are multiplied by a common factor, so that
-            the sum of their magnitudes is what it was before they were shrunk. The factor is
-            renewed when the thresholds move; it is at most 20. The paper has none.
         min_density: Smallest share of nonzero weights in a component, as a fraction: one number for
             all components, or a mapping by component. Independently of it, each layer keeps at
             least a tenth of the overall density, and a layer with few weights keeps more.
@@ -87,15 +87,14 @@ class Adaptive(Method):
         >>> from torch_adapmtl import Adaptive, SparsitySchedule
         >>> method = Adaptive(schedule=SparsitySchedule(end=0.35), allocation="common")
         >>> method.reach, method.granularity
-        (inf, 'layer')
+        (None, 'layer')
     """
 
     schedule: SparsitySchedule = field(default_factory=SparsitySchedule)
     granularity: Literal["layer", "component"] = "layer"
     allocation: Allocation | Literal["lamp", "sensitivity", "gradient", "common"] = "lamp"
     gradient: Literal["straight_through", "mask"] = "straight_through"
-    reach: float = math.inf
-    rescale: bool = True
+    reach: float | None = None
     min_density: float | Mapping[str, float] | None = None
     max_density: float | Mapping[str, float] | None = None
     position_power: float | None = None
@@ -113,9 +112,9 @@ class Adaptive(Method):
             # An object, so that methods that behave alike are equal.
             object.__setattr__(self, "allocation", _ALLOCATIONS[self.allocation]())
         check_choice("gradient", self.gradient, ("straight_through", "mask"))
-        check_reach(self.reach)
-        check_flag("rescale", self.rescale)
-        object.__setattr__(self, "reach", float(self.reach))
+        if self.reach is not None:
+            check_reach(self.reach)
+            object.__setattr__(self, "reach", float(self.reach))
         for name in ("min_density", "max_density"):
             density = getattr(self, name)
             check_density(name, density)
@@ -164,7 +163,8 @@ class AdaptiveController(Controller):
         level: The level of each layer, (L,): the common level, or a lower or higher one where a
             bound applies.
         tilt: The factor of each layer's threshold that grows with its positions, (L,).
-        scale: What the remaining weights of each layer are multiplied by, (L,).
+        scale: What the remaining weights of each layer are multiplied by, (L,); 1 if the method has
+            a `reach`.
         offsets: The offsets, one for each pool of layers that share it, in units of log alpha.
 
     Raises:
@@ -198,7 +198,7 @@ class AdaptiveController(Controller):
         trained = self.allocation.trained
         self.offsets = Pooled(pool, device=layers.device, trained=trained)
         options: dict[str, Any] = {
-            "reach": method.reach,
+            "reach": math.inf if method.reach is None else method.reach,
             "straight_through": method.gradient == "straight_through",
             "persistent": False,
         }
@@ -252,9 +252,9 @@ class AdaptiveController(Controller):
             offsets = offsets + self._mobility(step) * moves
         self._set_offsets(offsets)
         self.level.copy_(from_bits(self._solve(magnitudes.scaled(self._factors()), budget)))
-        if self.method.rescale:
-            shrunk = shares_kept(magnitudes, self.thresholds(), self.method.reach)
-            self.scale.copy_(shrunk.reciprocal().clamp(1.0, _MOST))
+        if self.method.reach is None:
+            shares = shares_kept(magnitudes, self.thresholds())
+            self.scale.copy_(shares.reciprocal().clamp(1.0, _MOST))
         self._set_thresholds()
 
     def _mobility(self, step: int) -> float:
@@ -291,7 +291,8 @@ class AdaptiveController(Controller):
         for layer, alpha, scale in zip(self.layers, *both, strict=True):
             value = 0.0 if self.fixed else min(alpha, torch.finfo(layer.weight.dtype).max)
             layer.threshold.set_threshold(value)
-            layer.threshold.set_scale(1.0 if self.fixed else scale)
+            if self.method.reach is None:
+                layer.threshold.set_scale(1.0 if self.fixed else scale)
 
     # --- bounds -----------------------------------------------------------------------------------
 
@@ -359,28 +360,25 @@ class AdaptiveController(Controller):
         self._set_thresholds()
 
 
-def shares_kept(magnitudes: Scores, thresholds: Tensor, reach: float = math.inf) -> Tensor:
-    """What shrinkage leaves of the magnitudes of the weights above the threshold, as a fraction.
+def shares_kept(magnitudes: Scores, thresholds: Tensor) -> Tensor:
+    """What the soft threshold leaves of the magnitudes of the weights above it, as a fraction.
 
     Args:
         magnitudes: The magnitudes of the layers' weights, or of a sample of them.
         thresholds: The threshold of each layer, (L,).
-        reach: See `soft_threshold`.
 
     Returns:
         For each layer, float32 of shape (L,); 1 where no weight is above the threshold.
     """
     layer, values = magnitudes.layer, magnitudes.values
-    alpha = thresholds[layer]
     # An infinite weight, which has the score of the largest number, would make all others count
     # for nothing.
-    above = (values > alpha) & (values < torch.finfo(torch.float32).max)
+    above = (values > thresholds[layer]) & (values < torch.finfo(torch.float32).max)
     before = values.where(above, 0.0)
-    after = (values - alpha).where(above, 0.0)
-    if reach != math.inf:
-        after += torch.minimum(after, alpha * (reach - 1)) / (reach - 1)
     largest = torch.zeros_like(thresholds).scatter_reduce_(0, layer, before, "amax")
     # Sums of integers are exact, and do not depend on the order.
-    whole = (torch.stack([before, after]) / largest[layer].double() * _UNIT).nan_to_num(0.0).long()
-    sums = whole.new_zeros(2, len(thresholds)).index_add_(1, layer, whole)
-    return (sums[1] / sums[0].double()).nan_to_num(1.0).float()
+    whole = (before / largest[layer].double() * _UNIT).nan_to_num(0.0).long()
+    sums = torch.zeros_like(thresholds, dtype=torch.long).index_add_(0, layer, whole)
+    counts = torch.zeros_like(sums).index_add_(0, layer, above.long())
+    mean = sums / counts.double() / _UNIT * largest
+    return (1.0 - thresholds / mean).nan_to_num(1.0).clamp(0.0, 1.0).float()

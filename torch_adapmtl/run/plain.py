@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from torch_adapmtl.run._packing import unpack, unpack_mask
-from torch_adapmtl.tensor.shapes import power, rescaled
+from torch_adapmtl.tensor import shapes
+from torch_adapmtl.tensor._kernels import rescaled
 from torch_adapmtl.tensor.soft_threshold import soft_threshold
 
 __all__ = ["plain_state_dict"]
@@ -72,8 +73,8 @@ def _make_plain(plain: dict[str, Any], prefix: str) -> None:
             weight = plain[key]
             alpha = thresholds[i].to(weight.device, weight.dtype)
             value = weight if progress["fixed"] else _sparse(weight, alpha, method)
-            if scales is not None and not progress["fixed"] and alpha:
-                value = value * scales[i].to(weight.device, weight.dtype)
+            if scales is not None and alpha and not progress["fixed"]:
+                value = rescaled(value, alpha, scales[i].to(weight.device, weight.dtype))
             if (bits := masks[i]) is not None:
                 value = torch.where(unpack_mask(bits, weight), value, 0.0)
             sparse[key] = value + 0.0  # every zero is +0.0
@@ -92,7 +93,8 @@ def _sparse(weight: Tensor, alpha: Tensor, method: Mapping[str, Any]) -> Tensor:
     if shape is not None and not alpha:
         return weight  # as `SoftThreshold` does, to the last bit
     if shape == "rescaled":
-        return rescaled(weight, alpha)
+        return shapes.rescaled(weight, alpha)
     if shape == "power":
-        return power(weight, alpha, method["power"])
-    return soft_threshold(weight, alpha, reach=method.get("reach", math.inf))
+        return shapes.power(weight, alpha, method["power"])
+    reach = method.get("reach")
+    return soft_threshold(weight, alpha, reach=math.inf if reach is None else reach)

@@ -18,12 +18,16 @@ __all__ = [
     "mask_",
     "masked",
     "masked_gradient",
-    "power_of_two",
+    "rescaled",
     "shrink_",
+    "slopes",
     "to_firm",
 ]
 
 _PIECE = 2**17
+# A weight is multiplied by less than 2, so that its difference to the sparse weight is exact; the
+# distance to 2 is for rounding errors in bfloat16.
+_MOST = 1.875
 # How many numbers a GPU computes at once.
 _BATCH = 2**24
 # The integers of the size of a floating-point number, in bytes.
@@ -48,6 +52,30 @@ def to_firm(reach: float, soft: Tensor, alpha: Any) -> Tensor:
     """
     limit = alpha * (reach - 1)
     return soft.add_(soft.clamp(-limit, limit), alpha=1 / (reach - 1))
+
+
+def slopes(scale: float, alpha: float) -> tuple[float, float, float]:
+    """The slopes of a soft threshold with a scale.
+
+    The soft-thresholded weight is multiplied by the scale, but no weight by more than 15/8. With u
+    the magnitude after the soft threshold, that is `far * u + extra * min(u, limit)`.
+
+    Args:
+        scale: The scale, at least 1.
+        alpha: The threshold.
+
+    Returns:
+        `far`, `extra` and `limit`.
+    """
+    extra = max(scale - _MOST, 0.0)
+    return min(scale, _MOST), extra, _MOST * alpha / extra if extra else 0.0
+
+
+def rescaled(soft: Tensor, alpha: Tensor, scale: Tensor) -> Tensor:
+    """The same for a threshold and a scale that the host does not know."""
+    extra = (scale - _MOST).clamp(min=0.0)
+    limit = _MOST * alpha / extra.clamp(min=1e-6)
+    return scale.clamp(max=_MOST) * soft + extra * soft.clamp(-limit, limit)
 
 
 def firm(weight: Tensor, alpha: float, reach: float) -> Tensor:
@@ -118,7 +146,7 @@ class Shrinkage(NamedTuple):
         alpha: The threshold.
         reach: See `soft_threshold`.
         mask: False where the sparse weight is zero; None for no mask.
-        scale: What the sparse weight is multiplied by; at least 1.
+        scale: See `slopes`; only with an infinite reach.
     """
 
     weight: Tensor
@@ -127,11 +155,6 @@ class Shrinkage(NamedTuple):
     reach: float
     mask: Tensor | None = None
     scale: float = 1.0
-
-
-def power_of_two(scale: float) -> float:
-    """The largest power of two up to a number of at least 1."""
-    return 2.0 ** (math.frexp(scale)[1] - 1)
 
 
 def batches(shrinkages: Mapping[int, Shrinkage]) -> Iterator[dict[int, Shrinkage]]:
@@ -155,11 +178,9 @@ def batches(shrinkages: Mapping[int, Shrinkage]) -> Iterator[dict[int, Shrinkage
 def shrink_(batch: Sequence[Shrinkage]) -> None:
     """Replace dense weights by their sparse weights, and write the differences into `residual`.
 
-    Let p be `power_of_two(scale)`. The residual is the dense weight minus the sparse weight divided
-    by p, so that `residual + sparse / p` is the dense weight again. No rounding error arises: the
-    sparse weight divided by p is less than twice the dense weight, therefore either its difference
-    to the dense weight is exact, or the difference of the dense weight and the residual is
-    (Sterbenz); and products with powers of two are exact.
+    The sum of the two is the dense weight again, without any rounding error: the sparse weight is
+    less than twice the dense weight, and either their difference is exact, or that of the dense
+    weight and the residual is (Sterbenz).
 
     Args:
         batch: The weights, of the same reach.
@@ -191,18 +212,19 @@ def _shrink(group: Sequence[Shrinkage]) -> None:
             back = torch._foreach_clamp_max(residuals, limits)
             torch._foreach_clamp_min_(back, [-limit for limit in limits])
             torch._foreach_add_(residuals, back, alpha=1 / (reach - 1))
-        factors = [s.scale / power_of_two(s.scale) for s in moved]
-        if any(factor != 1.0 for factor in factors):
-            torch._foreach_mul_(residuals, factors)
+        elif any(s.scale != 1.0 for s in moved):
+            far, extra, limits = zip(*map(slopes, [s.scale for s in moved], alphas), strict=True)
+            near = torch._foreach_clamp_max(residuals, limits)
+            torch._foreach_clamp_min_(near, [-limit for limit in limits])
+            torch._foreach_mul_(near, extra)
+            torch._foreach_mul_(residuals, far)
+            torch._foreach_add_(residuals, near)
         torch._foreach_sub_(residuals, weights)
         torch._foreach_neg_(residuals)
     masked = [(s.weight, s.residual, s.mask) for s in group if s.mask is not None]
     for weight, residual, mask in masked:
         torch.where(mask, residual, weight, out=residual)
     torch._foreach_sub_([s.weight for s in group], [s.residual for s in group])
-    scaled = [(s.weight, power_of_two(s.scale)) for s in moved if s.scale >= 2.0]
-    if scaled:
-        torch._foreach_mul_([weight for weight, _ in scaled], [power for _, power in scaled])
     for weight, _, mask in masked:
         mask_(weight, mask)  # infinity minus infinity is NaN
 

@@ -18,7 +18,7 @@ from torch_adapmtl._checks import (
     check_threshold,
     obstacle,
 )
-from torch_adapmtl.tensor._kernels import firm, masked, masked_gradient, to_firm
+from torch_adapmtl.tensor._kernels import firm, masked, masked_gradient, rescaled, to_firm
 
 __all__ = ["SoftThreshold", "soft_threshold"]
 
@@ -105,22 +105,22 @@ class _Mask(torch.autograd.Function):
         return _Mask.apply(grad, *ctx.saved_tensors), None
 
 
-class _Scale(torch.autograd.Function):
-    """Multiply by a number that the gradient takes for 1."""
+class _Rescale(torch.autograd.Function):
+    """Apply a scale that the gradient takes for 1."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(sparse: Tensor, scale: Tensor) -> Tensor:
-        return sparse * scale.to(sparse.dtype)
+    def forward(soft: Tensor, alpha: Tensor, scale: Tensor) -> Tensor:
+        return rescaled(soft, alpha.to(soft.dtype), scale.to(soft.dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save nothing."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad, None, None
 
 
 def soft_threshold(
@@ -256,7 +256,7 @@ class SoftThreshold(nn.Module):
     earlier_mask: Tensor | None = None
     # In a run, which weights get a gradient until the zeros are fixed, if not those of `mask`.
     gradient_mask: Tensor | None = None
-    # In a run, what the sparse weight is multiplied by: as a number, and 0-d, or None for 1.
+    # In a run, what a soft-thresholded weight is multiplied by: as a number, and 0-d.
     scale: float = 1.0
     _scale: Tensor | None = None
 
@@ -315,15 +315,17 @@ class SoftThreshold(nn.Module):
 
     @torch.no_grad()
     def set_scale(self, scale: float) -> None:
-        """Set what the sparse weight is multiplied by, at least 1, without waiting for the device.
+        """Set what the soft-thresholded weight is multiplied by, without waiting for the device.
 
-        Unless alpha is zero. The gradient of the product passes to the sparse weight as it is.
+        No weight is multiplied by more than 15/8. The gradient passes as if nothing was multiplied.
+
+        Args:
+            scale: At least 1; of no effect while alpha is zero.
         """
         self.scale = scale
-        if self._scale is not None:
-            self._scale.fill_(scale)
-        elif scale != 1.0:
-            self._scale = torch.full((), scale, device=self.alpha.device)
+        if self._scale is None:
+            self._scale = torch.ones((), device=self.alpha.device)
+        self._scale.fill_(scale)
 
     def threshold(self) -> Tensor:
         """Return the threshold that `forward` applies, differentiable if it is trained."""
@@ -359,7 +361,7 @@ class SoftThreshold(nn.Module):
             check_place(alpha, weight)
             sparse = self._shrink(weight, alpha, value)
             if self._scale is not None:
-                sparse = _Scale.apply(sparse, self._scale)
+                sparse = _Rescale.apply(sparse, alpha.detach(), self._scale)
         if self.mask is not None:
             check_mask(self.mask, weight)
             sparse = _mask(sparse, self.mask)

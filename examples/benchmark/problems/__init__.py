@@ -1,4 +1,4 @@
-"""The problems that methods are compared on, in sizes that a CPU core trains in half a minute or so.
+"""The problems that methods are compared on, in sizes that a CPU core trains in half a minute.
 
 But for `rooms3 wide`, which takes three or four.
 

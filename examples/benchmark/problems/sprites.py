@@ -22,7 +22,7 @@ from torch_adapmtl.models import (
 )
 from torch_adapmtl.tasks import Classification, Map, Regression, Segmentation, Task
 
-__all__ = ["UNet", "VGG", "render", "sprites_problems"]
+__all__ = ["VGG", "UNet", "render", "sprites_problems"]
 
 _SIDE = 24
 _SHAPES = 4
@@ -46,10 +46,10 @@ def render(count: int, seed: int) -> Mapping[str, Tensor]:
         seed: Of what they show.
 
     Returns:
-        `"image"`, (N, 3, 24, 24), and the targets: `"shape"`, `"hue"` and `"stripes"`, classes (N,);
-        `"place"` (N, 2), `"size"` and `"light"` (N, 1), standardised; `"parts"`, (N, 24, 24), 0 for
-        the background or the shape plus one; `"clean"`, (N, 3, 24, 24), the image without noise, and
-        `"distance"`, (N, 1, 24, 24), the distance to the outline, both standardised.
+        `"image"`, (N, 3, 24, 24), and the targets. Classes (N,): `"shape"`, `"hue"`, `"stripes"`.
+        Standardised numbers: `"place"` (N, 2), `"size"` and `"light"` (N, 1). Maps: `"parts"`,
+        (N, 24, 24), 0 for the background or the shape plus one; `"clean"`, (N, 3, 24, 24), the image
+        without noise, and `"distance"`, (N, 1, 24, 24), the distance to the outline.
 
     Example:
         >>> render(2, seed=0)["image"].shape
@@ -95,7 +95,9 @@ def _distance(x: Tensor, y: Tensor, size: Tensor, shape: Tensor, angle: Tensor) 
     """How far each pixel is inside the outline of its shape, (N, H, W); negative outside."""
     u, v = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
     radius, turn = (u**2 + v**2).sqrt(), torch.atan2(v, u)
-    arms = torch.minimum(0.3 * size - torch.minimum(u.abs(), v.abs()), size - torch.maximum(u.abs(), v.abs()))
+    arms = torch.minimum(
+        0.3 * size - torch.minimum(u.abs(), v.abs()), size - torch.maximum(u.abs(), v.abs())
+    )
     third = 2 * math.pi / 3
     edge = radius * ((turn + math.pi) % third - third / 2).cos()
     ring = 0.25 * size - (radius - 0.75 * size).abs()
@@ -171,9 +173,7 @@ def _regnet() -> nn.Module:
     """Grouped convolutions with squeeze-and-excitation, in four narrow stages."""
     from timm.models.regnet import RegNet, RegNetCfg
 
-    config = RegNetCfg(
-        depth=6, w0=24, wa=24.0, wm=2.0, group_size=8, se_ratio=0.25, stem_width=16
-    )
+    config = RegNetCfg(depth=6, w0=24, wa=24.0, wm=2.0, group_size=8, se_ratio=0.25, stem_width=16)
     encoder: nn.Module = RegNet(config, num_classes=0, zero_init_last=False)
     return encoder
 
@@ -304,7 +304,12 @@ def _pretrained(problem: Problem, steps: int) -> Problem:
 def sprites_problems() -> tuple[Problem, ...]:
     """U-Net, vision transformer, RegNet, and VGG from a pretrained dense net."""
     vgg = _whole(
-        "sprites vgg", VGG, ("shape", "hue", "place", "stripes", "size"), steps=300, lr=1e-3, batch=24
+        "sprites vgg",
+        VGG,
+        ("shape", "hue", "place", "stripes", "size"),
+        steps=300,
+        lr=1e-3,
+        batch=24,
     )
     return (
         _unet(),
