@@ -1,12 +1,14 @@
 """Train the methods on the problems, and write one line of JSON for each run.
 
-    python -m examples.benchmark --study comparison --jobs 2    # a study of the results page
+    python -m examples.benchmark --study choosing --jobs 2      # a study of the results page
     python -m examples.benchmark --problems digits --methods dense "adaptive (ours)" Taylor
     python -m examples.benchmark --preset paper --data rooms    # the paper's networks, on a GPU
     python -m examples.benchmark --quick    # three runs of a few steps, to see that it works
 
-Without --study, --preset or --problems it runs the whole comparison, which takes hours. A run that
-is in the file already is not repeated, so a study can be stopped and resumed.
+Without --study, --preset or --problems it runs the study of the choosing half, which takes hours. A
+run that is in the file already is not repeated, so a study can be stopped and resumed. The studies
+of the reported half are run once for each release of the defaults: they refuse to add to lines of
+other defaults.
 `python -m examples.benchmark.report` makes tables and figures of the lines.
 """
 
@@ -18,11 +20,13 @@ from typing import Any
 
 import torch
 
+import torch_adapmtl
 from examples.benchmark.lines import read
 from examples.benchmark.methods import DENSE, METHODS, OURS
 from examples.benchmark.paper_scale import ENCODERS
 from examples.benchmark.problems import PROBLEMS
-from examples.benchmark.studies import ROOT, STUDIES, study
+from examples.benchmark.studies import REPORTED_FILE, ROOT, STUDIES, check_release, study
+from torch_adapmtl import Adaptive
 
 _PROG = "python -m examples.benchmark"
 _NAMES = "\n".join(
@@ -95,7 +99,7 @@ def _paper_scale(args: argparse.Namespace) -> bool:
 
 def chosen_runs(args: argparse.Namespace) -> dict[str, Any]:
     """Problems, methods, sparsities and output file: the study's, unless options replace them."""
-    chosen = dict(STUDIES[args.study or ("paper" if args.preset == "paper" else "comparison")])
+    chosen = dict(STUDIES[args.study or ("paper" if args.preset == "paper" else "choosing")])
     chosen["out"] = str(ROOT / chosen["out"])
     if args.preset == "paper":
         chosen["problems"] = [
@@ -122,6 +126,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     chosen = chosen_runs(args)
     try:
+        if chosen["out"] == str(ROOT / REPORTED_FILE):
+            check_release(read(chosen["out"]), chosen["out"])
+            print(
+                "The reported half, which is run once for each release of the defaults: "
+                f"torch_adapmtl {torch_adapmtl.__version__}, {Adaptive().config()}",
+                flush=True,
+            )
         study(
             **chosen,
             seeds=args.seeds,

@@ -34,6 +34,8 @@ class Problem:
         threshold_lr: Learning rate of the paper's thresholds.
         paper: Start and decay of the paper's thresholds, a pair that has to be found for each
             problem and number of steps.
+        pretraining: Steps that a dense net is trained before, at a constant rate; the run starts
+            from that net.
         prunable: What is prunable besides the weights of convolutions and linear layers.
 
     Example:
@@ -54,6 +56,7 @@ class Problem:
     weight_decay: float = 1e-4
     threshold_lr: float = 2e-2
     paper: Paper = _AUTHORS
+    pretraining: int = 0
     prunable: Prunable | None = None
 
     @property

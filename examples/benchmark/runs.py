@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import platform
@@ -74,6 +75,7 @@ def settings(
         "seed": seed,
         "config": config,
         "steps": problem.steps,
+        "pretraining": problem.pretraining,
         "batch": problem.batch,
         "lr": problem.lr,
         "weight_decay": problem.weight_decay,
@@ -131,8 +133,7 @@ def run(
     chosen = _options(problem, method, options)
     train, test = _data(problem.load, device)
     tasks = problem.make_tasks()
-    torch.manual_seed(seed)
-    model = problem.make_model().to(device)
+    model = _start(problem, seed, device)
     pruner: Pruner | None = None
     if method != DENSE:
         pruner = apply_adapmtl(
@@ -198,6 +199,36 @@ def run(
         "threads": torch.get_num_threads(),
         "versions": _versions(),
     }
+
+
+def _start(problem: Problem, seed: int, device: str) -> nn.Module:
+    """The net that a run starts from: random weights, or those that pretraining has left."""
+    torch.manual_seed(seed)
+    model = problem.make_model().to(device)
+    if problem.pretraining:
+        key = problem.name, problem.pretraining, seed, device
+        if key not in _PRETRAINED:
+            _PRETRAINED.clear()  # the runs of a problem and a seed follow each other
+            _pretrain(model, problem, seed, device)
+            _PRETRAINED[key] = copy.deepcopy(model.state_dict())
+        model.load_state_dict(_PRETRAINED[key])
+    return model
+
+
+# The state dict of the last net that was pretrained.
+_PRETRAINED: dict[tuple[str, int, int, str], dict[str, Any]] = {}
+
+
+def _pretrain(model: nn.Module, problem: Problem, seed: int, device: str) -> None:
+    train, tasks = _data(problem.load, device)[0], problem.make_tasks()
+    optimizer = torch.optim.Adam(model.parameters(), problem.lr, weight_decay=problem.weight_decay)
+    batches = train.shuffled(problem.batch, seed + 1000)  # in another order than the run
+    for _, (inputs, targets) in zip(range(problem.pretraining), batches, strict=False):
+        outputs = model(inputs)
+        losses = [task.loss(outputs[name], targets[name]) for name, task in tasks.items()]
+        torch.stack(losses).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def _macs_left(report: Report | None) -> float:

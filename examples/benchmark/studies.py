@@ -31,7 +31,7 @@ from examples.benchmark.problem import Problem
 from examples.benchmark.problems import CHOOSING, REPORTED, find_problem
 from examples.benchmark.runs import machine, run, settings
 
-__all__ = ["ROOT", "STUDIES", "study"]
+__all__ = ["REPORTED_FILE", "ROOT", "STUDIES", "check_release", "study"]
 
 #: The repository's root.
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,10 +43,13 @@ Call = tuple[str, str, float, int, int | None, str, bool]
 # The fields of a line that identify a run.
 _SETTINGS = (
     *("problem", "method", "sparsity", "seed", "config", "steps", "batch", "lr"),
-    *("weight_decay", "threshold_lr", "device", "bf16"),
+    *("weight_decay", "threshold_lr", "device", "bf16", "pretraining"),
 )
 
 _SPARSITIES = (0.9, 0.98, 0.95)  # the most important first
+
+#: The lines of the reported half, relative to `ROOT`.
+REPORTED_FILE = "docs/results/reported.jsonl"
 
 #: The baselines that are run at every sparsity; the others were far behind at 90 %.
 STRONG = (
@@ -102,6 +105,34 @@ STUDIES: Mapping[str, Mapping[str, Any]] = {
         "out": "docs/results/paper.jsonl",
     },
 }
+
+
+def check_release(lines: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Refuse to add to a file that has runs of other defaults than those of the library now.
+
+    The reported half is run once for each release of the defaults: were it run again after each
+    change, defaults would be chosen on it.
+
+    Args:
+        lines: The lines of the file.
+        path: The file, for the error.
+
+    Raises:
+        ValueError: If a line of the default method has other settings.
+
+    Example:
+        >>> from examples.benchmark.studies import check_release
+        >>> check_release([], "docs/results/reported.jsonl")
+    """
+    for line in lines:
+        if line["method"] == OURS:
+            now = settings(find_problem(line["problem"]), OURS, line["sparsity"], line["seed"])
+            if line["config"] != now["config"]:
+                raise ValueError(
+                    f"{path} has runs of other defaults: {line['config']}, now {now['config']}. "
+                    "The reported half is run once for each release of the defaults: move the file "
+                    "to docs/results/earlier/, and tell in examples/benchmark/LOG.md what changed"
+                )
 
 
 def study(
@@ -208,7 +239,8 @@ def _missing(
 
 def _identity(line: dict[str, Any]) -> str:
     """A key that is equal for runs of equal settings."""
-    return json.dumps([line[name] for name in _SETTINGS], sort_keys=True)
+    named = [line.get(name, 0) if name == "pretraining" else line[name] for name in _SETTINGS]
+    return json.dumps(named, sort_keys=True)
 
 
 def _shortened(problem: Problem, steps: int | None) -> Problem:

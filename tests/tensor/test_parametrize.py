@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from refusals import Error, Row, Scene, assert_refused, raises, rows
 from thresholding import ALPHA, COPIERS, Copier, holder, original, put, threshold_of
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from torch_adapmtl import SoftThreshold, soft_threshold, soft_threshold_unstructured
+from torch_adapmtl.tensor._kernels import Shrinkage, shrink_
 
 
 @pytest.fixture(autouse=True)
@@ -314,3 +317,23 @@ def forward(scene: Scene) -> object:
 )  # fmt: skip
 def test_refused_by_the_forward_pass(row: Row) -> None:
     assert_refused(row)
+
+
+@given(
+    values=st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=20),
+    alpha=st.floats(0.125, 5, width=32),
+    scale=st.floats(1, 20, width=32),
+)
+def test_the_parametrization_with_a_scale_is_what_parameters_hold(
+    values: list[float], alpha: float, scale: float
+) -> None:
+    """Where thresholds are trained, and where they are not; the gradient passes in both."""
+    weight = torch.tensor(values, requires_grad=True)
+    threshold = SoftThreshold(alpha, straight_through=True)
+    threshold.set_scale(scale)
+    sparse = threshold(weight)
+    held, residual = weight.detach().clone(), torch.zeros_like(weight)
+    shrink_([Shrinkage(held, residual, threshold.known(), math.inf, None, scale)])
+    torch.testing.assert_close(sparse, held)
+    (gradient,) = torch.autograd.grad(sparse.sum(), weight)
+    assert (gradient == 1).all()

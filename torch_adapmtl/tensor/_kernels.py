@@ -213,11 +213,11 @@ def _shrink(group: Sequence[Shrinkage]) -> None:
             torch._foreach_clamp_min_(back, [-limit for limit in limits])
             torch._foreach_add_(residuals, back, alpha=1 / (reach - 1))
         elif any(s.scale != 1.0 for s in moved):
-            far, extra, limits = zip(*map(slopes, [s.scale for s in moved], alphas), strict=True)
-            near = torch._foreach_clamp_max(residuals, limits)
-            torch._foreach_clamp_min_(near, [-limit for limit in limits])
-            torch._foreach_mul_(near, extra)
-            torch._foreach_mul_(residuals, far)
+            found = [slopes(s.scale, alpha) for s, alpha in zip(moved, alphas, strict=True)]
+            near = torch._foreach_clamp_max(residuals, [limit for _, _, limit in found])
+            torch._foreach_clamp_min_(near, [-limit for _, _, limit in found])
+            torch._foreach_mul_(near, [extra for _, extra, _ in found])
+            torch._foreach_mul_(residuals, [far for far, _, _ in found])
             torch._foreach_add_(residuals, near)
         torch._foreach_sub_(residuals, weights)
         torch._foreach_neg_(residuals)

@@ -49,8 +49,9 @@ def _efficientnet() -> nn.Module:
         ["ir_r2_k5_s2_e4_c48_se0.25"],
         ["ir_r1_k3_s2_e4_c96_se0.25"],
     ]
+    blocks = decode_arch_def(stages)  # type: ignore[no-untyped-call]
     encoder: nn.Module = EfficientNet(
-        decode_arch_def(stages), num_classes=0, num_features=192, in_chans=1, stem_size=16
+        blocks, num_classes=0, num_features=192, in_chans=1, stem_size=16
     )
     return encoder
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -48,8 +48,8 @@ def render(count: int, seed: int) -> Mapping[str, Tensor]:
     Returns:
         `"image"`, (N, 3, 24, 24), and the targets. Classes (N,): `"shape"`, `"hue"`, `"stripes"`.
         Standardised numbers: `"place"` (N, 2), `"size"` and `"light"` (N, 1). Maps: `"parts"`,
-        (N, 24, 24), 0 for the background or the shape plus one; `"clean"`, (N, 3, 24, 24), the image
-        without noise, and `"distance"`, (N, 1, 24, 24), the distance to the outline.
+        (N, 24, 24), 0 for the background or the shape plus one; `"clean"`, (N, 3, 24, 24), the
+        image without noise, and `"distance"`, (N, 1, 24, 24), the distance to the outline.
 
     Example:
         >>> render(2, seed=0)["image"].shape
@@ -265,42 +265,6 @@ def _unet() -> Problem:
     )
 
 
-# --- a pretrained start ---------------------------------------------------------------------------
-
-
-def _pretrained(problem: Problem, steps: int) -> Problem:
-    """The same, from a dense net that was trained for some steps; one for each seed."""
-
-    @cache
-    def trained(seed: int) -> nn.Module:
-        torch.manual_seed(seed)
-        model, (train, _), tasks = problem.make_model(), problem.load(), problem.make_tasks()
-        optimizer = torch.optim.Adam(model.parameters(), lr=problem.lr)
-        batches = train.shuffled(problem.batch, seed + 1000)
-        for _, (inputs, targets) in zip(range(steps), batches, strict=False):
-            outputs = model(inputs)
-            losses = [task.loss(outputs[name], targets[name]) for name, task in tasks.items()]
-            torch.stack(losses).sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        return model
-
-    def make_model() -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            return copy.deepcopy(trained(torch.initial_seed()))
-
-    return Problem(
-        problem.name,
-        problem.load,
-        make_model,
-        problem.make_tasks,
-        steps=problem.steps,
-        batch=problem.batch,
-        lr=problem.lr / 2,
-        paper=problem.paper,
-    )
-
-
 def sprites_problems() -> tuple[Problem, ...]:
     """U-Net, vision transformer, RegNet, and VGG from a pretrained dense net."""
     vgg = _whole(
@@ -315,5 +279,5 @@ def sprites_problems() -> tuple[Problem, ...]:
         _unet(),
         _whole("sprites vit", _vit, (*_CLASSES, *_NUMBERS), steps=500, lr=1e-3),
         _whole("sprites regnet", _regnet, ("shape", "hue", "place", "light"), steps=400, lr=2e-3),
-        _pretrained(vgg, 600),
+        replace(vgg, pretraining=600),
     )

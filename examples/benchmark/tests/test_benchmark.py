@@ -29,13 +29,15 @@ from examples.benchmark import (
     paper_scale,
     read,
     run,
+    runs,
     settings,
     study,
 )
 from examples.benchmark import problems as module
 from examples.benchmark.methods import MACS, OURS, PUBLISHED, UNAIMED
+from examples.benchmark.problems import rooms as rooms_problems
 from torch_adapmtl import Adaptive, relative_performance
-from torch_adapmtl.datasets import Words
+from torch_adapmtl.datasets import Rooms, Words
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,7 @@ def test_every_problem_has_losses_and_metrics(name: str, words: tuple[Words, Wor
     problem = PROBLEMS[name]
     if name.startswith("rooms"):
         # not all of them are rendered for a test
-        rooms = module.Rooms(4, image_size=40, tasks=tuple(problem.make_tasks()))
+        rooms = Rooms(4, image_size=40, tasks=tuple(problem.make_tasks()))
         samples = Samples(*rooms.tensors())
     elif name == "words":
         samples = Samples(*words[1].tensors()).at_most(4)  # what `load` returns, read once
@@ -355,25 +357,61 @@ def test_thresholds_learn_at_the_rate_that_the_line_says(
     assert line["threshold_lr"] == getattr(tiny, own)
 
 
-@pytest.mark.parametrize("name", module.COMPARISON)
+_INPUTS = {
+    "rooms": (16, 3, 40, 40),
+    "digits": (32, 1, 32, 32),
+    "sprites": (16, 3, 24, 24),
+    "tabular": (64, 32),
+    "signals": (32, 24, 2),
+    "teachers": (64, 16),
+}
+
+
+@pytest.mark.parametrize("name", [*module.CHOOSING, *module.REPORTED])
 def test_losses_depend_on_every_weight_from_the_start(name: str) -> None:
     # SNIP and DiSparse look at w * dL/dw before the first step.
     torch.manual_seed(0)
     problem = PROBLEMS[name]
     model = problem.make_model()
-    pictures = (32, 1, 32, 32) if name == "digits" else (16, 3, 40, 40)
-    words = torch.randint(1, 28, (64, 16))
-    outputs = model(words if name == "words" else torch.randn(pictures))
+    if name == "words":
+        inputs = torch.randint(1, 28, (64, 16))
+    else:
+        inputs = torch.randn(
+            next(shape for kind, shape in _INPUTS.items() if name.startswith(kind))
+        )
+    outputs = model(inputs)
     torch.stack([out.square().sum() for out in outputs.values()]).sum().backward()
     weights = [p for p in model.parameters() if p.ndim > 1 and p.grad is not None]
     unseen = sum(int((p.grad == 0).sum()) for p in weights if p.grad is not None)
     assert unseen < 0.02 * sum(p.numel() for p in weights)
 
 
+def test_no_family_is_in_both_halves() -> None:
+    assert not set(module.CHOOSING) & set(module.REPORTED)
+    assert {*module.CHOOSING, *module.REPORTED} <= set(PROBLEMS)
+    assert len({*module.CHOOSING, *module.REPORTED}) >= 12
+    tasks = {len(PROBLEMS[name].make_tasks()) for name in module.REPORTED}
+    assert tasks == {3, 4, 5, 6}
+
+
+def test_a_pretrained_start_is_the_same_for_every_method(tiny: Any) -> None:
+    started = dataclasses.replace(tiny, pretraining=5)
+    torch.manual_seed(0)
+    fresh = started.make_model().state_dict()
+    first = runs._start(started, 0, "cpu").state_dict()
+    run(started, "Taylor", 0.9, seed=0)
+    again = runs._start(started, 0, "cpu").state_dict()
+    runs._PRETRAINED.clear()
+    anew = runs._start(started, 0, "cpu").state_dict()
+    assert all(torch.equal(first[key], again[key]) for key in fresh)
+    assert all(torch.equal(first[key], anew[key]) for key in fresh)
+    assert not all(torch.equal(first[key], fresh[key]) for key in fresh)
+
+
 def test_no_constant_is_right_about_edges_and_keypoints() -> None:
     tasks = ("edges", "keypoints")
-    samples = Samples(*module.Rooms(64, image_size=40, tasks=tasks, seed=0).tensors())
-    smoothed = module._smoothed(samples, samples)
+    samples = Samples(*Rooms(64, image_size=40, tasks=tasks, seed=0).tensors())
+    smoothed = rooms_problems._smoothed(samples, samples)
     for task in tasks:
         sharp, target = samples.targets[task], smoothed.targets[task]
         assert (sharp == 0).float().mean() > 0.75  # so that L1 learns to say zero

