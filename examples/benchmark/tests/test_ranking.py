@@ -27,19 +27,8 @@ FOUND = st.dictionaries(
 
 def row(problem: str, method: str, sparsity: float, by_seed: dict[int, float]) -> Row:
     delta = Estimate.of(list(by_seed.values()))
-    return Row(
-        problem,
-        method,
-        sparsity,
-        tuple(by_seed),
-        delta,
-        by_seed,
-        {},
-        {},
-        {},
-        {},
-        Estimate.of([0.9]),
-    )
+    reached = Estimate.of([0.9])
+    return Row(problem, method, sparsity, tuple(by_seed), delta, by_seed, {}, {}, {}, {}, reached)
 
 
 @given(FOUND)
