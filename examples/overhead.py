@@ -270,7 +270,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--size", type=int, default=65, help="height and width of the images")
     parser.add_argument("--hidden", type=int, default=1024, help="width of the ASPP heads")
-    parser.add_argument("--reach", type=float, default=1.1, help="inf for the soft threshold")
+    parser.add_argument(
+        "--reach", type=float, help="see Adaptive; inf for the paper's soft threshold"
+    )
     parser.add_argument("--steps", type=int, default=22)
     parser.add_argument(
         "--total-steps",

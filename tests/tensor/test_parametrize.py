@@ -337,3 +337,8 @@ def test_the_parametrization_with_a_scale_is_what_parameters_hold(
     torch.testing.assert_close(sparse, held)
     (gradient,) = torch.autograd.grad(sparse.sum(), weight)
     assert (gradient == 1).all()
+    held, threshold._known = threshold(weight), None  # as in a compiled graph
+    assert torch.equal(threshold(weight) != 0, held != 0)
+    threshold.set_threshold(0.0)
+    threshold._known = None
+    assert torch.equal(threshold(weight), weight)

@@ -72,7 +72,8 @@ def slopes(scale: float, alpha: float) -> tuple[float, float, float]:
 
 
 def rescaled(soft: Tensor, alpha: Tensor, scale: Tensor) -> Tensor:
-    """The same for a threshold and a scale that the host does not know."""
+    """The same for a threshold and a scale that the host does not know; 0 changes nothing."""
+    scale = torch.where(alpha > 0, scale, 1.0)
     extra = (scale - _MOST).clamp(min=0.0)
     limit = _MOST * alpha / extra.clamp(min=1e-6)
     return scale.clamp(max=_MOST) * soft + extra * soft.clamp(-limit, limit)
