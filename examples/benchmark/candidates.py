@@ -47,12 +47,6 @@ def _by_layer(weight: Tensor, sparse: Tensor) -> Tensor:
     return _ratio(weight.abs()[sparse != 0].sum(), sparse.abs().sum())
 
 
-def _by_channel(weight: Tensor, sparse: Tensor) -> Tensor:
-    """The same by output channel."""
-    kept = _rows(weight.abs().masked_fill(sparse == 0, 0.0)).sum(1)
-    return _shaped_like(_ratio(kept, _rows(sparse.abs()).sum(1)), weight)
-
-
 def _by_layer_squared(weight: Tensor, sparse: Tensor) -> Tensor:
     """The root of the sum of the squares, instead of the sum of the magnitudes."""
     kept = weight.masked_fill(sparse == 0, 0.0)
@@ -84,36 +78,36 @@ Factor = Callable[[Tensor, Tensor], Tensor]
 
 #: By name: the power of the threshold (1 is soft, infinity hard), and what it is multiplied by.
 SHAPES: Mapping[str, tuple[float, Factor]] = {
-    "soft": (1.0, _nothing),
     "soft, magnitude of the layer": (1.0, _by_layer),
     "soft, magnitude of the layer, at most 2": (1.0, _at_most_2),
     "soft, magnitude of the layer, doubled at most": (1.0, _by_layer),
-    "soft, magnitude of the channel": (1.0, _by_channel),
     "soft, norm of the layer": (1.0, _by_layer_squared),
     "soft, ST-3's factor": (1.0, _st3),
     "soft, norm of all weights": (1.0, _whole_layer),
-    "power 2": (2.0, _nothing),
     "power 3": (3.0, _nothing),
     "power 2, magnitude of the layer": (2.0, _by_layer),
     "power 3, magnitude of the layer": (3.0, _by_layer),
-    "power 3, ST-3's factor": (3.0, _st3),
-    "power 2, norm of all weights": (2.0, _whole_layer),
 }
 
 
-def sparse_weight(weight: Tensor, alpha: Tensor, shape: str, factor: Tensor | None) -> Tensor:
-    """The sparse weight of a shape, with a factor that is known or computed."""
-    exponent, make_factor = SHAPES[shape]
+def _thresholded(weight: Tensor, alpha: Tensor, shape: str) -> Tensor:
+    """The sparse weight before it is multiplied."""
+    exponent, _ = SHAPES[shape]
     alpha = alpha.to(weight.dtype)
-    sparse = _soft(weight, alpha) if exponent == 1.0 else power(weight, alpha, exponent)
-    sparse = sparse * (make_factor(weight, sparse) if factor is None else factor)
+    return _soft(weight, alpha) if exponent == 1.0 else power(weight, alpha, exponent)
+
+
+def _sparse_weight(weight: Tensor, alpha: Tensor, shape: str, factor: Tensor | None) -> Tensor:
+    """The sparse weight of a shape, with a factor that is known or computed."""
+    sparse = _thresholded(weight, alpha, shape)
+    sparse = sparse * (SHAPES[shape][1](weight, sparse) if factor is None else factor)
     if shape.endswith("doubled at most"):
         sparse = torch.minimum(sparse.abs(), 2 * weight.abs()).copysign(weight)
     return sparse
 
 
 class _Apply(torch.autograd.Function):
-    """`sparse_weight`; the gradient passes whole, or to kept weights only."""
+    """`_sparse_weight`; the gradient passes whole, or to kept weights only."""
 
     @staticmethod
     def forward(
@@ -124,7 +118,7 @@ class _Apply(torch.autograd.Function):
         factor: Tensor | None,
         straight_through: bool,
     ) -> Tensor:
-        sparse = sparse_weight(weight, alpha, shape, factor)
+        sparse = _sparse_weight(weight, alpha, shape, factor)
         ctx.straight_through = straight_through
         if not straight_through:
             ctx.save_for_backward(sparse)
@@ -152,14 +146,11 @@ class _Threshold(SoftThreshold):
     def _shrink(self, weight: Tensor, alpha: Tensor, value: float | None) -> Tensor:
         if self.renewed == "updates" and self.factor is None:
             with torch.no_grad():
-                exponent, make_factor = SHAPES[self.shape]
                 dense = weight.detach()
-                sparse = _soft(dense, alpha) if exponent == 1.0 else power(dense, alpha, exponent)
-                self.factor = make_factor(dense, sparse)
-        sparse_: Tensor = _Apply.apply(
-            weight, alpha, self.shape, self.factor, self.straight_through
-        )
-        return sparse_
+                sparse = _thresholded(dense, alpha, self.shape)
+                self.factor = SHAPES[self.shape][1](dense, sparse)
+        found: Tensor = _Apply.apply(weight, alpha, self.shape, self.factor, self.straight_through)
+        return found
 
 
 @dataclass(frozen=True)
@@ -173,7 +164,7 @@ class Shaped(Adaptive):
     """
 
     reach: float | None = math.inf
-    shape: str = "soft"
+    shape: str = "soft, magnitude of the layer"
     renewed: str = "step"
 
     def controller(

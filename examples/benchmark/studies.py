@@ -51,7 +51,7 @@ _SPARSITIES = (0.9, 0.98, 0.95)  # the most important first
 #: The lines of the reported half, relative to `ROOT`.
 REPORTED_FILE = "docs/results/reported.jsonl"
 
-#: The baselines that are run at every sparsity; the others were far behind at 90 %.
+#: The baselines that are run at every sparsity; the others are run at 90 % only.
 STRONG = (
     *("Taylor", "ST-3", "Feather", "GraNet", "RigL", "AC/DC", "Top-KAST", "STR", "IMP"),
     "global magnitude",

@@ -214,7 +214,8 @@ class Subject(Run):
         with self.sparse.dense():
             for layer, alpha, mask in zip(self.layers, alphas, masks, strict=True):
                 layer.threshold.set_threshold(alpha)
-                layer.threshold.set_scale(scale)
+                if layer.threshold.reach == math.inf:
+                    layer.threshold.set_scale(scale)
                 layer.threshold.mask = mask
             self.sparse.fix(fixed)
 

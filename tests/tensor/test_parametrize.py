@@ -342,3 +342,13 @@ def test_the_parametrization_with_a_scale_is_what_parameters_hold(
     threshold.set_threshold(0.0)
     threshold._known = None
     assert torch.equal(threshold(weight), weight)
+
+
+@pytest.mark.parametrize("scale", [0.5, math.inf, math.nan])
+def test_a_scale_that_is_refused(scale: float) -> None:
+    threshold = SoftThreshold(0.5)
+    with pytest.raises(ValueError, match=rf"scale must be at least 1.*got scale={scale}"):
+        threshold.set_scale(scale)
+    assert threshold.scale == 1.0
+    with pytest.raises(ValueError, match=r"needs reach=math.inf; got scale=2.0 with reach=1.5"):
+        SoftThreshold(0.5, reach=1.5).set_scale(2.0)

@@ -31,7 +31,7 @@ __all__ = ["Adaptive", "AdaptiveController"]
 # Default of `position_power`.
 _POWER = 0.125
 # The largest scale: a threshold just below the largest weight leaves next to nothing.
-_MOST = 20.0
+_LARGEST_SCALE = 20.0
 # Magnitudes are summed as integers, in units of the layer's largest over this.
 _UNIT = 2.0**40
 
@@ -64,8 +64,9 @@ class Adaptive(Method):
         gradient: `"straight_through"`: pruned weights receive gradients until the schedule's
             `regrow_until`. `"mask"`: pruned weights never receive gradients, as in the paper.
         reach: If None, the remaining weights are shrunk by the threshold, and those of a layer
-            multiplied by a common factor, so that they keep the sum of their magnitudes; but no
-            weight is multiplied by more than 15/8. The factor is renewed when the thresholds move.
+            multiplied by a common factor, at most 20, that would keep the sum of their magnitudes;
+            but no weight is multiplied by more than 15/8. The factor is renewed when the thresholds
+            move.
             A number: the magnitude at which the shrinkage ends, in units of the threshold, without
             a factor; `math.inf` for the paper's soft threshold. See
             [`soft_threshold`][torch_adapmtl.soft_threshold].
@@ -254,7 +255,7 @@ class AdaptiveController(Controller):
         self.level.copy_(from_bits(self._solve(magnitudes.scaled(self._factors()), budget)))
         if self.method.reach is None:
             shares = shares_kept(magnitudes, self.thresholds())
-            self.scale.copy_(shares.reciprocal().clamp(1.0, _MOST))
+            self.scale.copy_(shares.reciprocal().clamp(1.0, _LARGEST_SCALE))
         self._set_thresholds()
 
     def _mobility(self, step: int) -> float:

@@ -72,7 +72,13 @@ def slopes(scale: float, alpha: float) -> tuple[float, float, float]:
 
 
 def rescaled(soft: Tensor, alpha: Tensor, scale: Tensor) -> Tensor:
-    """The same for a threshold and a scale that the host does not know; 0 changes nothing."""
+    """What `slopes` says, for a threshold and a scale that the host does not know.
+
+    Args:
+        soft: The soft-thresholded weight.
+        alpha: The threshold, 0-d; if it is zero, `soft` is returned as it is.
+        scale: The scale, 0-d, at least 1.
+    """
     scale = torch.where(alpha > 0, scale, 1.0)
     extra = (scale - _MOST).clamp(min=0.0)
     limit = _MOST * alpha / extra.clamp(min=1e-6)

@@ -317,11 +317,21 @@ class SoftThreshold(nn.Module):
     def set_scale(self, scale: float) -> None:
         """Set what the soft-thresholded weight is multiplied by, without waiting for the device.
 
-        No weight is multiplied by more than 15/8. The gradient passes as if nothing was multiplied.
+        [`Adaptive`][torch_adapmtl.Adaptive] does this in a run. No weight is multiplied by more
+        than 15/8. The gradient passes as if nothing was multiplied. The scale is not part of the
+        `state_dict`.
 
         Args:
-            scale: At least 1; of no effect while alpha is zero.
+            scale: At least 1, without unit; of no effect while alpha is zero.
+
+        Raises:
+            ValueError: If `scale` is below 1 or not finite, or `reach` is finite.
         """
+        if not 1.0 <= scale < math.inf or self.reach != math.inf:
+            raise ValueError(
+                f"scale must be at least 1 and finite, and needs reach=math.inf; got "
+                f"scale={scale!r} with reach={self.reach:g}"
+            )
         self.scale = scale
         if self._scale is None:
             self._scale = torch.ones((), device=self.alpha.device)

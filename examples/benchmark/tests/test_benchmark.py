@@ -368,11 +368,10 @@ _INPUTS = {
 
 
 @pytest.mark.parametrize("name", [*module.CHOOSING, *module.REPORTED])
-def test_losses_depend_on_the_weights_of_every_layer_from_the_start(name: str) -> None:
+def test_losses_depend_on_the_weights_from_the_start(name: str) -> None:
     # SNIP and DiSparse look at w * dL/dw before the first step.
     torch.manual_seed(0)
-    problem = PROBLEMS[name]
-    model = problem.make_model()
+    model = PROBLEMS[name].make_model()
     if name == "words":
         inputs = torch.randint(1, 28, (64, 16))
     else:
@@ -381,16 +380,19 @@ def test_losses_depend_on_the_weights_of_every_layer_from_the_start(name: str) -
         )
     outputs = model(inputs)
     torch.stack([out.square().sum() for out in outputs.values()]).sum().backward()
-    for weight, p in model.named_parameters():
-        assert p.ndim == 1 or p.grad is None or p.grad.any(), weight
+    weights = {n: p for n, p in model.named_parameters() if p.ndim > 1 and p.grad is not None}
+    for weight, p in weights.items():
+        assert p.grad is not None
+        assert p.grad.any(), weight
+    if name in module.COMPARISON:  # elsewhere ReLUs are off, or kernels are larger than their maps
+        unseen = sum(int((p.grad == 0).sum()) for p in weights.values() if p.grad is not None)
+        assert unseen < 0.02 * sum(p.numel() for p in weights.values())
 
 
-def test_no_family_is_in_both_halves() -> None:
+def test_no_problem_is_in_both_halves() -> None:
     assert not set(module.CHOOSING) & set(module.REPORTED)
     assert {*module.CHOOSING, *module.REPORTED} <= set(PROBLEMS)
-    assert len({*module.CHOOSING, *module.REPORTED}) >= 12
-    tasks = {len(PROBLEMS[name].make_tasks()) for name in module.REPORTED}
-    assert tasks == {3, 4, 5, 6}
+    assert set(module.COMPARISON) <= set(module.CHOOSING)  # defaults were chosen on these
 
 
 def test_a_pretrained_start_is_the_same_for_every_method(tiny: Any) -> None:
