@@ -20,6 +20,7 @@ from torch_adapmtl import (
     IterativeMagnitude,
     LAMPAllocation,
     Magnitude,
+    Paper,
     RigL,
     SparsitySchedule,
     StabilityWeighting,
@@ -33,8 +34,8 @@ __all__ = [
     "DENSE",
     "MACS",
     "METHODS",
+    "PAIRS",
     "SETTINGS",
-    "UNAIMED",
     "VARIANTS",
     "WEIGHTED",
 ]
@@ -86,7 +87,7 @@ BASELINES: Mapping[str, Callable[[Problem], Options]] = {
     # These shrink the remaining weights.
     "ST-3": lambda _: {"method": ST3()},
     "Feather": lambda _: {"method": Feather()},
-    # The pair was found for the thresholds of the paper's mechanism, which rise in the same way.
+    # The pair was found for the paper's thresholds, which rise in the same way.
     "STR": lambda problem: {"method": STR(problem.paper.start, problem.paper.weight_decay)},
 }
 
@@ -104,14 +105,8 @@ WEIGHTED: Mapping[str, Callable[[Problem], Options]] = {
 VARIANTS: Mapping[str, Callable[[Problem], Options]] = {
     OURS: _ours(),
     REGROW: _ours(schedule=SparsitySchedule(regrow_until=0.9)),
-    PUBLISHED: lambda problem: {
-        "method": problem.paper,
-        "weighting": "stability",
-    },
-    PUBLISHED_CODE: lambda problem: {
-        "method": problem.paper,
-        "weighting": "deviation",
-    },
+    PUBLISHED: lambda problem: {"method": problem.paper, "weighting": "stability"},
+    PUBLISHED_CODE: lambda problem: {"method": problem.paper, "weighting": "deviation"},
     EARLIER: _ours(reach=1.1),
     "adaptive, soft": _ours(reach=math.inf),
     "adaptive, common threshold": _ours(allocation="common"),
@@ -123,8 +118,16 @@ VARIANTS: Mapping[str, Callable[[Problem], Options]] = {
 }
 
 
-#: Methods whose sparsity at the end does not depend on the target.
-UNAIMED = (DENSE, PUBLISHED, PUBLISHED_CODE)
+def _published(start: float, weight_decay: float) -> Callable[[Problem], Options]:
+    return lambda _: {"method": Paper(start, weight_decay), "weighting": "stability"}
+
+
+#: The published algorithm with the pairs of start and decay that were tried, alike on all problems.
+PAIRS: Mapping[str, Callable[[Problem], Options]] = {
+    f"{PUBLISHED}, start {start:g}, decay {decay:g}": _published(start, decay)
+    for start in (-6.0, -5.0, -4.0, -3.0)
+    for decay in (0.1, 1.0)
+}
 
 
 def _weighting(window: float, start: float) -> Callable[[Problem], Options]:
@@ -190,6 +193,7 @@ METHODS: Mapping[str, Callable[[Problem], Options]] = {
     **BASELINES,
     **WEIGHTED,
     **VARIANTS,
+    **PAIRS,
     **SETTINGS,
     **MACS,
     **CANDIDATES,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from examples.benchmark.data import Data, Samples, Streamed
 from examples.benchmark.problem import Problem
+from torch_adapmtl import Paper
 from torch_adapmtl.datasets import NYUv2, RandomFlip, RandomScaleCrop, Rooms, TinyTaskonomy
 from torch_adapmtl.models import (
     ASPPHead,
@@ -70,6 +71,7 @@ def paper_problem(
         steps=20_000,
         batch=16,
         lr=1e-3,
+        paper=Paper(),
     )
 
 

@@ -46,10 +46,6 @@ REPORTED: tuple[str, ...] = (
     *("sprites unet", "sprites vit", "sprites regnet", "sprites vgg", "tabular", "signals"),
 )
 
-# Each `paper` is the pair with the best Delta_T, with seed 0, of those that ended within two points
-# of 90 % in runs of twice the length (docs/results/later.jsonl has all that were tried). Other nets
-# take that of the same data; sprites and tabular take that of Rooms, and signals that of digits.
-
 #: The problems of the small preset, by name: those of the suite, a wide net, pairs of the tasks of
 #: Rooms.
 PROBLEMS: Mapping[str, Problem] = {

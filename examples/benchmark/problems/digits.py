@@ -9,7 +9,6 @@ from torch import nn
 from examples.benchmark.data import Samples
 from examples.benchmark.problem import Problem
 from examples.benchmark.problems.resnet import resnet18
-from torch_adapmtl import Paper
 from torch_adapmtl.datasets import MultiDigits
 from torch_adapmtl.models import (
     ClassificationHead,
@@ -87,7 +86,6 @@ def _digits(name: str, make_encoder: Callable[[], nn.Module], *, steps: int, lr:
         steps=steps,
         batch=32,
         lr=lr,
-        paper=Paper(start=-2.75),
     )
 
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from examples.benchmark.data import Samples
 from examples.benchmark.problem import Problem
 from examples.benchmark.problems.resnet import resnet18
-from torch_adapmtl import Paper
 from torch_adapmtl.datasets import Rooms
 from torch_adapmtl.models import ASPPHead, DenseHead, MultiTaskModel, feature_channels
 from torch_adapmtl.tasks import Depth, Map, Normals, Segmentation, Task
@@ -66,7 +65,6 @@ def _rooms(
         lambda: {task: _ROOM_TASKS[task]() for task in tasks},
         steps=250,
         batch=12,
-        paper=Paper(start=-6.0, weight_decay=1.0),
     )
 
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from examples.benchmark.data import Samples
 from examples.benchmark.problem import Problem
-from torch_adapmtl import Paper
 from torch_adapmtl.tasks import Classification, Regression
 
 __all__ = ["SignalModel", "signals"]
@@ -88,6 +87,5 @@ def signals() -> Problem:
         steps=500,
         batch=48,
         lr=3e-3,
-        paper=Paper(start=-2.75),
         prunable={nn.GRU: "weight_*"},
     )

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from examples.benchmark.data import Samples
 from examples.benchmark.problem import Problem
-from torch_adapmtl import Paper
 from torch_adapmtl.tasks import Classification, Regression
 
 __all__ = ["TEACHERS", "TabularModel", "TeacherModel", "tabular", "teachers"]
@@ -59,7 +58,6 @@ def teachers() -> Problem:
         lambda: {task: Regression() for task in TEACHERS},
         steps=1000,
         batch=64,
-        paper=Paper(start=-8.0, weight_decay=1.0),
     )
 
 
@@ -144,7 +142,6 @@ def tabular() -> Problem:
         steps=600,
         batch=128,
         lr=1e-3,
-        paper=Paper(start=-6.0, weight_decay=1.0),
     )
 
 

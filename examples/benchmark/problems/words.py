@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from examples.benchmark.data import Samples
 from examples.benchmark.problem import Problem
-from torch_adapmtl import Paper
 from torch_adapmtl.datasets import Words
 from torch_adapmtl.tasks import Classification
 
@@ -71,5 +70,4 @@ def words() -> Problem:
         steps=500,
         batch=64,
         lr=1e-3,
-        paper=Paper(start=-2.75),
     )
