@@ -107,6 +107,7 @@ def prepare(net: nn.Module, **options: Any) -> Pruner:
     defaults: dict[str, Any] = {
         "target_sparsity": TARGET, "total_steps": STEPS, "example_inputs": torch.ones(2, 6),
         "method": Adaptive(schedule=SparsitySchedule(start=0.0, end=0.5)),
+        "weighting": "stability",  # which has a state
     }  # fmt: skip
     return apply_adapmtl(net, **{**defaults, **COMMON, **options})
 

@@ -61,7 +61,8 @@ def fit(module: Any, folder: Path, steps: int, accumulate: int = 1, **options: A
 
     callback = AdapMTLCallback(
         **{"target_sparsity": 0.8, "method": Adaptive(schedule=EARLY),
-           "example_inputs": torch.ones(2, 6), **options.pop("callback", {})},
+           "weighting": "stability", "example_inputs": torch.ones(2, 6),
+           **options.pop("callback", {})},
     )  # fmt: skip
     trainer = pl.Trainer(
         max_steps=steps, accelerator="cpu", accumulate_grad_batches=accumulate, logger=False,

@@ -48,8 +48,16 @@ class Bag(nn.Module):
 
 
 def prepare(model: nn.Module, **options: Any) -> Pruner:
-    """`apply_adapmtl` with what `TwoTasks` needs; settings of `Adaptive` are taken directly."""
-    defaults = {"target_sparsity": 0.8, "total_steps": 20, "example_inputs": torch.ones(2, 6)}
+    """`apply_adapmtl` with what `TwoTasks` needs; settings of `Adaptive` are taken directly.
+
+    The task losses are weighted by their stability, the weighting that has a state.
+    """
+    defaults = {
+        "target_sparsity": 0.8,
+        "total_steps": 20,
+        "example_inputs": torch.ones(2, 6),
+        "weighting": "stability",
+    }
     settings = {f.name for f in dataclasses.fields(Adaptive)} & options.keys()
     if settings:
         options["method"] = Adaptive(**{name: options.pop(name) for name in settings})

@@ -10,11 +10,11 @@ from __future__ import annotations
 from examples.benchmark.data import Data, Samples, Streamed
 from examples.benchmark.figures import allocation_figure, tradeoff_figure
 from examples.benchmark.lines import provenance, read
-from examples.benchmark.methods import BASELINES, DENSE, METHODS, SETTINGS, VARIANTS
+from examples.benchmark.methods import BASELINES, CANDIDATES, DENSE, METHODS, VARIANTS
 from examples.benchmark.page import fill
 from examples.benchmark.paper_scale import ENCODERS, paper_problem
 from examples.benchmark.problem import Problem
-from examples.benchmark.problems import COMPARISON, OTHERS, PROBLEMS, find_problem
+from examples.benchmark.problems import CHOOSING, PROBLEMS, REPORTED, find_problem
 from examples.benchmark.problems.tables import TEACHERS
 from examples.benchmark.runs import evaluate, run, settings
 from examples.benchmark.studies import STUDIES, study
@@ -23,7 +23,6 @@ from examples.benchmark.tables import (
     better_table,
     delta_table,
     difference_table,
-    margin_table,
     metric_tables,
     order_table,
     overview_table,
@@ -32,13 +31,13 @@ from examples.benchmark.tables import (
 
 __all__ = [
     "BASELINES",
-    "COMPARISON",
+    "CANDIDATES",
+    "CHOOSING",
     "DENSE",
     "ENCODERS",
     "METHODS",
-    "OTHERS",
     "PROBLEMS",
-    "SETTINGS",
+    "REPORTED",
     "STUDIES",
     "TEACHERS",
     "VARIANTS",
@@ -58,7 +57,6 @@ __all__ = [
     "fill",
     "find_problem",
     "margin",
-    "margin_table",
     "metric_tables",
     "order_table",
     "overview_table",

@@ -66,8 +66,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--seeds",
         nargs="+",
         type=int,
-        default=[3, 4, 5],
-        help="default: 3 4 5; the library's defaults were chosen with 0 and 1",
+        help="default: the study's, 3 4 5; the library's defaults were chosen with 0 to 2",
     )
     parser.add_argument("--out", help="file to which lines are added")
     parser.add_argument("--steps", type=int, help="optimizer steps; default: the problem's")
@@ -98,7 +97,7 @@ def _paper_scale(args: argparse.Namespace) -> bool:
 
 
 def chosen_runs(args: argparse.Namespace) -> dict[str, Any]:
-    """Problems, methods, sparsities and output file: the study's, unless options replace them."""
+    """Problems, methods, sparsities, seeds and file: the study's, unless options replace them."""
     chosen = dict(STUDIES[args.study or ("paper" if args.preset == "paper" else "choosing")])
     chosen["out"] = str(ROOT / chosen["out"])
     if args.preset == "paper":
@@ -107,10 +106,10 @@ def chosen_runs(args: argparse.Namespace) -> dict[str, Any]:
         ]
     if args.quick:
         chosen.update(problems=["digits"], methods=[DENSE, OURS, "Taylor"], sparsities=[0.9])
-        args.seeds, args.steps = [0], 3
+        chosen["seeds"], args.steps = [0], 3
     replaced = {
         name: value
-        for name in ("problems", "methods", "sparsities", "out")
+        for name in ("problems", "methods", "sparsities", "seeds", "out")
         if (value := getattr(args, name)) is not None
     }
     # Only runs as the results page has them go into its files.
@@ -135,7 +134,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         study(
             **chosen,
-            seeds=args.seeds,
             steps=args.steps,
             jobs=args.jobs,
             device=args.device,

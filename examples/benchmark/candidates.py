@@ -1,4 +1,4 @@
-"""Candidates for the default method: other functions between the soft and the hard threshold.
+"""Candidates for the default method: other shapes of the sparse weight, and other floors.
 
 They are tried on the choosing half of the suite only. What won became the default of the library;
 the others stay here, so that the lines of `docs/results/candidates.jsonl` can be made again.
@@ -7,7 +7,8 @@ the others stay here, so that the lines of `docs/results/candidates.jsonl` can b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from torch_adapmtl import Adaptive
+from torch_adapmtl.budget import density
+from torch_adapmtl.budget.solver import Bounds
 from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.methods.adaptive import AdaptiveController
 from torch_adapmtl.tensor import SoftThreshold
 from torch_adapmtl.tensor.shapes import power
 
-__all__ = ["SHAPES", "Shaped"]
+__all__ = ["SHAPES", "Floored", "Shaped"]
 
 # The largest factor.
 _MOST = 20.0
@@ -82,6 +85,7 @@ SHAPES: Mapping[str, tuple[float, Factor]] = {
     "soft, magnitude of the layer, at most 2": (1.0, _at_most_2),
     "soft, magnitude of the layer, doubled at most": (1.0, _by_layer),
     "soft, norm of the layer": (1.0, _by_layer_squared),
+    "soft, norm of the layer, doubled at most": (1.0, _by_layer_squared),
     "soft, ST-3's factor": (1.0, _st3),
     "soft, norm of all weights": (1.0, _whole_layer),
     "power 3": (3.0, _nothing),
@@ -184,3 +188,41 @@ class Shaped(Adaptive):
             threshold.mask = layer.threshold.mask
             layer.threshold = threshold.to(layer.weight.device, layer.weight.dtype)
         return controller
+
+
+class _FlooredController(AdaptiveController):
+    method: Floored
+
+    def _bound(self, masked: list[int], target_sparsity: float) -> None:
+        with self._other_floor():
+            super()._bound(masked, target_sparsity)
+
+    def _bounds(self, budget: float) -> Bounds:
+        with self._other_floor():
+            return super()._bounds(budget)
+
+    @contextmanager
+    def _other_floor(self) -> Iterator[None]:
+        known = density._LAYER_FLOOR
+        density._LAYER_FLOOR = self.method.floor
+        try:
+            yield
+        finally:
+            density._LAYER_FLOOR = known
+
+
+@dataclass(frozen=True)
+class Floored(Adaptive):
+    """The default method with another smallest density of a layer.
+
+    Args:
+        floor: Share of the average density that each layer keeps.
+    """
+
+    floor: float = 0.1
+
+    def controller(
+        self, layers: Layers, model: nn.Module, *, target_sparsity: float, total_steps: int
+    ) -> AdaptiveController:
+        """Make the controller."""
+        return _FlooredController(self, layers, target_sparsity, total_steps)

@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for problem, sparsities in WEIGHTS.items():
             common: Any = {"problems": [problem], "seeds": [seed], "out": args.out}
             common["steps"] = args.steps
-            study(methods=[DENSE, *MACS], sparsities=[1 - LEFT[0]], **common)
+            study(methods=[DENSE, MACS], sparsities=[1 - LEFT[0]], **common)
             study(methods=[OURS], sparsities=sparsities, **common)
     print(equal_work_table(read(args.out)))
 

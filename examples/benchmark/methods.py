@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from examples.benchmark.candidates import SHAPES, Shaped
+from examples.benchmark.candidates import SHAPES, Floored, Shaped
 from examples.benchmark.problem import Problem
 from torch_adapmtl import (
     ACDC,
@@ -20,10 +20,10 @@ from torch_adapmtl import (
     IterativeMagnitude,
     LAMPAllocation,
     Magnitude,
+    Method,
     Paper,
     RigL,
     SparsitySchedule,
-    StabilityWeighting,
     Taylor,
     TopKAST,
 )
@@ -32,10 +32,8 @@ __all__ = [
     "BASELINES",
     "CANDIDATES",
     "DENSE",
-    "MACS",
     "METHODS",
     "PAIRS",
-    "SETTINGS",
     "VARIANTS",
     "WEIGHTED",
 ]
@@ -48,24 +46,28 @@ DENSE = "dense"
 #: The library's default method, which is not the published algorithm.
 OURS = "adaptive (ours)"
 
-#: The same, but pruned weights learn until the zeros are fixed.
-REGROW = "adaptive, regrow until 90 %"
+#: The same with a firm threshold, and without a scale.
+FIRM = "adaptive, firm"
 
-#: The same with the threshold that was the default before: firm, and without a scale.
-EARLIER = "adaptive, firm"
+#: The same with the task weights of the paper.
+STABLE = "adaptive, stability weights"
+
+#: The same with a budget of multiply-adds.
+MACS = "adaptive, macs"
 
 #: The algorithm of the AdapMTL paper.
 PUBLISHED = "AdapMTL as published"
 
-#: The same with the task weights of the authors' code, which differ from those of the paper's text.
-PUBLISHED_CODE = "AdapMTL as published, code's weighting"
-
 _ONCE = SparsitySchedule(start=0.5, end=0.5)
 
 
-def _ours(weighting: str = "stability", **changed: Any) -> Callable[[Problem], Options]:
+def _of(method: Method, weighting: str = "equal") -> Callable[[Problem], Options]:
+    return lambda _: {"weighting": weighting, "method": method}
+
+
+def _ours(weighting: str = Adaptive.weighting, **changed: Any) -> Callable[[Problem], Options]:
     """The library's defaults, but for what is given."""
-    return lambda _: {"weighting": weighting, "method": Adaptive(**changed)}
+    return _of(Adaptive(**changed), weighting)
 
 
 #: Methods of others, with equal task weights.
@@ -96,94 +98,50 @@ def _weighted(make: Callable[[Problem], Options]) -> Callable[[Problem], Options
     return lambda problem: {**make(problem), "weighting": "stability"}
 
 
-#: The same with the task weights of the default method.
+#: The same with the task weights of the paper.
 WEIGHTED: Mapping[str, Callable[[Problem], Options]] = {
     f"{name}, stability weights": _weighted(make) for name, make in BASELINES.items()
 }
 
-#: The default method, the published algorithm, and the default with one or two parts changed.
+#: The default method, the published algorithm, and the default with one part changed.
 VARIANTS: Mapping[str, Callable[[Problem], Options]] = {
     OURS: _ours(),
-    REGROW: _ours(schedule=SparsitySchedule(regrow_until=0.9)),
     PUBLISHED: lambda problem: {"method": problem.paper, "weighting": "stability"},
-    PUBLISHED_CODE: lambda problem: {"method": problem.paper, "weighting": "deviation"},
-    EARLIER: _ours(reach=1.1),
+    FIRM: _ours(reach=1.1),
     "adaptive, soft": _ours(reach=math.inf),
     "adaptive, common threshold": _ours(allocation="common"),
     "adaptive, by sensitivity": _ours(allocation="sensitivity"),
     "adaptive, by gradient": _ours(allocation="gradient"),
-    "adaptive, equal weights": _ours("equal"),
-    "adaptive, common threshold, equal weights": _ours("equal", allocation="common"),
+    "adaptive, by component": _ours(granularity="component"),
+    "adaptive, masked gradient": _ours(gradient="mask"),
+    "adaptive, fixed at 50 %": _ours(schedule=SparsitySchedule(fix_at=0.5)),
+    STABLE: _ours("stability"),
     "adaptive, code's weighting": _ours("deviation"),
+    MACS: lambda problem: {**_ours()(problem), "count": "macs"},
 }
-
-
-def _published(start: float, weight_decay: float) -> Callable[[Problem], Options]:
-    return lambda _: {"method": Paper(start, weight_decay), "weighting": "stability"}
 
 
 #: The published algorithm with the pairs of start and decay that were tried, alike on all problems.
 PAIRS: Mapping[str, Callable[[Problem], Options]] = {
-    f"{PUBLISHED}, start {start:g}, decay {decay:g}": _published(start, decay)
-    for start in (-6.0, -5.0, -4.0, -3.0)
+    f"{PUBLISHED}, start {start:g}, decay {decay:g}": _of(Paper(start, decay), "stability")
+    for start in (-6.0, -5.0, -4.0)
     for decay in (0.1, 1.0)
 }
 
 
-def _weighting(window: float, start: float) -> Callable[[Problem], Options]:
-    """The window and the start of the default weighting multiplied."""
-
-    def make(problem: Problem) -> Options:
-        weighting = StabilityWeighting(
-            list(problem.make_tasks()),
-            window=round(window * max(10, min(500, problem.steps // 40))),
-            start=round(start * (problem.steps // 4)),
-        )
-        return {"weighting": weighting, "method": Adaptive()}
-
-    return make
-
-
-#: The default method with one number changed.
-SETTINGS: Mapping[str, Callable[[Problem], Options]] = {
-    "window x 1/2": _weighting(0.5, 1),
-    "window x 4": _weighting(4, 1),
-    "weighting from the start": _weighting(1, 0),
-    "weighting from half the run": _weighting(1, 2),
-    "pruning from 0 %": _ours(schedule=SparsitySchedule(start=0.0)),
-    "pruning from 20 %": _ours(schedule=SparsitySchedule(start=0.2)),
-    "pruned by 35 %": _ours(schedule=SparsitySchedule(end=0.35)),
-    "pruned by 65 %": _ours(schedule=SparsitySchedule(end=0.65)),
-    "fixed at 50 %": _ours(schedule=SparsitySchedule(fix_at=0.5)),
-    "regrow until 50 %": _ours(schedule=SparsitySchedule(regrow_until=0.5)),
-    "rate 0.1": _ours(allocation=LAMPAllocation(rate=0.1)),
-    "rate 1": _ours(allocation=LAMPAllocation(rate=1.0)),
-    "strength 0.5": _ours(allocation=LAMPAllocation(strength=0.5)),
-    "strength 1": _ours(allocation=LAMPAllocation(strength=1.0)),
-    "by component": _ours(granularity="component"),
-    "reach 1.5": _ours(reach=1.5),
-    "mask gradient": _ours(gradient="mask"),
-}
-
-#: The default method with a budget of multiply-adds, and powers of the positions.
-MACS: Mapping[str, Callable[[Problem], Options]] = {
-    f"adaptive, macs, power {power}": lambda problem, power=power: {  # type: ignore[misc]
-        **_ours(position_power=power)(problem),
-        "count": "macs",
-    }
-    for power in (0.25, 0.125, 0.5)
-}
-
-
-def _shaped(shape: str, **changed: Any) -> Callable[[Problem], Options]:
-    return lambda _: {"weighting": "stability", "method": Shaped(shape=shape, **changed)}
-
-
-#: Candidates for the default method.
+#: Candidates for the default method, with equal task weights and with the stability weighting.
 CANDIDATES: Mapping[str, Callable[[Problem], Options]] = {
-    **{shape: _shaped(shape) for shape in SHAPES},
-    "soft, magnitude of the layer, at updates": _shaped(
-        "soft, magnitude of the layer", renewed="updates"
+    "norm of the layer": _of(Shaped(shape="soft, norm of the layer, doubled at most")),
+    "floor 0.25": _of(Floored(floor=0.25)),
+    "floor 0.5": _of(Floored(floor=0.5)),
+    "strength 0.5": _ours(allocation=LAMPAllocation(strength=0.5)),
+    "firm": _ours("stability", reach=1.1),
+    "strength 1": _ours("stability", allocation=LAMPAllocation(strength=1.0)),
+    "pruned by 65 %": _ours("stability", schedule=SparsitySchedule(end=0.65)),
+    "regrow until 90 %": _ours("stability", schedule=SparsitySchedule(regrow_until=0.9)),
+    **{shape: _of(Shaped(shape=shape), "stability") for shape in SHAPES},
+    "soft, magnitude of the layer, at updates": _of(
+        Shaped(shape="soft, magnitude of the layer", renewed="updates"), "stability"
     ),
 }
 
@@ -194,7 +152,5 @@ METHODS: Mapping[str, Callable[[Problem], Options]] = {
     **WEIGHTED,
     **VARIANTS,
     **PAIRS,
-    **SETTINGS,
-    **MACS,
     **CANDIDATES,
 }

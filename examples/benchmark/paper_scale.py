@@ -71,6 +71,7 @@ def paper_problem(
         steps=20_000,
         batch=16,
         lr=1e-3,
+        threshold_lr=2e-2,
         paper=Paper(),
     )
 

@@ -20,7 +20,7 @@ from typing import Any
 from examples.benchmark.figures import allocation_figure, tradeoff_figure
 from examples.benchmark.lines import provenance, read
 from examples.benchmark.macs import equal_work_table
-from examples.benchmark.methods import BASELINES, DENSE, METHODS, OURS, PUBLISHED
+from examples.benchmark.methods import BASELINES, DENSE, FIRM, METHODS, OURS, PUBLISHED, STABLE
 from examples.benchmark.page import fill
 from examples.benchmark.problems import PROBLEMS
 from examples.benchmark.problems.tables import TEACHERS
@@ -30,36 +30,25 @@ from examples.benchmark.tables import (
     better_table,
     delta_table,
     difference_table,
-    margin_table,
     metric_tables,
     order_table,
     overview_table,
     paper_table,
+    rank_table,
+    suite_table,
+    weighting_table,
 )
 
 FOLDER = ROOT / "docs" / "results"
 PAGES = (FOLDER.with_suffix(".md"), ROOT / "README.md")
-# How far the default method should be ahead of the best baseline, in points, by sparsity; set
-# before the first run.
-AIMS = {0.8: 0.0, 0.9: 2.0, 0.95: 0.0, 0.97: 5.0}
-# What the figures show.
-DRAWN = (
-    *(OURS, PUBLISHED, "Taylor", "global magnitude", "SNIP", "DiSparse dynamic"),
-    *("IMP", "uniform magnitude"),
-)
-ALLOCATED = DRAWN[:6]
-# The ablation: on all problems of the comparison, and settings that were varied on two of them.
+SPARSITIES = (0.9, 0.95, 0.98)
+# What the page's figure shows.
+DRAWN = (OURS, PUBLISHED, "Taylor", "ST-3", "Feather", "RigL", "IMP", "global magnitude")
+# The default with one part changed.
 ABLATION = (
-    PUBLISHED,
-    "adaptive, common threshold",
-    "adaptive, by sensitivity",
-    "adaptive, by gradient",
-    "adaptive, equal weights",
-    "adaptive, code's weighting",
-    "adaptive, common threshold, equal weights",
-    "adaptive, fixed at 70 %",
+    *(FIRM, "adaptive, soft", "adaptive, common threshold", "adaptive, by component"),
+    *("adaptive, masked gradient", "adaptive, fixed at 50 %", STABLE, "adaptive, code's weighting"),
 )
-VARIED = ("fixed at 50 %", "mask gradient", "reach inf", "by component")
 
 Lines = Sequence[Mapping[str, Any]]
 
@@ -76,22 +65,27 @@ def ordered_rows(lines: Lines) -> list[Row]:
 def blocks(lines: Mapping[str, Lines]) -> dict[str, Callable[[], str]]:
     """What makes each block of the pages, from lines by the name of their file."""
     rows = {name: ordered_rows(lines[name]) for name in lines}
-    comparison, eight = rows["comparison"], [*rows["comparison"], *rows["others"]]
-    methods = (*BASELINES, OURS, PUBLISHED)
+    reported, choosing = rows["reported"], rows["choosing"]
+    shown = (*BASELINES, OURS, PUBLISHED)
     return {
         "runs": lambda: _overall(lines),
-        "comparison: margin": lambda: margin_table(comparison, AIMS),
-        "at 90 %": lambda: overview_table([row for row in eight if row.method in methods], 0.9),
-        "comparison: ablation": lambda: difference_table(comparison, ABLATION, (0.9, 0.97)),
-        "settings: ablation": lambda: difference_table(rows["settings"], VARIED, (0.95,)),
+        "reported: margin": lambda: suite_table(reported, SPARSITIES),
+        "reported: ranks": lambda: rank_table(reported, SPARSITIES),
+        "reported: at 90 %": lambda: overview_table(
+            [row for row in reported if row.method in shown], 0.9
+        ),
+        "reported: weighting": lambda: weighting_table(reported, 0.9),
+        "reported: better": lambda: better_table(reported, (0.9, 0.98)),
+        "choosing: margin": lambda: suite_table(choosing, SPARSITIES),
+        "choosing: ranks": lambda: rank_table(choosing, SPARSITIES),
+        "ablation": lambda: difference_table(rows["ablation"], ABLATION, (0.9, 0.98)),
         "macs": lambda: equal_work_table(lines["macs"]),
-        "better": lambda: better_table([*eight, *rows["sensitivities"]], (0.9, 0.97)),
     }
 
 
 def _overall(lines: Mapping[str, Lines]) -> str:
     """What all studies of the page took together."""
-    pages = ("comparison", "others", "sensitivities", "settings", "macs")
+    pages = ("reported", "choosing", "ablation", "macs")
     return provenance([run for name in pages for run in lines[name]])
 
 
@@ -108,7 +102,7 @@ def all_tables(name: str, lines: Lines) -> str:
     sparsities = sorted({row.sparsity for row in pruned})
     parts = [f"# {name}", provenance(lines)]
     if any(row.method == OURS for row in pruned) and any(r.method in BASELINES for r in pruned):
-        parts.append(margin_table(rows, {s: AIMS.get(s) for s in sparsities}))
+        parts.append(suite_table(rows, sparsities))
     for sparsity in sparsities:
         parts += [f"## At {100 * sparsity:g} %", overview_table(rows, sparsity)]
         if any((row.method, row.sparsity) == (OURS, sparsity) for row in pruned):
@@ -168,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.lines and not args.lines.is_file():
         parser.error(f"--lines {args.lines}: there is no such file")
     lines = {args.lines.stem: read(args.lines)} if args.lines else committed()
-    rows = ordered_rows(lines[args.lines.stem if args.lines else "comparison"])
+    rows = ordered_rows(lines[args.lines.stem if args.lines else "reported"])
     methods = list(dict.fromkeys(row.method for row in rows if row.delta is not None))
     if not methods:
         parser.error(
@@ -190,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sparsities = sorted({row.sparsity for row in rows if row.delta is not None})
         draw(rows, methods, methods, sparsities, args.tables or args.lines.parent)
     elif args.figures:
-        draw(rows, DRAWN, ALLOCATED, (0.9,), args.tables or FOLDER)
+        draw(rows, DRAWN, (), (), args.tables or FOLDER)
 
 
 if __name__ == "__main__":

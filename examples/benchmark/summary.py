@@ -217,12 +217,10 @@ class Margin:
     Attributes:
         rival: The best of the others, by its mean over the same seeds.
         ahead: The difference of the two Delta_T, seed by seed, in points; negative if behind.
-        left_out: Those of the others without a run for each of the method's seeds.
     """
 
     rival: str
     ahead: Estimate
-    left_out: tuple[str, ...]
 
 
 def margin(
@@ -240,7 +238,6 @@ def margin(
     Returns:
         The margin, or None if there are no runs to compare.
     """
-    others = tuple(others)
     here = {row.method: row for row in rows if row.problem == problem and row.sparsity == sparsity}
     row = here.get(method)
     rivals = [
@@ -252,4 +249,4 @@ def margin(
         return None
     ahead = {rival.method: Estimate.of(differences(row, rival)) for rival in rivals}
     best = min(ahead, key=lambda name: ahead[name].mean)
-    return Margin(best, ahead[best], tuple(name for name in others if name not in ahead))
+    return Margin(best, ahead[best])

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from examples.benchmark.methods import BASELINES, DENSE, METHODS, OURS, PUBLISHED
+from examples.benchmark.methods import BASELINES, DENSE, METHODS, OURS, STABLE
 from examples.benchmark.ranking import mean_margin, mean_ranks, scores
 from examples.benchmark.summary import Estimate, Row, differences, margin
 
@@ -15,13 +15,13 @@ __all__ = [
     "better_table",
     "delta_table",
     "difference_table",
-    "margin_table",
     "metric_tables",
     "order_table",
     "overview_table",
     "paper_table",
     "rank_table",
     "suite_table",
+    "weighting_table",
 ]
 
 Column: TypeAlias = str | float
@@ -68,56 +68,6 @@ def _deltas(
     methods = _methods(cells.values())
     body = [[method, *(text(method, column) for column in columns)] for method in methods]
     return _table([corner, *map(label, columns)], body)
-
-
-def margin_table(
-    rows: Sequence[Row], aims: Mapping[float, float | None], method: str = OURS
-) -> str:
-    """How far a method is ahead of the best baseline (named), by problem and sparsity.
-
-    The last column has how far it is ahead of the published algorithm; in brackets, the sparsity at
-    which that one ended.
-
-    Args:
-        rows: What `summarize` returned.
-        aims: By sparsity the points to be ahead by, or None; a margin of at least that is in bold.
-        method: The method.
-    """
-    rivals = [name for name in BASELINES if any(row.method == name for row in rows)]
-    published = next((row.sparsity for row in rows if row.method == PUBLISHED), None)
-    body, incomplete = [], set()
-    for problem in dict.fromkeys(row.problem for row in rows):
-        cells = [problem]
-        for sparsity, aim in aims.items():
-            ahead = margin(rows, method, rivals, problem=problem, sparsity=sparsity)
-            if ahead is None:
-                cells.append("")
-                continue
-            incomplete |= {(name, sparsity) for name in ahead.left_out}
-            text = ahead.ahead.format("+.2f")
-            reached = aim is not None and ahead.ahead.mean >= aim
-            cells.append(f"{f'**{text}**' if reached else text} ({ahead.rival})")
-        if published is not None:
-            row = _row(rows, PUBLISHED, problem, published)
-            ahead = margin(rows, method, [PUBLISHED], problem=problem, sparsity=published)
-            cells.append(ahead.ahead.format("+.2f") + _reached(row) if ahead and row else "")
-        body.append(cells)
-    header = [f"{method} minus the best baseline"]
-    header += [
-        _percent(sparsity) + ("" if aim is None else f" (aim: {aim:g})")
-        for sparsity, aim in aims.items()
-    ]
-    if published is not None:
-        header.append(f"{_percent(published)}, minus {PUBLISHED}")
-    table = _table(header, body)
-    missing = [
-        f"{name} at {', '.join(_percent(s) for other, s in sorted(incomplete) if other == name)}"
-        for name in rivals
-        if any(other == name for other, _ in incomplete)
-    ]
-    if not missing:
-        return table
-    return f"{table}\n\nNot all seeds or problems have been run yet of: {'; '.join(missing)}."
 
 
 def suite_table(rows: Sequence[Row], sparsities: Sequence[float], method: str = OURS) -> str:
@@ -169,6 +119,31 @@ def rank_table(rows: Sequence[Row], sparsities: Sequence[float], method: str = O
     ]
     header = [f"{_percent(s)} (of {len(c)})" for s, c in zip(sparsities, columns, strict=True)]
     return _table(["mean rank", *header], body)
+
+
+def weighting_table(rows: Sequence[Row], sparsity: float) -> str:
+    """What the stability weighting is worth under each method, over the problems.
+
+    Delta_T with equal task weights and with the stability weighting, the mean over the problems
+    that have both; and their difference with its bootstrap interval of 95 %.
+
+    Args:
+        rows: What `summarize` returned.
+        sparsity: At which sparsity, as a fraction.
+    """
+    pairs = {name: (name, f"{name}, stability weights") for name in BASELINES}
+    pairs[OURS] = OURS, STABLE
+    body = []
+    for name, (equal, weighted) in pairs.items():
+        found = scores(rows, (equal, weighted), sparsity)
+        if not found:
+            continue
+        means = [
+            sum(sum(found[p][m].values()) / len(found[p][m]) for p in found) / len(found)
+            for m in (equal, weighted)
+        ]
+        body.append([name, *(f"{mean:+.1f}" for mean in means), str(mean_margin(found, weighted))])
+    return _table(["", "equal weights", "stability weights", "difference"], body)
 
 
 def _complete(rows: Iterable[Row], problems: Sequence[str], sparsity: float) -> list[str]:

@@ -442,6 +442,7 @@ def test_tasks_that_take_turns_are_not_unseen() -> None:
         total_steps=400,
         example_inputs=torch.ones(1, 4),
         task_outputs={task: lambda out, i=i: out[:, i] for i, task in enumerate(tasks)},
+        weighting="stability",
     )
     assert isinstance(pruner.weighting, StabilityWeighting)
     assert pruner.weighting.window == 10

@@ -74,6 +74,7 @@ def test_tasks_with_batches_of_their_own(order: str, allocation: Any) -> None:
         total_steps=48,
         task_inputs=INPUTS,
         method=Adaptive(schedule=EARLY, allocation=allocation),
+        weighting="stability",
     )
     optimizer = torch.optim.Adam(pruner.param_groups(lr=3e-2))
     first = {task: own_loss(model, task, 0).item() for task in INPUTS}

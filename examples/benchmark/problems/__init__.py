@@ -20,15 +20,7 @@ from examples.benchmark.problems.sprites import sprites_problems
 from examples.benchmark.problems.tables import tabular, teachers
 from examples.benchmark.problems.words import WordModel, words
 
-__all__ = ["CHOOSING", "COMPARISON", "OTHERS", "PROBLEMS", "REPORTED", "WordModel", "find_problem"]
-
-#: The problems of the first comparison.
-COMPARISON: tuple[str, ...] = ("rooms3", "rooms5", "digits", "words")
-
-#: Other nets: one as over-parameterised as a CPU allows, one of depthwise convolutions with light
-#: heads, one with layer norms, and a perceptron of which two tasks can hardly be learned. LAMP's
-#: strength was chosen on the second, nothing on the others.
-OTHERS: tuple[str, ...] = ("rooms3 wide", "rooms3 mobilenet", "digits convnext", "tabular")
+__all__ = ["CHOOSING", "PROBLEMS", "REPORTED", "WordModel", "find_problem"]
 
 #: The problems that defaults are chosen on, by family: residual convolutions, depthwise
 #: convolutions, a text transformer, and a plain perceptron.

