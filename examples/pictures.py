@@ -65,7 +65,7 @@ def main() -> None:
     steps, examples = (10, 1_000) if args.quick else (args.steps, 10_000)
 
     model = make_model(0)
-    pruner = apply_adapmtl(model, target_sparsity=0.9, total_steps=steps)
+    pruner = apply_adapmtl(model, target_sparsity=0.9, total_steps=steps, weighting="stability")
     train(model, MultiDigits("train", size=examples), steps, 0, pruner)
 
     figures = {

@@ -16,12 +16,14 @@ from torch.nn.utils import prune
 from toys import TwoTasks, prepare, tensors, train, weights, zeros
 
 from torch_adapmtl import (
+    Magnitude,
     Paper,
     SparsitySchedule,
     apply_adapmtl,
     find_components,
     soft_threshold_unstructured,
 )
+from torch_adapmtl.weighting._make import make_weighting
 
 V, T, R = ValueError, TypeError, RuntimeError
 NAN, INF = float("nan"), float("inf")
@@ -162,6 +164,31 @@ def _half_attached() -> tuple[Any, dict[str, Tensor], dict[str, type]]:
     with pytest.raises(TypeError, match="missing 1 required keyword-only argument: 'key'"):
         prepare(model, method=Paper())  # which attaches parametrizations
     return model, before, classes
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "found"),
+    [
+        ("adaptive", None, "equal"),
+        (Magnitude(), None, "equal"),
+        ("paper", None, "stability"),
+        (Paper(start=-4.0), None, "stability"),
+        ("paper", "equal", "equal"),
+        ("adaptive", "stability", "stability"),
+    ],
+)
+def test_the_weighting_is_that_of_the_paper_only_with_its_method(
+    method: Any, given: Any, found: str
+) -> None:
+    model = nn.Linear(4, 2)
+    pruner = apply_adapmtl(
+        model, target_sparsity=0.5, total_steps=40, example_inputs=torch.ones(2, 4),
+        task_outputs={"a": lambda out: out[:, 0], "b": lambda out: out[:, 1]},
+        method=method, weighting=given,
+    )  # fmt: skip
+    expected = make_weighting(found, pruner.tasks, 40)
+    assert type(pruner.weighting) is type(expected)
+    assert pruner.weighting.config() == expected.config()
 
 
 def test_a_failure_while_attaching_is_undone() -> None:

@@ -1,4 +1,4 @@
-"""Sparse multi-task models: adaptive soft thresholds, an exact budget, adaptive task weights."""
+"""Sparse multi-task models: adaptive soft thresholds, an exact budget, task weights."""
 
 from __future__ import annotations
 

@@ -94,8 +94,8 @@ def apply_adapmtl(
         weighting: How the task losses are weighted: `"stability"` (the paper's text: a stable loss
             gets more weight), `"deviation"` (the authors' code: a fluctuating loss gets more),
             `"equal"`, a mapping from task to a fixed weight, a callable from losses to weights, or
-            a [`LossWeighting`][torch_adapmtl.LossWeighting]. If None, as the method says:
-            `"stability"` with `Paper()`, else `"equal"`.
+            a [`LossWeighting`][torch_adapmtl.LossWeighting]. If None, it is `"stability"` with
+            [`Paper()`][torch_adapmtl.Paper], else `"equal"`.
         groups: The components, where you choose them yourself. This and the next five arguments
             are passed to [`find_components`][torch_adapmtl.find_components], which documents them.
         example_inputs: The inputs of one call of the model. Not needed for models with a timm or
@@ -178,9 +178,9 @@ def apply_adapmtl(
         counted,
     )
     layers.check_ties()
-    losses = make_weighting(
-        method.weighting if weighting is None else weighting, components.tasks, total_steps
-    )
+    if weighting is None:
+        weighting = "stability" if isinstance(method, Paper) else "equal"
+    losses = make_weighting(weighting, components.tasks, total_steps)
     config: dict[str, Any] = {
         "method": as_json(method.config(), "method"),
         "weighting": as_json(losses.config(), "weighting"),

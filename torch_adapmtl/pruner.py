@@ -164,7 +164,7 @@ class Pruner(nn.Module):
     # --- in the training loop ---------------------------------------------------------------------
 
     def loss(self, losses: Mapping[str, Tensor | None]) -> Tensor:
-        """Weight the task losses and sum them (AdapMTL, Section 3, adaptive weighting).
+        """Weight the task losses, as `weighting` of `apply_adapmtl` says, and sum them.
 
         Args:
             losses: The loss of each task, a 0-d tensor. A task that is absent or None is skipped. A
@@ -723,7 +723,7 @@ class Pruner(nn.Module):
         report = self.report()
         for text in self._model_watch.look(self._model, self.layers):
             warnings.warn(text, stacklevel=3)
-        adaptive = isinstance(self.weighting, StabilityWeighting)  # others are the user's choice
+        adaptive = isinstance(self.weighting, StabilityWeighting)  # others are constant or chosen
         texts = signs(
             report,
             self.weighting.record,

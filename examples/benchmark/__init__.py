@@ -27,6 +27,9 @@ from examples.benchmark.tables import (
     order_table,
     overview_table,
     paper_table,
+    rank_table,
+    suite_table,
+    weighting_table,
 )
 
 __all__ = [
@@ -63,10 +66,13 @@ __all__ = [
     "paper_problem",
     "paper_table",
     "provenance",
+    "rank_table",
     "read",
     "run",
     "settings",
     "study",
+    "suite_table",
     "summarize",
     "tradeoff_figure",
+    "weighting_table",
 ]

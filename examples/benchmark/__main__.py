@@ -66,7 +66,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--seeds",
         nargs="+",
         type=int,
-        help="default: the study's, 3 4 5; the library's defaults were chosen with 0 to 2",
+        help="default: the study's, mostly 3 4 5; the library's defaults were chosen with 0 to 2",
     )
     parser.add_argument("--out", help="file to which lines are added")
     parser.add_argument("--steps", type=int, help="optimizer steps; default: the problem's")

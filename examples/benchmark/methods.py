@@ -65,32 +65,35 @@ def _of(method: Method, weighting: str = "equal") -> Callable[[Problem], Options
     return lambda _: {"weighting": weighting, "method": method}
 
 
-def _ours(weighting: str = Adaptive.weighting, **changed: Any) -> Callable[[Problem], Options]:
+def _ours(weighting: str = "equal", **changed: Any) -> Callable[[Problem], Options]:
     """The library's defaults, but for what is given."""
     return _of(Adaptive(**changed), weighting)
 
 
 #: Methods of others, with equal task weights.
 BASELINES: Mapping[str, Callable[[Problem], Options]] = {
-    "uniform magnitude": lambda _: {"method": Magnitude("uniform")},
-    "global magnitude": lambda _: {"method": Magnitude()},
-    "one-shot": lambda _: {"method": Magnitude(schedule=_ONCE)},
-    "IMP": lambda _: {"method": IterativeMagnitude()},
-    "LTH": lambda _: {"method": IterativeMagnitude(rounds=1, rewind=True)},
-    "SNIP": lambda _: {"method": SNIP()},
-    "DiSparse": lambda _: {"method": DiSparse()},
-    "DiSparse dynamic": lambda _: {"method": DiSparse(dynamic=True)},
-    "Taylor": lambda _: {"method": Taylor()},
+    "uniform magnitude": _of(Magnitude("uniform")),
+    "global magnitude": _of(Magnitude()),
+    "one-shot": _of(Magnitude(schedule=_ONCE)),
+    "IMP": _of(IterativeMagnitude()),
+    "LTH": _of(IterativeMagnitude(rounds=1, rewind=True)),
+    "SNIP": _of(SNIP()),
+    "DiSparse": _of(DiSparse()),
+    "DiSparse dynamic": _of(DiSparse(dynamic=True)),
+    "Taylor": _of(Taylor()),
     # These train sparse.
-    "RigL": lambda _: {"method": RigL()},
-    "AC/DC": lambda _: {"method": ACDC()},
-    "GraNet": lambda _: {"method": GraNet()},
-    "Top-KAST": lambda _: {"method": TopKAST()},
+    "RigL": _of(RigL()),
+    "AC/DC": _of(ACDC()),
+    "GraNet": _of(GraNet()),
+    "Top-KAST": _of(TopKAST()),
     # These shrink the remaining weights.
-    "ST-3": lambda _: {"method": ST3()},
-    "Feather": lambda _: {"method": Feather()},
+    "ST-3": _of(ST3()),
+    "Feather": _of(Feather()),
     # The pair was found for the paper's thresholds, which rise in the same way.
-    "STR": lambda problem: {"method": STR(problem.paper.start, problem.paper.weight_decay)},
+    "STR": lambda problem: {
+        "method": STR(problem.paper.start, problem.paper.weight_decay),
+        "weighting": "equal",
+    },
 }
 
 
@@ -124,17 +127,19 @@ VARIANTS: Mapping[str, Callable[[Problem], Options]] = {
 #: The published algorithm with the pairs of start and decay that were tried, alike on all problems.
 PAIRS: Mapping[str, Callable[[Problem], Options]] = {
     f"{PUBLISHED}, start {start:g}, decay {decay:g}": _of(Paper(start, decay), "stability")
-    for start in (-6.0, -5.0, -4.0)
+    for start in (-6.0, -5.0)
     for decay in (0.1, 1.0)
 }
 
 
-#: Candidates for the default method, with equal task weights and with the stability weighting.
+#: Candidates for the default method.
 CANDIDATES: Mapping[str, Callable[[Problem], Options]] = {
+    # With equal task weights.
     "norm of the layer": _of(Shaped(shape="soft, norm of the layer, doubled at most")),
     "floor 0.25": _of(Floored(floor=0.25)),
     "floor 0.5": _of(Floored(floor=0.5)),
     "strength 0.5": _ours(allocation=LAMPAllocation(strength=0.5)),
+    # With the stability weighting, which was the default before.
     "firm": _ours("stability", reach=1.1),
     "strength 1": _ours("stability", allocation=LAMPAllocation(strength=1.0)),
     "pruned by 65 %": _ours("stability", schedule=SparsitySchedule(end=0.65)),

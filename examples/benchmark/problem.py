@@ -15,7 +15,7 @@ from torch_adapmtl.tasks import Task
 __all__ = ["Problem"]
 
 
-# Of six pairs, that with the best mean Delta_T on the problems to choose on
+# Of four pairs, the best on the problems to choose on of those that end near the target
 # (docs/results/published.jsonl).
 _PAPER = Paper(start=-6.0, weight_decay=1.0)
 

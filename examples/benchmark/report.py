@@ -20,11 +20,11 @@ from typing import Any
 from examples.benchmark.figures import allocation_figure, tradeoff_figure
 from examples.benchmark.lines import provenance, read
 from examples.benchmark.macs import equal_work_table
-from examples.benchmark.methods import BASELINES, DENSE, FIRM, METHODS, OURS, PUBLISHED, STABLE
+from examples.benchmark.methods import BASELINES, DENSE, METHODS, OURS, PUBLISHED
 from examples.benchmark.page import fill
 from examples.benchmark.problems import PROBLEMS
 from examples.benchmark.problems.tables import TEACHERS
-from examples.benchmark.studies import ROOT
+from examples.benchmark.studies import ABLATION, ROOT, STUDIES
 from examples.benchmark.summary import Row, summarize
 from examples.benchmark.tables import (
     better_table,
@@ -44,11 +44,6 @@ PAGES = (FOLDER.with_suffix(".md"), ROOT / "README.md")
 SPARSITIES = (0.9, 0.95, 0.98)
 # What the page's figure shows.
 DRAWN = (OURS, PUBLISHED, "Taylor", "ST-3", "Feather", "RigL", "IMP", "global magnitude")
-# The default with one part changed.
-ABLATION = (
-    *(FIRM, "adaptive, soft", "adaptive, common threshold", "adaptive, by component"),
-    *("adaptive, masked gradient", "adaptive, fixed at 50 %", STABLE, "adaptive, code's weighting"),
-)
 
 Lines = Sequence[Mapping[str, Any]]
 
@@ -64,8 +59,7 @@ def ordered_rows(lines: Lines) -> list[Row]:
 
 def blocks(lines: Mapping[str, Lines]) -> dict[str, Callable[[], str]]:
     """What makes each block of the pages, from lines by the name of their file."""
-    rows = {name: ordered_rows(lines[name]) for name in lines}
-    reported, choosing = rows["reported"], rows["choosing"]
+    reported, choosing = (ordered_rows(lines.get(name, ())) for name in ("reported", "choosing"))
     shown = (*BASELINES, OURS, PUBLISHED)
     return {
         "runs": lambda: _overall(lines),
@@ -78,15 +72,19 @@ def blocks(lines: Mapping[str, Lines]) -> dict[str, Callable[[], str]]:
         "reported: better": lambda: better_table(reported, (0.9, 0.98)),
         "choosing: margin": lambda: suite_table(choosing, SPARSITIES),
         "choosing: ranks": lambda: rank_table(choosing, SPARSITIES),
-        "ablation": lambda: difference_table(rows["ablation"], ABLATION, (0.9, 0.98)),
-        "macs": lambda: equal_work_table(lines["macs"]),
+        "ablation": lambda: difference_table(
+            [row for row in choosing if row.problem in STUDIES["ablation"]["problems"]],
+            ABLATION,
+            (0.9, 0.98),
+        ),
+        "macs": lambda: equal_work_table(lines.get("macs", ())),
     }
 
 
 def _overall(lines: Mapping[str, Lines]) -> str:
     """What all studies of the page took together."""
-    pages = ("reported", "choosing", "ablation", "macs")
-    return provenance([run for name in pages for run in lines[name]])
+    pages = ("reported", "choosing", "macs")
+    return provenance([run for name in pages for run in lines.get(name, ())])
 
 
 def committed() -> dict[str, list[dict[str, Any]]]:
@@ -162,11 +160,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.lines and not args.lines.is_file():
         parser.error(f"--lines {args.lines}: there is no such file")
     lines = {args.lines.stem: read(args.lines)} if args.lines else committed()
-    rows = ordered_rows(lines[args.lines.stem if args.lines else "reported"])
+    rows = ordered_rows(lines.get(args.lines.stem if args.lines else "reported", ()))
     methods = list(dict.fromkeys(row.method for row in rows if row.delta is not None))
     if not methods:
         parser.error(
-            f"--lines {args.lines}: no run there can be compared with a dense run of its seed"
+            f"{args.lines or FOLDER}: no run there can be compared with a dense run of its seed"
         )
 
     if args.tables:

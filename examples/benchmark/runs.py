@@ -22,7 +22,15 @@ import torch_adapmtl
 from examples.benchmark.data import Data
 from examples.benchmark.methods import DENSE, METHODS
 from examples.benchmark.problem import Problem
-from torch_adapmtl import Adaptive, GradientAllocation, IterativeMagnitude, Pruner, apply_adapmtl
+from torch_adapmtl import (
+    STR,
+    Adaptive,
+    GradientAllocation,
+    IterativeMagnitude,
+    Paper,
+    Pruner,
+    apply_adapmtl,
+)
 from torch_adapmtl.run import Report
 from torch_adapmtl.weighting._make import make_weighting
 
@@ -278,10 +286,11 @@ def _data(load: Callable[[], tuple[Data, Data]], device: str) -> tuple[Data, Dat
 
 
 def _threshold_lr(problem: Problem, options: Mapping[str, Any]) -> float:
-    """The paper's thresholds need a high rate; offsets learned by gradient take the weights'."""
+    """0 if no threshold is trained; offsets learned by gradient take the rate of the weights."""
     method = options.get("method")
-    trained = isinstance(method, Adaptive) and isinstance(method.allocation, GradientAllocation)
-    return problem.lr if trained else problem.threshold_lr
+    if isinstance(method, Adaptive):
+        return problem.lr if isinstance(method.allocation, GradientAllocation) else 0.0
+    return problem.threshold_lr if isinstance(method, Paper | STR) else 0.0
 
 
 def _optimizer(

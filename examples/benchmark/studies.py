@@ -20,17 +20,19 @@ from examples.benchmark.lines import append, mend, read
 from examples.benchmark.methods import (
     BASELINES,
     DENSE,
+    FIRM,
     METHODS,
     OURS,
     PAIRS,
     PUBLISHED,
+    STABLE,
 )
 from examples.benchmark.paper_scale import ENCODERS
 from examples.benchmark.problem import Problem
 from examples.benchmark.problems import CHOOSING, REPORTED, find_problem
 from examples.benchmark.runs import machine, run, settings
 
-__all__ = ["REPORTED_FILE", "ROOT", "STUDIES", "check_release", "study"]
+__all__ = ["ABLATION", "REPORTED_FILE", "ROOT", "STUDIES", "check_release", "study"]
 
 #: The repository's root.
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,6 +58,11 @@ STRONG = (
     "global magnitude",
 )
 _OWN = (OURS, PUBLISHED)
+#: The default with one part changed.
+ABLATION = (
+    *(FIRM, "adaptive, soft", "adaptive, common threshold", "adaptive, by component"),
+    *("adaptive, masked gradient", "adaptive, fixed at 50 %", STABLE, "adaptive, code's weighting"),
+)
 
 
 def _halves(methods: Sequence[str], sparsities: Sequence[float]) -> dict[str, dict[str, Any]]:
@@ -84,6 +91,7 @@ STUDIES: Mapping[str, Mapping[str, Any]] = {
             DENSE,
             *(name for name in BASELINES if name not in STRONG),
             *(f"{name}, stability weights" for name in STRONG),
+            STABLE,
         ),
         "sparsities": (0.9,),
     },
@@ -91,6 +99,13 @@ STUDIES: Mapping[str, Mapping[str, Any]] = {
         **_MAIN["reported"],
         "methods": (DENSE, OURS, "Taylor", "ST-3", "Feather"),
         "sparsities": (0.8, 0.99),
+    },
+    "ablation": {
+        "problems": ("rooms3", "digits", "words", "teachers"),
+        "methods": (DENSE, OURS, *ABLATION),
+        "sparsities": (0.9, 0.98),
+        "seeds": (3, 4, 5),
+        "out": _MAIN["choosing"]["out"],
     },
     "published": {
         "problems": CHOOSING,

@@ -6,7 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,17 +27,11 @@ class Method(ABC):
     It holds settings and makes a [`Controller`][torch_adapmtl.Controller] for each run. Make a
     subclass a frozen dataclass: `config` then reads the settings from its fields.
 
-    Attributes:
-        weighting: How task losses are weighted if `apply_adapmtl` is not told: `"equal"`, but for
-            [`Paper`][torch_adapmtl.Paper].
-
     Example:
         >>> from torch_adapmtl import Adaptive, Method, SNIP
         >>> isinstance(Adaptive(), Method), SNIP(batches=2).config()
         (True, {'name': 'SNIP', 'batches': 2})
     """
-
-    weighting: ClassVar[Literal["stability", "deviation", "equal"]] = "equal"
 
     @abstractmethod
     def controller(

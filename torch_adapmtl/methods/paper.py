@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +34,8 @@ class Paper(Method):
     found for each model and each length of training, which is why this is not the default method.
     `finalize` warns if the target was missed, or exceeded by more than 1 % of the weights.
 
-    With it, the task losses are weighted by their stability, as in the paper, unless
-    `apply_adapmtl` is told otherwise.
+    With it, `apply_adapmtl` weights the task losses by their stability, as in the paper, unless
+    another `weighting` is passed.
 
     Args:
         start: Initial value of s; the authors suggest -20, for 20,000 steps. At this value the
@@ -56,8 +56,6 @@ class Paper(Method):
         >>> Paper(start=-8.0)
         Paper(start=-8.0, weight_decay=0.0001, gradient='mask')
     """
-
-    weighting: ClassVar[Literal["stability", "deviation", "equal"]] = "stability"
 
     start: float = -20.0
     weight_decay: float = 1e-4

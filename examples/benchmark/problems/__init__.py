@@ -1,7 +1,5 @@
 """The problems that methods are compared on, in sizes that a CPU core trains in half a minute.
 
-`rooms3 wide` takes a minute or two.
-
 The suite of the results page is split by family, before the first run of it, into problems that
 defaults are chosen on and problems that they are reported on.
 """
@@ -38,8 +36,7 @@ REPORTED: tuple[str, ...] = (
     *("sprites unet", "sprites vit", "sprites regnet", "sprites vgg", "tabular", "signals"),
 )
 
-#: The problems of the small preset, by name: those of the suite, a wide net, pairs of the tasks of
-#: Rooms.
+#: The problems of both halves, by name.
 PROBLEMS: Mapping[str, Problem] = {
     problem.name: problem
     for problem in (

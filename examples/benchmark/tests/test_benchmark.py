@@ -34,7 +34,7 @@ from examples.benchmark import (
     study,
 )
 from examples.benchmark import problems as module
-from examples.benchmark.methods import MACS, OURS, PAIRS, PUBLISHED
+from examples.benchmark.methods import FIRM, MACS, OURS, PAIRS, PUBLISHED, STABLE
 from examples.benchmark.problems import rooms as rooms_problems
 from torch_adapmtl import Adaptive, relative_performance
 from torch_adapmtl.datasets import Rooms, Words
@@ -108,7 +108,9 @@ def test_every_method_runs_and_is_exact(tiny: Any, method: str) -> None:
     assert settings(tiny, method, 0.9, 0).items() <= found.items()
     if method == MACS:
         assert found["macs_left"] == pytest.approx(0.1, abs=1e-3)
-    elif method not in (DENSE, PUBLISHED, *PAIRS):  # the target may be missed
+    elif method in (PUBLISHED, *PAIRS):  # which may miss the target
+        assert 0 <= found["zeros"] < found["weights"]
+    elif method != DENSE:
         assert found["zeros"] == round(0.9 * found["weights"])
         assert sum(found["components"].values()) > 0
 
@@ -388,7 +390,9 @@ def test_losses_depend_on_the_weights_from_the_start(name: str) -> None:
 
 def test_no_problem_is_in_both_halves() -> None:
     assert not set(module.CHOOSING) & set(module.REPORTED)
-    assert {*module.CHOOSING, *module.REPORTED} <= set(PROBLEMS)
+    assert len({*module.CHOOSING, *module.REPORTED} & set(PROBLEMS)) == 14
+    tasks = {len(PROBLEMS[name].make_tasks()) for name in (*module.CHOOSING, *module.REPORTED)}
+    assert tasks == {2, 3, 4, 5, 6}
 
 
 def test_a_pretrained_start_is_the_same_for_every_method(tiny: Any) -> None:
@@ -449,15 +453,15 @@ def test_a_line_holds_the_defaults(tiny: Any) -> None:
 
     default = config(OURS)
     assert default["method"] == Adaptive().config()
-    assert default["weighting"]["name"] == "StabilityWeighting"
-    assert json.loads(json.dumps(default)) == default
-    changed = config("reach 1.5")
-    assert changed["method"] == {**default["method"], "reach": 1.5}
-    assert changed["weighting"] == default["weighting"]
-    assert config("Taylor")["weighting"] == {
+    assert default["weighting"] == {
         "name": "FixedWeighting",
         "weights": dict.fromkeys(tiny.make_tasks(), 1.0),
     }
+    assert json.loads(json.dumps(default)) == default
+    changed = config(FIRM)
+    assert changed["method"] == {**default["method"], "reach": 1.1}
+    assert changed["weighting"] == default["weighting"] == config("Taylor")["weighting"]
+    assert config(STABLE)["weighting"]["name"] == "StabilityWeighting"
     assert config("adaptive, code's weighting")["weighting"]["direction"] == "deviating"
 
 

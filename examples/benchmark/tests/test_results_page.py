@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -71,17 +72,17 @@ def test_the_reported_half_is_not_run_again_with_other_defaults(
 
 
 def test_the_published_algorithm_has_the_best_pair_that_was_tried() -> None:
+    """Of those that end within five points of the target, in the mean over the problems."""
     rows = [row for row in summarize(read(report.FOLDER / "published.jsonl")) if row.delta]
-    problems = {row.problem for row in rows}
-    assert problems == set(CHOOSING)
-    found = {
-        pair: [row.delta.mean for row in rows if row.method == pair and row.delta]
-        for pair in PAIRS
-        if all(abs(row.reached.mean - row.sparsity) <= 0.05 for row in rows if row.method == pair)
-    }
+    found = {}
+    for pair in PAIRS:
+        own = [row for row in rows if row.method == pair]
+        assert {row.problem for row in own} == set(CHOOSING)
+        if fmean(abs(row.reached.mean - row.sparsity) for row in own) < 0.05:
+            found[pair] = fmean(row.delta.mean for row in own if row.delta)
     paper = find_problem("digits").paper
-    best = max(found, key=lambda pair: sum(found[pair]))
-    assert best == f"{PUBLISHED}, start {paper.start:g}, decay {paper.weight_decay:g}"
+    pair = f"{PUBLISHED}, start {paper.start:g}, decay {paper.weight_decay:g}"
+    assert max(found, key=found.__getitem__) == pair
     assert all(find_problem(name).paper == paper for name in (*CHOOSING, *REPORTED))
 
 
@@ -121,7 +122,7 @@ def test_all_tables_are_written_into_a_folder(
     pages = {path.stem: path.read_text(encoding="utf-8") for path in folder.glob("*.md")}
     assert pages.keys() == {"mine", *report.committed()}
     assert "seeds in order" in pages["default"]
-    assert report.blocks(report.committed())["reported: margin"]() in pages["reported"]
+    assert "minus the best baseline" in pages["reported"]
     assert {path.name for path in folder.glob("*.png")} == {"tradeoff.png"}
 
 
