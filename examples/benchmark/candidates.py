@@ -19,6 +19,8 @@ from torch_adapmtl import Adaptive
 from torch_adapmtl.budget import density
 from torch_adapmtl.budget.solver import Bounds
 from torch_adapmtl.layers.collection import Layers
+from torch_adapmtl.layers.layer import Layer
+from torch_adapmtl.methods._drop_and_grow import erk_numbers
 from torch_adapmtl.methods.adaptive import AdaptiveController
 from torch_adapmtl.tensor import SoftThreshold
 from torch_adapmtl.tensor.shapes import power
@@ -203,23 +205,33 @@ class _FlooredController(AdaptiveController):
 
     @contextmanager
     def _other_floor(self) -> Iterator[None]:
-        known = density._LAYER_FLOOR
-        density._LAYER_FLOOR = self.method.floor
+        known = density._LAYER_FLOOR, density._floor
+        layers = list(self.layers)
+        kept = round((1.0 - self.target_sparsity) * sum(self.layers.sizes))
+        numbers = erk_numbers([tuple(layer.weight.shape) for layer in layers], kept)
+        erk = {layer.name: number for layer, number in zip(layers, numbers, strict=True)}
+
+        def floor(layer: Layer, density: float) -> int:
+            return max(known[1](layer, density), int(self.method.erk * erk[layer.name]))
+
+        density._LAYER_FLOOR, density._floor = self.method.floor, floor
         try:
             yield
         finally:
-            density._LAYER_FLOOR = known
+            density._LAYER_FLOOR, density._floor = known
 
 
 @dataclass(frozen=True)
 class Floored(Adaptive):
-    """The default method with another smallest density of a layer.
+    """The default method with other smallest densities of a layer.
 
     Args:
         floor: Share of the average density that each layer keeps.
+        erk: Share that each layer keeps of what the Erdos-Renyi-Kernel rule would give it.
     """
 
     floor: float = 0.1
+    erk: float = 0.0
 
     def controller(
         self, layers: Layers, model: nn.Module, *, target_sparsity: float, total_steps: int

@@ -138,6 +138,13 @@ CANDIDATES: Mapping[str, Callable[[Problem], Options]] = {
     "norm of the layer": _of(Shaped(shape="soft, norm of the layer, doubled at most")),
     "floor 0.25": _of(Floored(floor=0.25)),
     "floor 0.5": _of(Floored(floor=0.5)),
+    "ERK 0.25": _of(Floored(erk=0.25)),
+    "ERK 0.5": _of(Floored(erk=0.5)),
+    "ERK 0.75": _of(Floored(erk=0.75)),
+    "ERK 0.5, pruned by 20 %": _of(Floored(erk=0.5, schedule=SparsitySchedule(start=0.0, end=0.2))),
+    "pruned by 20 %": _ours(schedule=SparsitySchedule(start=0.0, end=0.2)),
+    "pruned by 35 %": _ours(schedule=SparsitySchedule(start=0.0, end=0.35)),
+    "pruned by 70 %": _ours(schedule=SparsitySchedule(end=0.7)),
     "strength 0.5": _ours(allocation=LAMPAllocation(strength=0.5)),
     # With the stability weighting, which was the default before.
     "firm": _ours("stability", reach=1.1),
