@@ -1,4 +1,4 @@
-"""Candidates for the default method: other shapes of the sparse weight, and other floors.
+"""Candidates for the default method: other shapes of the sparse weight.
 
 They are tried on the choosing half of the suite only. What won became the default of the library;
 the others stay here, so that the lines of `docs/results/candidates.jsonl` can be made again.
@@ -7,8 +7,7 @@ the others stay here, so that the lines of `docs/results/candidates.jsonl` can b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,16 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from torch_adapmtl import Adaptive
-from torch_adapmtl.budget import density
-from torch_adapmtl.budget.solver import Bounds
 from torch_adapmtl.layers.collection import Layers
-from torch_adapmtl.layers.layer import Layer
-from torch_adapmtl.methods._drop_and_grow import erk_numbers
 from torch_adapmtl.methods.adaptive import AdaptiveController
 from torch_adapmtl.tensor import SoftThreshold
 from torch_adapmtl.tensor.shapes import power
 
-__all__ = ["SHAPES", "Floored", "Shaped"]
+__all__ = ["SHAPES", "Shaped"]
 
 # The largest factor.
 _MOST = 20.0
@@ -190,51 +185,3 @@ class Shaped(Adaptive):
             threshold.mask = layer.threshold.mask
             layer.threshold = threshold.to(layer.weight.device, layer.weight.dtype)
         return controller
-
-
-class _FlooredController(AdaptiveController):
-    method: Floored
-
-    def _bound(self, masked: list[int], target_sparsity: float) -> None:
-        with self._other_floor():
-            super()._bound(masked, target_sparsity)
-
-    def _bounds(self, budget: float) -> Bounds:
-        with self._other_floor():
-            return super()._bounds(budget)
-
-    @contextmanager
-    def _other_floor(self) -> Iterator[None]:
-        known = density._LAYER_FLOOR, density._floor
-        layers = list(self.layers)
-        kept = round((1.0 - self.target_sparsity) * sum(self.layers.sizes))
-        numbers = erk_numbers([tuple(layer.weight.shape) for layer in layers], kept)
-        erk = {layer.name: number for layer, number in zip(layers, numbers, strict=True)}
-
-        def floor(layer: Layer, density: float) -> int:
-            return max(known[1](layer, density), int(self.method.erk * erk[layer.name]))
-
-        density._LAYER_FLOOR, density._floor = self.method.floor, floor
-        try:
-            yield
-        finally:
-            density._LAYER_FLOOR, density._floor = known
-
-
-@dataclass(frozen=True)
-class Floored(Adaptive):
-    """The default method with other smallest densities of a layer.
-
-    Args:
-        floor: Share of the average density that each layer keeps.
-        erk: Share that each layer keeps of what the Erdos-Renyi-Kernel rule would give it.
-    """
-
-    floor: float = 0.1
-    erk: float = 0.0
-
-    def controller(
-        self, layers: Layers, model: nn.Module, *, target_sparsity: float, total_steps: int
-    ) -> AdaptiveController:
-        """Make the controller."""
-        return _FlooredController(self, layers, target_sparsity, total_steps)

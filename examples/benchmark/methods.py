@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from examples.benchmark.candidates import SHAPES, Floored, Shaped
+from examples.benchmark.candidates import SHAPES, Shaped
 from examples.benchmark.problem import Problem
 from torch_adapmtl import (
     ACDC,
@@ -136,12 +136,6 @@ PAIRS: Mapping[str, Callable[[Problem], Options]] = {
 CANDIDATES: Mapping[str, Callable[[Problem], Options]] = {
     # With equal task weights.
     "norm of the layer": _of(Shaped(shape="soft, norm of the layer, doubled at most")),
-    "floor 0.25": _of(Floored(floor=0.25)),
-    "floor 0.5": _of(Floored(floor=0.5)),
-    "ERK 0.25": _of(Floored(erk=0.25)),
-    "ERK 0.5": _of(Floored(erk=0.5)),
-    "ERK 0.75": _of(Floored(erk=0.75)),
-    "ERK 0.5, pruned by 20 %": _of(Floored(erk=0.5, schedule=SparsitySchedule(start=0.0, end=0.2))),
     "pruned by 20 %": _ours(schedule=SparsitySchedule(start=0.0, end=0.2)),
     "pruned by 35 %": _ours(schedule=SparsitySchedule(start=0.0, end=0.35)),
     "pruned by 70 %": _ours(schedule=SparsitySchedule(end=0.7)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import Any, TypeAlias
 
 from examples.benchmark.methods import BASELINES, DENSE, METHODS, OURS, STABLE
@@ -74,7 +75,8 @@ def suite_table(rows: Sequence[Row], sparsities: Sequence[float], method: str = 
     """How far a method is ahead of the best baseline (named) of each problem, and on average.
 
     The last line has the mean over the problems, and its bootstrap interval of 95 %. A column
-    compares the baselines that were run on all problems at its sparsity.
+    compares the baselines that were run on all problems at its sparsity. A note names those that
+    lack some of the method's runs.
 
     Args:
         rows: What `summarize` returned.
@@ -92,7 +94,16 @@ def suite_table(rows: Sequence[Row], sparsities: Sequence[float], method: str = 
         found = scores(rows, [method, *rivals], sparsity)
         means.append(f"**{mean_margin(found, method)}**" if found and rivals else "")
     header = [f"{method} minus the best baseline", *map(_percent, sparsities)]
-    return _table(header, [*body, means])
+    table = _table(header, [*body, means])
+    missing = [
+        f"{name} at {_percent(sparsity)}"
+        for sparsity in sparsities
+        for name in BASELINES
+        if _lacks(rows, name, method, sparsity)
+    ]
+    if not missing:
+        return table
+    return f"{table}\n\nNot all seeds or problems have been run yet of: {', '.join(missing)}."
 
 
 def rank_table(rows: Sequence[Row], sparsities: Sequence[float], method: str = OURS) -> str:
@@ -139,11 +150,19 @@ def weighting_table(rows: Sequence[Row], sparsity: float) -> str:
         if not found:
             continue
         means = [
-            sum(sum(found[p][m].values()) / len(found[p][m]) for p in found) / len(found)
+            fmean(fmean(by_method[m].values()) for by_method in found.values())
             for m in (equal, weighted)
         ]
         body.append([name, *(f"{mean:+.1f}" for mean in means), str(mean_margin(found, weighted))])
     return _table(["", "equal weights", "stability weights", "difference"], body)
+
+
+def _lacks(rows: Iterable[Row], name: str, method: str, sparsity: float) -> bool:
+    """Whether some runs of `name` at a sparsity are there, but not all that a method has."""
+    here = [row for row in rows if row.sparsity == sparsity]
+    own = {(row.problem, seed) for row in here if row.method == name for seed in row.seeds}
+    wanted = {(row.problem, seed) for row in here if row.method == method for seed in row.seeds}
+    return bool(own) and not wanted <= own
 
 
 def _complete(rows: Iterable[Row], problems: Sequence[str], sparsity: float) -> list[str]:

@@ -64,6 +64,16 @@ def test_only_whole_studies_go_into_the_committed_lines() -> None:
     assert out("--quick", "--out", "mine.jsonl") == "mine.jsonl"
 
 
+def test_seeds_are_those_of_the_study_unless_given() -> None:
+    def seeds(*options: str) -> list[int]:
+        return list(chosen_runs(arguments(options))["seeds"])
+
+    assert seeds("--study", "published") == [0]
+    assert seeds("--study", "reported") == [3, 4, 5]
+    assert seeds("--study", "reported", "--seeds", "4") == [4]
+    assert seeds("--quick") == [0]
+
+
 def test_the_paper_preset_is_for_a_gpu(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -100,7 +100,12 @@ def test_the_tables_of_a_suite() -> None:
         "| p | +1.00 ± 0.00 (Taylor) | +1.00 ± 0.00 (Taylor) |",
         "| q | -1.00 ± 0.00 (Taylor) | -1.00 ± 0.00 (Taylor) |",
         "| mean | **+0.00 [-1.00, +1.00]** | **+0.00 [-1.00, +1.00]** |",
+        "",
+        "Not all seeds or problems have been run yet of: SNIP at 98 %.",
     ]
+    assert "Not all" not in suite_table(rows, (0.9,))
+    more = [*rows, row("r", OURS, 0.9, {3: 1.0, 4: 1.0}), row("r", "Taylor", 0.9, {3: 0.0})]
+    assert suite_table(more, (0.9,)).endswith("yet of: SNIP at 90 %, Taylor at 90 %.")
     assert rank_table(rows, (0.9, 0.98)).splitlines() == [
         "| mean rank | 90 % (of 3) | 98 % (of 2) |",
         "| --- | ---: | ---: |",
