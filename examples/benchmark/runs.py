@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,6 +28,7 @@ from torch_adapmtl import (
     Adaptive,
     GradientAllocation,
     IterativeMagnitude,
+    Method,
     Paper,
     Pruner,
     apply_adapmtl,
@@ -52,7 +54,7 @@ def settings(
     """What decides a run's outcome, as JSON can hold it: runs of equal settings are one run.
 
     The defaults of the library are among them, so that a line made before a default changed is
-    known.
+    known. An end of the schedule that depends on the sparsity is written as its number.
 
     Args:
         problem: What on.
@@ -73,7 +75,10 @@ def settings(
     if method != DENSE:
         tasks = list(problem.make_tasks())
         weighting = make_weighting(chosen["weighting"], tasks, problem.steps)
-        config = {"method": chosen["method"].config(), "weighting": weighting.config()}
+        config = {
+            "method": _at(chosen["method"], sparsity).config(),
+            "weighting": weighting.config(),
+        }
         if "count" in chosen:
             config["count"] = chosen["count"]
     return {
@@ -91,6 +96,16 @@ def settings(
         "device": torch.device(device).type,
         "bf16": bf16,
     }
+
+
+def _at(method: Method, sparsity: float) -> Method:
+    """The method with the end of its schedule as a number."""
+    schedule = getattr(method, "schedule", None)
+    if schedule is None or schedule.end is not None:
+        return method
+    with_end = replace(schedule, end=schedule.end_at(sparsity))
+    changed: Method = replace(method, schedule=with_end)  # type: ignore[type-var]
+    return changed
 
 
 def _options(problem: Problem, method: str, options: Mapping[str, Any] | None) -> dict[str, Any]:

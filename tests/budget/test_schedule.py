@@ -28,7 +28,9 @@ IN_ORDER = "0 <= start <= end <= 1"
         ({"end": 1.5}, V, "start and end", "end=1.5", IN_ORDER),
         ({"end": NAN}, V, "start and end", "end=nan", IN_ORDER),
         ({"start": "soon"}, T, "start", "'soon'", "be a number"),
-        ({"end": None}, T, "end", "None", "be a number"),
+        ({"end": "soon"}, T, "end", "'soon'", "be a number"),
+        ({"start": None}, T, "start", "None", "be a number"),
+        ({"start": 0.6}, V, "start and end", "start=0.6, end=0.5", IN_ORDER),
         ({"fix_at": 0.4}, V, "fix_at", "got 0.4", "between end=0.5 and 1"),
         ({"fix_at": NAN}, V, "fix_at", "got nan", "between end=0.5 and 1"),
         ({"fix_at": True}, T, "fix_at", "True", "be a number"),
@@ -82,9 +84,33 @@ def test_is_in_order_or_refused(
     assert schedule.regrow_until is not None
     assert end <= schedule.regrow_until <= schedule.fix_at == last <= 1
     assert end * 100 <= schedule.fix_step(100) <= 100
-    learning = [schedule.regrows(step, 100) for step in range(101)]
+    learning = [schedule.regrows(step, 100, 0.99) for step in range(101)]
     assert learning == sorted(learning, reverse=True)
     assert abs(sum(learning) - 100 * schedule.regrow_until) <= 1
+
+
+@given(
+    start=st.floats(0, 0.5),
+    fix_at=st.none() | st.floats(0.5, 1),
+    target=st.floats(0, 1, exclude_max=True),
+    total=st.integers(1, 200),
+)
+def test_an_end_that_is_not_given_depends_on_the_target_only_above_95_percent(
+    start: float, fix_at: float | None, target: float, total: int
+) -> None:
+    schedule = SparsitySchedule(start=start, fix_at=fix_at)
+    percent = max(0.0, 100 * target - 95)
+    end = max(start, 0.5 - 0.05 * percent)
+    assert schedule.end_at(target) == pytest.approx(end)
+    given_end = SparsitySchedule(start=start, end=schedule.end_at(target), fix_at=fix_at)
+    assert schedule.fix_at == given_end.fix_at
+    for step in range(total + 1):
+        assert schedule(step, total, target) == given_end(step, total, target)
+        assert schedule.regrows(step, total, target) == given_end.regrows(step, total, target)
+
+
+def test_an_end_that_is_given_holds_for_every_target() -> None:
+    assert SparsitySchedule(end=0.5).end_at(0.99) == 0.5
 
 
 SHAPES = {
@@ -130,7 +156,7 @@ def test_numbers_of_numpy_are_numbers(kind: Any) -> None:
         start=kind(0.25), end=kind(0.5), fix_at=kind(1), regrow_until=kind(1), initial=kind(0)
     )
     assert schedule == SparsitySchedule(start=0.25, end=0.5, fix_at=1.0, regrow_until=1.0)
-    assert repr(schedule) == repr(SparsitySchedule(start=0.25, fix_at=1.0, regrow_until=1.0))
+    assert repr(schedule) == repr(SparsitySchedule(start=0.25, end=0.5, fix_at=1.0, regrow_until=1.0))
 
 
 def test_equal_schedules_say_the_same() -> None:

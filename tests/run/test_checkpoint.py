@@ -76,7 +76,7 @@ DAMAGED = "load another checkpoint"
 ALIKE = "prepare it alike"
 STATES = [
     running("another end of a baseline", foreign(method=Magnitude(schedule=EARLY)), V,
-            "method.schedule.end=0.3", "method.schedule.end=0.5", ALIKE,
+            "method.schedule.end=0.3", "method.schedule.end=None", ALIKE,
             options={"method": Magnitude()}),
     running("another scope of a baseline", foreign(method=Magnitude("uniform")), V,
             "method.scope='uniform'", "method.scope='global'", ALIKE,
@@ -102,7 +102,7 @@ STATES = [
         ("another strength", foreign(allocation=LAMPAllocation(strength=0.25)),
          "method.allocation.strength=0.25", "method.allocation.strength=", ALIKE),
         ("another schedule", foreign(schedule=SparsitySchedule(end=0.3, regrow_until=0.7)),
-         "method.schedule.end=0.3", "method.schedule.end=0.5", ALIKE),
+         "method.schedule.end=0.3", "method.schedule.end=None", ALIKE),
         ("another reach", foreign(reach=2.0), "method.reach=2.0", "method.reach=None", ALIKE),
         ("another floor", foreign(min_density=0.01), "method.min_density=0.01",
          "method.min_density=None", ALIKE),
@@ -203,7 +203,9 @@ ALIKE_RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         {
             "target_sparsity": 0.8,
-            "method": Adaptive(reach=2, min_density={"a": 0.25}),
+            "method": Adaptive(
+                schedule=SparsitySchedule(end=0.5), reach=2, min_density={"a": 0.25}
+            ),
             "weighting": {"a": 0.75, "b": 0.25},
         },
     ),

@@ -12,6 +12,8 @@ __all__ = ["SparsitySchedule", "check_schedule"]
 
 # Default of `fix_at`, unless the schedule ends later.
 _FIX_AT = 0.9
+# Default of `end`: this much, less the slope times the part of the target that is beyond `_FROM`.
+_END, _FROM, _SLOPE = 0.5, 0.95, 5.0
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,9 @@ class SparsitySchedule:
 
     Args:
         start: When the sparsity begins to rise, as a fraction of `total_steps`.
-        end: When it reaches the target, as a fraction of `total_steps`.
+        end: When it reaches the target, as a fraction of `total_steps`. If None, it is 0.5, and
+            0.05 less for each percent of the target above 95 %: 0.35 at 98 %. The fewer weights
+            remain, the longer they are trained.
         initial: Sparsity before `start`, as a fraction of the prunable weights. A model that is
             already sparser starts from its present sparsity.
         shape: `"cubic"`, `"linear"` or `"cosine"`.
@@ -41,6 +45,8 @@ class SparsitySchedule:
         regrow_until: Until when pruned weights receive gradients and can become nonzero again, as a
             fraction of `total_steps` between `end` and `fix_at`. If None, it is half way between
             them. With `gradient="mask"` it has no effect.
+
+    If `end` is None, `start`, `fix_at` and `regrow_until` must be valid with an end of 0.5.
 
     Raises:
         ValueError: If a fraction is outside its range, or the shape is unknown.
@@ -53,10 +59,12 @@ class SparsitySchedule:
         [0.0, 0.7, 0.8, 0.8]
         >>> schedule.regrow_until, schedule.fix_at
         (0.7, 0.9)
+        >>> [round(SparsitySchedule().end_at(target), 2) for target in (0.9, 0.98)]
+        [0.5, 0.35]
     """
 
-    start: float = 0.05
-    end: float = 0.5
+    start: float = 0.0
+    end: float | None = None
     initial: float = 0.0
     shape: Literal["cubic", "linear", "cosine"] = "cubic"
     fix_at: float | None = None
@@ -66,42 +74,54 @@ class SparsitySchedule:
         # All numbers become floats, so that schedules with the same effect are equal.
         for name in ("start", "end", "initial", "fix_at", "regrow_until"):
             value = getattr(self, name)
-            if value is not None or name in ("start", "end", "initial"):
+            if value is not None or name in ("start", "initial"):
                 check_numbers("schedule: ", **{name: value})
                 object.__setattr__(self, name, float(value))
-        if not 0.0 <= self.start <= self.end <= 1.0:
+        end = _END if self.end is None else self.end
+        if not 0.0 <= self.start <= end <= 1.0:
             raise ValueError(
                 f"schedule: start and end must satisfy 0 <= start <= end <= 1, as fractions of "
-                f"total_steps; got start={self.start}, end={self.end}"
+                f"total_steps; got start={self.start}, end={end}"
             )
-        fix_at = max(self.end, _FIX_AT) if self.fix_at is None else self.fix_at
-        if not self.end <= fix_at <= 1.0:
+        fix_at = max(end, _FIX_AT) if self.fix_at is None else self.fix_at
+        if not end <= fix_at <= 1.0:
             raise ValueError(
-                f"schedule: fix_at must lie between end={self.end} and 1, as a fraction of "
+                f"schedule: fix_at must lie between end={end} and 1, as a fraction of "
                 f"total_steps; got {fix_at}"
             )
-        half = (self.end + fix_at) / 2
+        half = (end + fix_at) / 2
         regrow_until = half if self.regrow_until is None else self.regrow_until
-        if not self.end <= regrow_until <= fix_at:
+        if not end <= regrow_until <= fix_at:
             raise ValueError(
-                f"schedule: regrow_until must lie between end={self.end} and fix_at={fix_at}, as "
+                f"schedule: regrow_until must lie between end={end} and fix_at={fix_at}, as "
                 f"a fraction of total_steps; got {regrow_until}"
             )
         if not 0.0 <= self.initial < 1.0:
             raise ValueError(f"schedule: initial must lie in [0, 1), got {self.initial}")
         check_choice("schedule: shape", self.shape, ("cubic", "linear", "cosine"))
         object.__setattr__(self, "fix_at", fix_at)
-        object.__setattr__(self, "regrow_until", regrow_until)
+        if self.end is not None:
+            object.__setattr__(self, "regrow_until", regrow_until)
+
+    def end_at(self, target_sparsity: float) -> float:
+        """Return when the sparsity reaches a target, as a fraction of `total_steps`."""
+        if self.end is not None:
+            return self.end
+        beyond = max(0.0, target_sparsity - _FROM)
+        return max(self.start, _END - _SLOPE * beyond)
 
     def fix_step(self, total_steps: int) -> int:
         """Return the step at which the zeros are fixed."""
         assert self.fix_at is not None
         return max(1, math.ceil(self.fix_at * total_steps))
 
-    def regrows(self, step: int, total_steps: int) -> bool:
+    def regrows(self, step: int, total_steps: int, target_sparsity: float) -> bool:
         """Whether pruned weights receive gradients in the step after `step` steps."""
-        assert self.regrow_until is not None
-        return step < self.regrow_until * total_steps
+        assert self.fix_at is not None
+        until = self.regrow_until
+        if until is None:
+            until = (self.end_at(target_sparsity) + self.fix_at) / 2
+        return step < until * total_steps
 
     def __call__(
         self, step: int, total_steps: int, target_sparsity: float, initial: float | None = None
@@ -117,7 +137,7 @@ class SparsitySchedule:
         """
         target = target_sparsity
         initial = min(self.initial, target) if initial is None else initial
-        start, end = self.start * total_steps, self.end * total_steps
+        start, end = self.start * total_steps, self.end_at(target) * total_steps
         if step >= end or step >= total_steps:
             return target
         if step <= start:

@@ -230,7 +230,7 @@ class AdaptiveController(Controller):
         """Switch the gradients of pruned weights and the gradient hooks of the allocator."""
         method = self.method
         regrow = method.gradient == "straight_through" and method.schedule.regrows(
-            step, self.total_steps
+            step, self.total_steps, self.target_sparsity
         )
         if self.layers[0].threshold.straight_through != regrow:
             for layer in self.layers:
@@ -264,7 +264,7 @@ class AdaptiveController(Controller):
         A threshold that moves changes the output of its layer, and weights cannot adapt to that
         once their learning rate has decayed.
         """
-        end = self.method.schedule.end * self.total_steps
+        end = self.method.schedule.end_at(self.target_sparsity) * self.total_steps
         return min(1.0, (self.fix_step - step) / max(self.fix_step - end, 1.0))
 
     def _set_offsets(self, offsets: Tensor) -> None:
