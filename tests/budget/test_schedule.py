@@ -156,7 +156,9 @@ def test_numbers_of_numpy_are_numbers(kind: Any) -> None:
         start=kind(0.25), end=kind(0.5), fix_at=kind(1), regrow_until=kind(1), initial=kind(0)
     )
     assert schedule == SparsitySchedule(start=0.25, end=0.5, fix_at=1.0, regrow_until=1.0)
-    assert repr(schedule) == repr(SparsitySchedule(start=0.25, end=0.5, fix_at=1.0, regrow_until=1.0))
+    assert repr(schedule) == repr(
+        SparsitySchedule(start=0.25, end=0.5, fix_at=1.0, regrow_until=1.0)
+    )
 
 
 def test_equal_schedules_say_the_same() -> None:

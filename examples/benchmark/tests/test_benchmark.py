@@ -36,7 +36,7 @@ from examples.benchmark import (
 from examples.benchmark import problems as module
 from examples.benchmark.methods import FIRM, MACS, OURS, PAIRS, PUBLISHED, STABLE
 from examples.benchmark.problems import rooms as rooms_problems
-from torch_adapmtl import Adaptive, relative_performance
+from torch_adapmtl import Adaptive, SparsitySchedule, relative_performance
 from torch_adapmtl.datasets import Rooms, Words
 
 
@@ -448,11 +448,13 @@ def test_a_killed_study_leaves_no_process_behind(tmp_path: Path) -> None:
 
 
 def test_a_line_holds_the_defaults(tiny: Any) -> None:
-    def config(method: str) -> Any:
-        return settings(tiny, method, 0.9, 0)["config"]
+    def config(method: str, sparsity: float = 0.9) -> Any:
+        return settings(tiny, method, sparsity, 0)["config"]
 
     default = config(OURS)
-    assert default["method"] == Adaptive().config()
+    # The end of the default schedule, which depends on the sparsity, is a number.
+    assert default["method"] == Adaptive(schedule=SparsitySchedule(end=0.5)).config()
+    assert config(OURS, 0.98)["method"]["schedule"]["end"] == pytest.approx(0.35)
     assert default["weighting"] == {
         "name": "FixedWeighting",
         "weights": dict.fromkeys(tiny.make_tasks(), 1.0),
