@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from toys import TwoTasks, prepare, train
 
-from torch_adapmtl import Adaptive, GradientAllocation
+from torch_adapmtl import Adaptive, GradientAllocation, SparsitySchedule
 
 RATES = {"shared": 1e-4, "a": 1e-3, "b": 0.0}
 
@@ -40,7 +40,7 @@ def test_every_parameter_has_the_rate_of_its_component() -> None:
 
 def test_only_components_with_a_rate_move() -> None:
     model = Normed()
-    pruner = prepare(model)
+    pruner = prepare(model, schedule=SparsitySchedule(start=0.5))  # nothing is pruned at first
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     train(model, pruner, torch.optim.SGD(pruner.param_groups(lr=RATES)), range(1))
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
