@@ -45,6 +45,8 @@ FRACTION, POSITIVE = st.floats(0, 1, exclude_max=True), st.floats(1e-3, 1e3)
 
 @st.composite
 def schedules(draw: st.DrawFn) -> SparsitySchedule:
+    if draw(st.booleans()):  # an end that depends on the target
+        return SparsitySchedule(start=draw(st.floats(0, 0.5)), fix_at=draw(st.floats(0.5, 1)))
     start, end, regrow_until, fix_at = sorted(draw(st.tuples(*[st.floats(0, 1)] * 4)))
     return SparsitySchedule(
         start=start, end=end, initial=draw(FRACTION),
