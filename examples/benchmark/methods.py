@@ -60,8 +60,7 @@ MACS = "adaptive, macs"
 PUBLISHED = "AdapMTL as published"
 
 _ONCE = SparsitySchedule(start=0.5, end=0.5)
-# That of gradual baselines; it was the default before. On the problems to choose on, Taylor is no
-# better with the default of now.
+# That of gradual baselines; it was the default before. LOG.md compares it with the default of now.
 _GRADUAL = SparsitySchedule(start=0.05, end=0.5)
 
 

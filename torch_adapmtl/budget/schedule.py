@@ -46,7 +46,8 @@ class SparsitySchedule:
             fraction of `total_steps` between `end` and `fix_at`. If None, it is half way between
             them. With `gradient="mask"` it has no effect.
 
-    If `end` is None, `start`, `fix_at` and `regrow_until` must be valid with an end of 0.5.
+    If `end` is None, `start`, `fix_at` and `regrow_until` must be valid with an end of 0.5, and a
+    `regrow_until` of None stays None: it depends on the target, too.
 
     Raises:
         ValueError: If a fraction is outside its range, or the shape is unknown.
@@ -104,7 +105,11 @@ class SparsitySchedule:
             object.__setattr__(self, "regrow_until", regrow_until)
 
     def end_at(self, target_sparsity: float) -> float:
-        """Return when the sparsity reaches a target, as a fraction of `total_steps`."""
+        """Return when the sparsity reaches the target, as a fraction of `total_steps`.
+
+        Args:
+            target_sparsity: The sparsity at the end, as a fraction.
+        """
         if self.end is not None:
             return self.end
         beyond = max(0.0, target_sparsity - _FROM)
