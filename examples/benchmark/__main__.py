@@ -25,7 +25,7 @@ from examples.benchmark.lines import read
 from examples.benchmark.methods import DENSE, METHODS, OURS
 from examples.benchmark.paper_scale import ENCODERS
 from examples.benchmark.problems import PROBLEMS
-from examples.benchmark.studies import REPORTED_FILE, ROOT, STUDIES, check_release, study
+from examples.benchmark.studies import REPORTED_FILES, ROOT, STUDIES, check_release, study
 from torch_adapmtl import Adaptive
 
 _PROG = "python -m examples.benchmark"
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     chosen = chosen_runs(args)
     try:
-        if chosen["out"] == str(ROOT / REPORTED_FILE):
+        if chosen["out"] in {str(ROOT / name) for name in REPORTED_FILES}:
             check_release(read(chosen["out"]), chosen["out"])
             print(
                 "The reported half, which is run once for each release of the defaults: "

@@ -59,7 +59,9 @@ def ordered_rows(lines: Lines) -> list[Row]:
 
 def blocks(lines: Mapping[str, Lines]) -> dict[str, Callable[[], str]]:
     """What makes each block of the pages, from lines by the name of their file."""
-    reported, choosing = (ordered_rows(lines.get(name, ())) for name in ("reported", "choosing"))
+    reported, weighting, choosing = (
+        ordered_rows(lines.get(name, ())) for name in ("reported", "weighting", "choosing")
+    )
     shown = (*BASELINES, OURS, PUBLISHED)
     return {
         "runs": lambda: _overall(lines),
@@ -68,7 +70,7 @@ def blocks(lines: Mapping[str, Lines]) -> dict[str, Callable[[], str]]:
         "reported: at 90 %": lambda: overview_table(
             [row for row in reported if row.method in shown], 0.9
         ),
-        "reported: weighting": lambda: weighting_table(reported, 0.9),
+        "weighting": lambda: weighting_table(weighting, 0.9),
         "reported: better": lambda: better_table(reported, (0.9, 0.98)),
         "choosing: margin": lambda: suite_table(choosing, SPARSITIES),
         "choosing: ranks": lambda: rank_table(choosing, SPARSITIES),
@@ -83,7 +85,7 @@ def blocks(lines: Mapping[str, Lines]) -> dict[str, Callable[[], str]]:
 
 def _overall(lines: Mapping[str, Lines]) -> str:
     """What all studies of the page took together."""
-    pages = ("reported", "choosing", "macs")
+    pages = ("reported", "weighting", "choosing", "macs")
     return provenance([run for name in pages for run in lines.get(name, ())])
 
 

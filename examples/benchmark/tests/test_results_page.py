@@ -63,10 +63,12 @@ def test_the_reported_half_is_not_run_again_with_other_defaults(
         studies.check_release([line], "lines")
     monkeypatch.setattr(command, "ROOT", tmp_path)
     (tmp_path / "docs" / "results").mkdir(parents=True)
-    (tmp_path / studies.REPORTED_FILE).write_text(json.dumps(line) + "\n")
-    with pytest.raises(SystemExit, match="other defaults"):
-        command.main(["--study", "reported"])
-    (tmp_path / studies.REPORTED_FILE).unlink()
+    for name in ("reported", "weighting"):
+        path = tmp_path / STUDIES[name]["out"]
+        path.write_text(json.dumps(line) + "\n")
+        with pytest.raises(SystemExit, match="other defaults"):
+            command.main(["--study", name])
+        path.unlink()
     monkeypatch.setattr(command, "study", lambda **_: None)
     command.main(["--study", "reported"])
     assert "once for each release" in capsys.readouterr().out
