@@ -15,5 +15,8 @@ class ExampleSections(griffe.Extension):
         """Renames the section in the docstring of one module, class, function or attribute."""
         if obj.docstring:
             obj.docstring.value = re.sub(
-                r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE
+                r"^Example:$",
+                "Examples:",
+                obj.docstring.value,
+                flags=re.MULTILINE,
             )

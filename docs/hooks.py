@@ -10,8 +10,12 @@ from latex2mathml.converter import convert
 from mkdocs.exceptions import PluginError
 
 # What pymdownx.arithmatex writes, with `generic: true`.
-_INLINE = re.compile(r'<span class="arithmatex">\\\((.+?)\\\)</span>', re.DOTALL)
-_BLOCK = re.compile(r'<div class="arithmatex">\s*\\\[(.+?)\\\]\s*</div>', re.DOTALL)
+_INLINE = re.compile(
+    r'<span class="arithmatex">\\\((.+?)\\\)</span>', re.DOTALL
+)
+_BLOCK = re.compile(
+    r'<div class="arithmatex">\s*\\\[(.+?)\\\]\s*</div>', re.DOTALL
+)
 _REMOTE = re.compile(
     r'<(?:script|img|iframe|source)\b[^>]*\bsrc="(?:https?:)?//[^"]*"'
     r'|<link\b[^>]*\brel="(?:stylesheet|preconnect|icon)"[^>]*\bhref="(?:https?:)?//[^"]*"'
@@ -34,7 +38,11 @@ def on_page_content(content: str, **_: Any) -> str:
 def on_post_page(output: str, *, page: Any, **_: Any) -> str:
     """Refuses a page that a reader without a network could not see whole."""
     if remote := _REMOTE.search(output):
-        raise PluginError(f"{page.file.src_uri} loads from the network: {remote[0]}")
+        raise PluginError(
+            f"{page.file.src_uri} loads from the network: {remote[0]}"
+        )
     if "arithmatex" in output:
-        raise PluginError(f"{page.file.src_uri} has a formula that was not rendered")
+        raise PluginError(
+            f"{page.file.src_uri} has a formula that was not rendered"
+        )
     return output

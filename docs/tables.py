@@ -30,19 +30,30 @@ def blocks(folder: Path | None = None) -> dict[str, Callable[[], str]]:
 
 def matrix(lines: Lines) -> str:
     """A row for each thing that is done, a column for each stage; errors are listed below."""
-    stages = list(dict.fromkeys(line["stage"] for line in sorted(lines, key=_place)))
+    stages = list(
+        dict.fromkeys(line["stage"] for line in sorted(lines, key=_place))
+    )
     rows: dict[str, dict[str, str]] = {}
     errors: list[str] = []
     for line in sorted(lines, key=_place):
-        cell = {"works": "yes", "skipped": "not run"}.get(line["result"], "")
+        cell = {"works": "yes", "skipped": "not run"}.get(
+            line["result"], ""
+        )
         if line["result"] == "raises":
             if line["error"] not in errors:
                 errors.append(line["error"])
             cell = f"error {errors.index(line['error']) + 1}"
         rows.setdefault(line["row"], {})[line["stage"]] = cell
-    body = [[row, *(cells.get(stage, "") for stage in stages)] for row, cells in rows.items()]
-    listed = "\n".join(f"{number}. {error}" for number, error in enumerate(errors, 1))
-    return "\n\n".join([_table("l" * (1 + len(stages)), ["", *stages], body), listed])
+    body = [
+        [row, *(cells.get(stage, "") for stage in stages)]
+        for row, cells in rows.items()
+    ]
+    listed = "\n".join(
+        f"{number}. {error}" for number, error in enumerate(errors, 1)
+    )
+    return "\n\n".join(
+        [_table("l" * (1 + len(stages)), ["", *stages], body), listed]
+    )
 
 
 def _place(line: Mapping[str, Any]) -> tuple[int, int]:
@@ -52,9 +63,16 @@ def _place(line: Mapping[str, Any]) -> tuple[int, int]:
 def zoo(lines: Lines) -> str:
     """A row for each family, a folded table of the models in each, and what it was made with."""
     families: dict[str, list[Mapping[str, Any]]] = {}
-    for line in sorted(lines, key=lambda line: (line["family"], line["name"].lower())):
+    for line in sorted(
+        lines, key=lambda line: (line["family"], line["name"].lower())
+    ):
         families.setdefault(line["family"], []).append(line)
-    header = ["family", "models", "covered, %", "seconds to apply, median (most)"]
+    header = [
+        "family",
+        "models",
+        "covered, %",
+        "seconds to apply, median (most)",
+    ]
     body = [_summary(name, own) for name, own in families.items()]
     parts = [_table("lrrr", header, [*body, _summary("**all**", lines)])]
     for name, own in families.items():
@@ -75,12 +93,28 @@ def _summary(name: str, lines: Lines) -> list[str]:
 
 
 def _models(lines: Lines) -> str:
-    header = ["model", "tasks", "shared", "of tasks", "not pruned", "covered, %", "seconds"]
+    header = [
+        "model",
+        "tasks",
+        "shared",
+        "of tasks",
+        "not pruned",
+        "covered, %",
+        "seconds",
+    ]
     body = []
     for line in lines:
-        weights = {name: count for name, (_, count) in line["components"].items()}
-        rest = {name: n for name, n in weights.items() if name not in ("shared", *NOT_PRUNED)}
-        left = {name: weights[name] for name in NOT_PRUNED if name in weights}
+        weights = {
+            name: count for name, (_, count) in line["components"].items()
+        }
+        rest = {
+            name: n
+            for name, n in weights.items()
+            if name not in ("shared", *NOT_PRUNED)
+        }
+        left = {
+            name: weights[name] for name in NOT_PRUNED if name in weights
+        }
         body.append(
             [
                 line["name"],
@@ -105,7 +139,9 @@ def _versions(lines: Lines) -> str:
 
 
 def _counts(weights: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {_count(count)}" for name, count in weights.items())
+    return ", ".join(
+        f"{name} {_count(count)}" for name, count in weights.items()
+    )
 
 
 def _count(weights: int) -> str:
@@ -116,15 +152,21 @@ def _count(weights: int) -> str:
     return f"{weights}"
 
 
-def _table(sides: str, header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+def _table(
+    sides: str, header: Sequence[str], body: Iterable[Sequence[str]]
+) -> str:
     """A table whose columns keep to the left or the right, a letter each."""
     rule = [{"l": "---", "r": "---:"}[side] for side in sides]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *body])
+    return "\n".join(
+        f"| {' | '.join(cells)} |" for cells in [header, rule, *body]
+    )
 
 
 def main() -> None:
     """Fill the page."""
-    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), blocks()), encoding="utf-8")
+    PAGE.write_text(
+        fill(PAGE.read_text(encoding="utf-8"), blocks()), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -18,6 +18,9 @@ FENCE = re.compile(
     r"(?P<code>.*?)^(?P=indent)(?P=fence) *$",
     re.DOTALL | re.MULTILINE,
 )
+INCLUDED = re.compile(r'--8<-- "(.+)"')
+# Characters of a line that a page shows without scrolling; output is in smaller letters.
+WIDTH, OUTPUT_WIDTH = 76, 84
 SHOWN_ONLY = {"bash", "bibtex"}  # languages that are not code to run
 
 
@@ -32,6 +35,11 @@ def blocks(page: Path) -> list[tuple[str, int, str]]:
         )
         for match in FENCE.finditer(text)
     ]
+
+
+def shown(code: str) -> str:
+    """The code with the files that it includes."""
+    return INCLUDED.sub(lambda match: (ROOT / match[1]).read_text(encoding="utf-8"), code)
 
 
 def name(page: Path) -> str:
@@ -60,6 +68,14 @@ def test_python_blocks_run(
             assert same, f"{name(page)}:{line} shows\n{code}\nbut the code prints\n{printed}"
         else:  # code that says no language would not run
             assert language in SHOWN_ONLY, f"{name(page)}:{line} is marked {language!r}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name)
+def test_code_and_output_fit_the_page(page: Path) -> None:
+    for language, line, code in blocks(page):
+        width = OUTPUT_WIDTH if language == "text" else WIDTH
+        for below, text in enumerate(shown(code).splitlines(), 1):
+            assert len(text) <= width, f"{name(page)}:{line + below} has {len(text)} characters"
 
 
 def test_the_runner_finds_what_it_should(tmp_path: Path) -> None:

@@ -66,14 +66,22 @@ class AdapMTLCallback(Callback):
         ...         self.model = torch.nn.Linear(4, 4)
         ...
         ...     def training_step(self, x, _):
-        ...         return self.model.adapmtl.loss({"main": self.model(x).square().mean()})
+        ...         return self.model.adapmtl.loss(
+        ...             {"main": self.model(x).square().mean()}
+        ...         )
         ...
         ...     def configure_optimizers(self):
         ...         return torch.optim.SGD(self.model.adapmtl.param_groups(lr=0.1))
         >>> prune = AdapMTLCallback(target_sparsity=0.5, groups={"main": ["*"]})
-        >>> quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        >>> quiet = {
+        ...     "logger": False,
+        ...     "enable_checkpointing": False,
+        ...     "enable_progress_bar": False,
+        ... }
         >>> quiet["enable_model_summary"] = False
-        >>> trainer = pl.Trainer(max_steps=3, accelerator="cpu", callbacks=[prune], **quiet)
+        >>> trainer = pl.Trainer(
+        ...     max_steps=3, accelerator="cpu", callbacks=[prune], **quiet
+        ... )
         >>> module = Module()
         >>> trainer.fit(module, torch.randn(3, 2, 4))
         >>> int((module.model.adapmtl.finalize().weight == 0).sum())

@@ -220,7 +220,10 @@ def plot_allocation(report: Report) -> Figure:
         ...     step=100,
         ...     total_steps=100,
         ... )
-        >>> [label.get_text() for label in plot_allocation(report).axes[0].get_yticklabels()]
+        >>> [
+        ...     label.get_text()
+        ...     for label in plot_allocation(report).axes[0].get_yticklabels()
+        ... ]
         ['shared', 'body.0', 'body.1']
     """
     if not report.layers:
@@ -300,9 +303,27 @@ def plot_tradeoff(
     Example:
         >>> from torch_adapmtl.plots import plot_tradeoff
         >>> rows = [
-        ...     {"name": "dense", "group": "dense", "accuracy": 93.0, "ms": 2.3, "mb": 11.2},
-        ...     {"name": "90 %", "group": "pruned", "accuracy": 92.8, "ms": 1.2, "mb": 1.9},
-        ...     {"name": "95 %", "group": "pruned", "accuracy": 92.1, "ms": 1.0, "mb": 1.1},
+        ...     {
+        ...         "name": "dense",
+        ...         "group": "dense",
+        ...         "accuracy": 93.0,
+        ...         "ms": 2.3,
+        ...         "mb": 11.2,
+        ...     },
+        ...     {
+        ...         "name": "90 %",
+        ...         "group": "pruned",
+        ...         "accuracy": 92.8,
+        ...         "ms": 1.2,
+        ...         "mb": 1.9,
+        ...     },
+        ...     {
+        ...         "name": "95 %",
+        ...         "group": "pruned",
+        ...         "accuracy": 92.1,
+        ...         "ms": 1.0,
+        ...         "mb": 1.1,
+        ...     },
         ... ]
         >>> x = {"ms": "latency (ms)", "mb": "file (MB)"}
         >>> figure = plot_tradeoff(rows, x=x, y={"accuracy": "accuracy (%)"})

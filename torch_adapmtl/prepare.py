@@ -133,13 +133,18 @@ def apply_adapmtl(
         >>> class Net(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()
-        ...         self.body, self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 2), nn.Linear(16, 1)
+        ...         self.body = nn.Linear(8, 16)
+        ...         self.a = nn.Linear(16, 2)
+        ...         self.b = nn.Linear(16, 1)
         ...
         ...     def forward(self, x):
         ...         h = self.body(x).relu()
         ...         return {"a": self.a(h), "b": self.b(h)}
         >>> pruner = apply_adapmtl(
-        ...     Net(), target_sparsity=0.9, total_steps=100, example_inputs=torch.randn(2, 8)
+        ...     Net(),
+        ...     target_sparsity=0.9,
+        ...     total_steps=100,
+        ...     example_inputs=torch.randn(2, 8),
         ... )
         >>> pruner.components.names
         ('shared', 'a', 'b')

@@ -56,14 +56,19 @@ class Pruner(nn.Module):
         >>> class Net(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()
-        ...         self.body, self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 2), nn.Linear(16, 1)
+        ...         self.body = nn.Linear(8, 16)
+        ...         self.a = nn.Linear(16, 2)
+        ...         self.b = nn.Linear(16, 1)
         ...
         ...     def forward(self, x):
         ...         h = self.body(x).relu()
         ...         return {"a": self.a(h), "b": self.b(h)}
         >>> model = Net()
         >>> pruner = apply_adapmtl(
-        ...     model, target_sparsity=0.75, total_steps=20, example_inputs=torch.randn(2, 8)
+        ...     model,
+        ...     target_sparsity=0.75,
+        ...     total_steps=20,
+        ...     example_inputs=torch.randn(2, 8),
         ... )
         >>> optimizer = torch.optim.SGD(pruner.param_groups(lr=0.1))
         >>> for _ in range(20):

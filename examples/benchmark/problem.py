@@ -42,7 +42,8 @@ class Problem:
     Example:
         >>> from dataclasses import replace
         >>> from examples.benchmark import find_problem
-        >>> shorter = replace(find_problem("digits"), steps=100)  # or make one of your own
+        >>> # or make one of your own
+        >>> shorter = replace(find_problem("digits"), steps=100)
         >>> list(shorter.make_tasks())
         ['left', 'right', 'distance']
     """

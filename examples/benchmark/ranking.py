@@ -48,7 +48,12 @@ def mean_ranks(found: Scores) -> dict[str, float]:
         found: What `scores` returned.
 
     Example:
-        >>> mean_ranks({"p": {"a": {0: 1.0}, "b": {0: 2.0}}, "q": {"a": {0: 3.0}, "b": {0: 3.0}}})
+        >>> mean_ranks(
+        ...     {
+        ...         "p": {"a": {0: 1.0}, "b": {0: 2.0}},
+        ...         "q": {"a": {0: 3.0}, "b": {0: 3.0}},
+        ...     }
+        ... )
         {'a': 1.75, 'b': 1.25}
     """
     ranks: dict[str, float] = {}
@@ -87,7 +92,9 @@ def mean_margin(found: Scores, method: str, *, draws: int = 2000) -> Interval:
         draws: How often to draw.
 
     Example:
-        >>> print(mean_margin({"p": {"a": {0: 1.0, 1: 2.0}, "b": {0: 0.5, 1: 1.5}}}, "a"))
+        >>> print(
+        ...     mean_margin({"p": {"a": {0: 1.0, 1: 2.0}, "b": {0: 0.5, 1: 1.5}}}, "a")
+        ... )
         +0.50 [+0.50, +0.50]
     """
     generator = random.Random(0)

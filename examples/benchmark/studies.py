@@ -193,7 +193,13 @@ def study(
 
     Example:
         >>> from examples.benchmark import study
-        >>> study(problems=["digits"], methods=["SNAP"], sparsities=[0.9], seeds=[0], out="x.jsonl")
+        >>> study(
+        ...     problems=["digits"],
+        ...     methods=["SNAP"],
+        ...     sparsities=[0.9],
+        ...     seeds=[0],
+        ...     out="x.jsonl",
+        ... )
         Traceback (most recent call last):
         ValueError: methods must be some of ['dense', 'uniform magnitude', ...], got 'SNAP'
     """

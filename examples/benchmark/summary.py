@@ -114,7 +114,9 @@ def summarize(runs: Iterable[Run]) -> list[Row]:
         >>> from dataclasses import replace
         >>> from examples.benchmark import find_problem, run, summarize
         >>> short = replace(find_problem("teachers"), steps=10)
-        >>> rows = summarize(run(short, name, 0.9, seed=0) for name in ("dense", "Taylor"))
+        >>> rows = summarize(
+        ...     run(short, name, 0.9, seed=0) for name in ("dense", "Taylor")
+        ... )
         >>> [(row.method, row.seeds, round(row.reached.mean, 3)) for row in rows]
         [('dense', (0,), 0.0), ('Taylor', (0,), 0.9)]
     """

@@ -29,7 +29,7 @@ from torch_adapmtl.tensor import SoftThreshold
 
 @dataclass(frozen=True)
 class RandomPruning(Method):
-    """The masks of docs/how-to/own-method.md: every weight draws its score once."""
+    """The masks of docs/recipes/own-method.md: every weight draws its score once."""
 
     schedule: SparsitySchedule = field(default_factory=SparsitySchedule)
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PAGE = Path(__file__).parents[2] / "docs/how-to/files.md"
+PAGE = Path(__file__).parents[2] / "docs/recipes/files.md"
 
 
 def code() -> str:

@@ -56,7 +56,10 @@ class SparsitySchedule:
     Example:
         >>> from torch_adapmtl import SparsitySchedule
         >>> schedule = SparsitySchedule(start=0.0, end=0.5)
-        >>> [round(schedule(step, 100, target_sparsity=0.8), 3) for step in (0, 25, 50, 100)]
+        >>> [
+        ...     round(schedule(step, 100, target_sparsity=0.8), 3)
+        ...     for step in (0, 25, 50, 100)
+        ... ]
         [0.0, 0.7, 0.8, 0.8]
         >>> schedule.regrow_until, schedule.fix_at
         (0.7, 0.9)

@@ -228,10 +228,14 @@ def find_components(
         ...     def __init__(self):
         ...         super().__init__()
         ...         self.body = nn.Linear(4, 8)
-        ...         self.heads = nn.ModuleDict({"left": nn.Linear(8, 1), "right": nn.Linear(8, 3)})
+        ...         self.heads = nn.ModuleDict(
+        ...             {"left": nn.Linear(8, 1), "right": nn.Linear(8, 3)}
+        ...         )
         ...
         ...     def forward(self, x):
-        ...         return {task: head(self.body(x)) for task, head in self.heads.items()}
+        ...         return {
+        ...             task: head(self.body(x)) for task, head in self.heads.items()
+        ...         }
         >>> print(find_components(Net(), torch.randn(2, 4)))
         component  tensors  weights   share
         shared           1       32  50.0 %

@@ -173,7 +173,9 @@ class RandomScaleCrop(_JointTransform):
     Example:
         >>> import torch
         >>> crop = RandomScaleCrop(4, scale=(2.0, 2.0))
-        >>> image, targets = crop(torch.zeros(3, 4, 4), {"depth": torch.full((1, 4, 4), 3.0)})
+        >>> image, targets = crop(
+        ...     torch.zeros(3, 4, 4), {"depth": torch.full((1, 4, 4), 3.0)}
+        ... )
         >>> image.shape, targets["depth"].unique()
         (torch.Size([3, 4, 4]), tensor([1.5000]))
     """

@@ -45,7 +45,8 @@ class AcceleratedModel(nn.Module):
         >>> fast = accelerate(model, torch.randn(16, 8))
         >>> fast.choices
         {'0': 'dense'}
-        >>> accelerate(model, torch.randn(16, 8), choices=fast.choices).choices == fast.choices
+        >>> again = accelerate(model, torch.randn(16, 8), choices=fast.choices)
+        >>> again.choices == fast.choices
         True
     """
 
@@ -164,7 +165,9 @@ def accelerate(
     Example:
         >>> import torch
         >>> from torch.nn.utils import prune
-        >>> layer = prune.l1_unstructured(torch.nn.Conv2d(64, 64, 3, padding=1), "weight", 0.9)
+        >>> layer = prune.l1_unstructured(
+        ...     torch.nn.Conv2d(64, 64, 3, padding=1), "weight", 0.9
+        ... )
         >>> model = torch.nn.Sequential(layer, torch.nn.ReLU())
         >>> x = torch.randn(1, 64, 28, 28)
         >>> fast = accelerate(model, x)

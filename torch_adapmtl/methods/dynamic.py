@@ -200,11 +200,18 @@ class RigL(Method):
         >>> from torch_adapmtl import RigL, apply_adapmtl
         >>> model = torch.nn.Sequential(torch.nn.Linear(20, 40), torch.nn.Linear(40, 5))
         >>> pruner = apply_adapmtl(
-        ...     model, target_sparsity=0.8, total_steps=9, groups={"main": ["*"]}, method=RigL()
+        ...     model,
+        ...     target_sparsity=0.8,
+        ...     total_steps=9,
+        ...     groups={"main": ["*"]},
+        ...     method=RigL(),
         ... )
         >>> pruner.sparsity()  # before the first step
         0.8
-        >>> {name: round(1 - zeros, 3) for name, zeros in pruner.sparsity("layer").items()}
+        >>> {
+        ...     name: round(1 - zeros, 3)
+        ...     for name, zeros in pruner.sparsity("layer").items()
+        ... }
         {'0.weight': 0.142, '1.weight': 0.43}
     """
 
@@ -291,8 +298,13 @@ class GraNet(MaskMethod):
         >>> import torch
         >>> from torch_adapmtl import GraNet, SparsitySchedule, apply_adapmtl
         >>> model = torch.nn.Linear(20, 10)
-        >>> options = {"target_sparsity": 0.9, "total_steps": 9, "groups": {"main": ["*"]}}
-        >>> apply_adapmtl(model, method=GraNet(), **options).sparsity()  # before the first step
+        >>> options = {
+        ...     "target_sparsity": 0.9,
+        ...     "total_steps": 9,
+        ...     "groups": {"main": ["*"]},
+        ... }
+        >>> pruner = apply_adapmtl(model, method=GraNet(), **options)
+        >>> pruner.sparsity()  # before the first step
         0.5
         >>> dense = GraNet(schedule=SparsitySchedule(start=0.1, end=0.5))
         >>> apply_adapmtl(torch.nn.Linear(20, 10), method=dense, **options).sparsity()

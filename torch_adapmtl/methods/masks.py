@@ -46,7 +46,7 @@ class MaskController(Controller):
     """Prunes the weights with the lowest scores, by masks that follow a schedule.
 
     A pruned weight gets no gradient and stays pruned. A subclass defines `scores`; see
-    [Prune by a criterion of your own](../how-to/own-method.md).
+    [Prune by a criterion of your own](../recipes/own-method.md).
 
     Args:
         layers: The layers. Their thresholds, all zero, are made here.

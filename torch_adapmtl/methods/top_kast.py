@@ -58,7 +58,11 @@ class TopKAST(Method):
         >>> from torch_adapmtl import TopKAST, apply_adapmtl
         >>> model = torch.nn.Linear(20, 10)
         >>> pruner = apply_adapmtl(
-        ...     model, target_sparsity=0.9, total_steps=9, groups={"main": ["*"]}, method=TopKAST()
+        ...     model,
+        ...     target_sparsity=0.9,
+        ...     total_steps=9,
+        ...     groups={"main": ["*"]},
+        ...     method=TopKAST(),
         ... )
         >>> pruner.sparsity()  # before the first step
         0.9

@@ -38,7 +38,10 @@ class MultiTaskModel(nn.Module):
         >>> encoder = torch.nn.Conv2d(3, 8, 3, stride=2, padding=1)
         >>> heads = {"depth": DenseHead(8, 1), "scene": ClassificationHead(8, 10)}
         >>> model = MultiTaskModel(encoder, heads)
-        >>> {task: tuple(out.shape) for task, out in model(torch.zeros(2, 3, 16, 16)).items()}
+        >>> {
+        ...     task: tuple(out.shape)
+        ...     for task, out in model(torch.zeros(2, 3, 16, 16)).items()
+        ... }
         {'depth': (2, 1, 16, 16), 'scene': (2, 10)}
     """
 

@@ -57,7 +57,9 @@ class History:
         ... )
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> for _ in range(30):
-        ...     pruner.loss({"main": model(torch.randn(2, 4)).square().mean()}).backward()
+        ...     pruner.loss(
+        ...         {"main": model(torch.randn(2, 4)).square().mean()}
+        ...     ).backward()
         ...     optimizer.step()
         ...     pruner.step()
         >>> history = pruner.history

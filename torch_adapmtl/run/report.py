@@ -211,7 +211,10 @@ class Report:
 
         Example:
             >>> from torch_adapmtl.run import ComponentRow, Report
-            >>> parts = (ComponentRow("shared", 2, 600, 480), ComponentRow("seg", 1, 400, 400))
+            >>> parts = (
+            ...     ComponentRow("shared", 2, 600, 480),
+            ...     ComponentRow("seg", 1, 400, 400),
+            ... )
             >>> Report(parts, (), target_sparsity=0.9, step=7, total_steps=9).scalars()
             {'sparsity/shared': 0.8, 'sparsity/seg': 1.0, 'sparsity/overall': 0.88}
         """

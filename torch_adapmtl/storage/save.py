@@ -39,8 +39,8 @@ def save_sparse(
     file: it holds no code, and any reader of safetensors shows its entries. A tensor that does not
     become smaller is an entry as in any such file. Another one is an entry of bytes: the distances
     between its nonzeros and their exponents, both compressed by the Huffman code of zlib, and the
-    other bits of the nonzeros. [The page on files](../how-to/files.md) has the format, and a reader
-    of it that needs numpy only.
+    other bits of the nonzeros. [The page on files](../recipes/files.md) has the format, and a
+    reader of it that needs numpy only.
 
     The file is written next to `path` under another name and takes its place when it is whole.
 

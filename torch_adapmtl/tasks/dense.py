@@ -130,7 +130,9 @@ class Depth(DenseTask):
     Example:
         >>> import torch
         >>> task = Depth(metrics=["abs_error", "within_1.25"])
-        >>> task.update(torch.tensor([[[[2.0, 4.0, 9.0]]]]), torch.tensor([[[[2.0, 3.0, 0.0]]]]))
+        >>> task.update(
+        ...     torch.tensor([[[[2.0, 4.0, 9.0]]]]), torch.tensor([[[[2.0, 3.0, 0.0]]]])
+        ... )
         >>> task.compute()
         {'abs_error': 0.5, 'within_1.25': 50.0}
     """

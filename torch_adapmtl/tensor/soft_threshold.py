@@ -245,7 +245,9 @@ class SoftThreshold(nn.Module):
         >>> from torch_adapmtl import SoftThreshold
         >>> layer = torch.nn.Linear(2, 1, bias=False)
         >>> _ = torch.nn.init.constant_(layer.weight, 1.0)
-        >>> _ = parametrize.register_parametrization(layer, "weight", SoftThreshold(0.25))
+        >>> _ = parametrize.register_parametrization(
+        ...     layer, "weight", SoftThreshold(0.25)
+        ... )
         >>> layer(torch.ones(1, 2))
         tensor([[1.5000]], grad_fn=<MmBackward0>)
     """

@@ -45,7 +45,9 @@ class SoftThresholdPruning(PruningContainer):
         >>> from torch_adapmtl import SoftThresholdPruning
         >>> layer = torch.nn.Linear(2, 1, bias=False)
         >>> _ = layer.weight.data.copy_(torch.tensor([[0.25, 2.0]]))
-        >>> prune.global_unstructured([(layer, "weight")], SoftThresholdPruning, threshold=1.0)
+        >>> prune.global_unstructured(
+        ...     [(layer, "weight")], SoftThresholdPruning, threshold=1.0
+        ... )
         >>> layer.weight_mask
         tensor([[0., 1.]])
     """

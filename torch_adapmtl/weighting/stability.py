@@ -76,7 +76,9 @@ class StabilityWeighting(LossWeighting):
         TypeError: If `bounds` is not a pair of numbers.
 
     Example:
-        >>> weighting = StabilityWeighting(["calm", "wild"], window=10, start=0, bounds=None)
+        >>> weighting = StabilityWeighting(
+        ...     ["calm", "wild"], window=10, start=0, bounds=None
+        ... )
         >>> for step in range(10):
         ...     wild = torch.tensor(3.0 if step % 2 else 1.0, requires_grad=True)
         ...     total = weighting({"calm": torch.tensor(0.9**step), "wild": wild})
