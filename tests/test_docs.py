@@ -58,7 +58,7 @@ def test_python_blocks_run(
     for language, line, code in blocks(page):
         if language == "python":
             # The blank lines make a traceback point at the page's own line.
-            exec(compile("\n" * line + code, str(page), "exec"), module.__dict__)
+            exec(compile("\n" * line + shown(code), str(page), "exec"), module.__dict__)
             printed = capsys.readouterr().out
         elif language == "text":  # what the block before prints
             if printed is None:
@@ -67,6 +67,7 @@ def test_python_blocks_run(
             same = doctest.OutputChecker().check_output(code, printed, options)
             assert same, f"{name(page)}:{line} shows\n{code}\nbut the code prints\n{printed}"
         else:  # code that says no language would not run
+            printed = None  # text that follows is what a command prints
             assert language in SHOWN_ONLY, f"{name(page)}:{line} is marked {language!r}"
 
 

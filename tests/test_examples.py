@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.stem for path in (ROOT / "examples").glob("[!_]*.py"))
 TRAINING = ("quickstart", "rooms")
+ALONE = ("resume", "several_gpus")  # in processes of their own
 
 
 @pytest.fixture
@@ -61,20 +62,33 @@ def test_prints_the_exact_sparsity_and_draws(
     assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
 
 
-@pytest.mark.parametrize("script", [name for name in SCRIPTS if name not in (*TRAINING, "resume")])
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name not in (*TRAINING, *ALONE)])
 def test_runs(script: str, run: Callable[..., str]) -> None:
     assert run(script).strip()
 
 
-def test_runs_as_a_command(tmp_path: Path) -> None:
+def command(folder: Path, *words: str) -> str:
+    """What a command of Python prints, run in another folder."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "resume.py"), "--quick"],
-        cwd=tmp_path,
+        [sys.executable, *words, "--quick"],
+        cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         capture_output=True,
         encoding="utf-8",
         timeout=240,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "run/sparse.pt" in done.stdout.replace("\\", "/")
+    return done.stdout
+
+
+def test_runs_as_a_command(tmp_path: Path) -> None:
+    printed = command(tmp_path, str(ROOT / "examples" / "resume.py"))
+    assert "run/sparse.pt" in printed.replace("\\", "/")
+
+
+def test_trains_in_two_processes(tmp_path: Path) -> None:
+    script = str(ROOT / "examples" / "several_gpus.py")
+    together = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    printed = command(tmp_path, *together, script)
+    assert printed.startswith("2 processes, 90.00% zeros\nmodel.safetensors: ")

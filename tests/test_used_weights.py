@@ -127,6 +127,18 @@ def test_freezing_and_unfreezing_is_warned_of(frozen: bool) -> None:
     assert len([w for w in found if "body.weight" in str(w.message)]) == 1  # once
 
 
+def test_weights_may_be_frozen_before_the_schedule_starts() -> None:
+    model = TwoTasks()
+    pruner = prepare(model, method=Adaptive(schedule=SparsitySchedule(start=0.5, end=0.7)))
+    model.body.requires_grad_(False)
+    optimizer = sgd(model)
+    train(model, pruner, optimizer, range(9))
+    model.body.requires_grad_(True)
+    train(model, pruner, optimizer, range(9, 20))
+    pruner.finalize()
+    assert share_of_zeros(model) == round(0.8 * 168) / 168
+
+
 def test_mostly_frozen_models_are_warned_of_and_groups_prune_them() -> None:
     def backbone_frozen() -> TwoTasks:
         model = TwoTasks(64)

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from torch_adapmtl.components._detect import keep_zeros
 from torch_adapmtl.components.find import FROZEN, UNUSED, Components
 from torch_adapmtl.layers.collection import Layers
-from torch_adapmtl.layers.layer import Layer
+from torch_adapmtl.layers.layer import Layer, count_zeros
 from torch_adapmtl.layers.optimizer_hooks import warn_if_trained
 from torch_adapmtl.tensor.soft_threshold import SoftThreshold
 
@@ -85,14 +85,17 @@ class ModelWatch:
         frozen = [
             layer.name
             for layer in layers
-            if layer.name in self._trained and not layer.weight.requires_grad
+            if layer.name in self._trained
+            and not layer.weight.requires_grad
+            and _is_pruned(layer)
         ]
         if frozen:
             yield (
                 "frozen",
                 f"{_some(frozen)} {_is(frozen)} pruned, but had requires_grad set to False after "
-                f"apply_adapmtl, so that the weights that remain cannot adapt. Freeze before "
-                f"apply_adapmtl, which leaves frozen weights dense, or pass them as exclude=",
+                f"apply_adapmtl, so that the weights that remain cannot adapt. If they are to be "
+                f"trained later, let the schedule start then (SparsitySchedule(start=...)); to "
+                f"leave them dense, freeze before apply_adapmtl, or pass them as exclude=",
             )
         pruned = {id(layer.weight) for layer in layers}  # attaching may have changed their names
         added = [
@@ -107,6 +110,15 @@ class ModelWatch:
                 f"apply_adapmtl was called: dense, and not counted. If it is to be pruned, change "
                 f"the model first and call apply_adapmtl then",
             )
+
+
+def _is_pruned(layer: Layer) -> bool:
+    """Whether more than a hundredth of a layer is zero that was not when the run began.
+
+    Before a schedule starts from a few zeros, the level that is found for them may take some more.
+    """
+    zeros = int((layer.sparse() == 0).sum()) - count_zeros(layer.initial_mask)
+    return zeros > 0.01 * layer.weight.numel()
 
 
 def _parametrizations(layer: Layer) -> list[list[nn.Module]]:
