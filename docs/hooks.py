@@ -30,7 +30,8 @@ def on_page_content(content: str, **_: Any) -> str:
         return str(convert(html.unescape(match[1])))
 
     def block(match: re.Match[str]) -> str:
-        return str(convert(html.unescape(match[1]), display="block"))
+        formula = convert(html.unescape(match[1]), display="block")
+        return f'<div class="formula">{formula}</div>'
 
     return _INLINE.sub(inline, _BLOCK.sub(block, content))
 

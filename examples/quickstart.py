@@ -142,22 +142,21 @@ def draw(
     gains: Gains,
 ) -> Figure:
     """Draw test images with both models' outputs, the sparsity over time, and what was gained."""
-    figure = Figure(figsize=(12, 5.2), layout="constrained", facecolor="white")
-    left, middle, right = figure.subfigures(1, 3, width_ratios=(1.3, 1.2, 0.8), wspace=0.03)
+    figure = Figure(figsize=(9, 7), layout="constrained", facecolor="white")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.2, 1.9), hspace=0.04)
+    middle, right = bottom.subfigures(1, 2, width_ratios=(1, 1.05), wspace=0.03)
 
-    left.suptitle("Test images: left digit, right digit, distance", fontsize=11.5)
-    grid = left.subplots(4, 3, height_ratios=(1, 0.33, 1, 0.33))
-    for axis in grid.flat:
+    top.suptitle("Test images: left digit, right digit, distance", fontsize=11.5)
+    for index, axis in enumerate(top.subplots(1, 6)):
         axis.axis("off")
-    for index in range(6):
-        row, column = 2 * (index // 3), index % 3
-        grid[row, column].imshow(images[index, 0], cmap="gray")
+        axis.imshow(images[index, 0], cmap="gray")
         for line, (name, outputs) in enumerate(readings.items()):
             digits = [int(outputs[task][index]) for task in ("left", "right")]
-            grid[row + 1, column].text(
-                0.5, 1.0 - 0.36 * line,
-                f"{name:<6} {digits[0]} {digits[1]} {float(outputs['distance'][index]):5.2f}",
-                color=COLORS[name], family="monospace", fontsize=9, ha="center", va="top",
+            axis.text(
+                0.5, -0.06 - 0.16 * line,
+                f"{name:<6} {digits[0]} {digits[1]} {float(outputs['distance'][index]):.2f}",
+                color=COLORS[name], family="monospace", fontsize=8.5, ha="center", va="top",
+                transform=axis.transAxes,
             )  # fmt: skip
 
     axis = middle.subplots()
@@ -176,24 +175,32 @@ def draw(
     middle.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)
 
-    right.suptitle("Dense and sparse", fontsize=11.5)
-    panels = []
+    rows = []
     for task, title in {
         "left": "left digit",
         "right": "right digit",
         "distance": "distance",
     }.items():
         (name,) = metrics["dense"][task]
-        values = {model: metrics[model][task][name] for model in ("sparse", "dense")}
-        panels.append((f"{title}: {name}", values))
-    for what, (name, before, after) in gains.items():
-        panels.append((f"{what}: {name}", {"sparse": after, "dense": before}))
-    for axis, (title, values) in zip(right.subplots(len(panels), 1), panels, strict=True):
-        bars = axis.barh([*values], [*values.values()], color=[COLORS[model] for model in values])
-        axis.bar_label(bars, [f"{value:.2f}" for value in values.values()], padding=3)
-        axis.set(xlim=(0, 1.25 * max(values.values())), xticks=[])
-        axis.set_title(title, fontsize=10, loc="left")
-        axis.spines[["top", "right", "bottom"]].set_visible(False)
+        rows.append((f"{title}, {name}", *(metrics[m][task][name] for m in ("dense", "sparse"))))
+    rows += [(f"{what}, {name}", *values) for what, (name, *values) in gains.items()]
+    axis = right.subplots()
+    axis.axvline(100, color=COLORS["dense"], lw=2)
+    for line, (title, before, after) in enumerate(rows):
+        left_over = 100 * after / before
+        axis.plot([100, left_over], [line, line], color=COLORS["sparse"], lw=2.5)
+        axis.plot(left_over, line, "o", color=COLORS["sparse"], ms=9)
+        axis.text(0, line - 0.28, title, fontsize=9.5)
+        axis.text(112, line, f"{before:.2f} → {after:.2f}", fontsize=9.5, va="center")
+    axis.set(
+        title="The sparse model, in % of the dense one",
+        xlim=(0, 160),
+        xticks=(0, 50, 100),
+        ylim=(len(rows) - 0.5, -0.7),
+        yticks=[],
+    )
+    axis.title.set_size(11.5)
+    axis.spines[["top", "right", "left"]].set_visible(False)
     return figure
 
 

@@ -66,7 +66,7 @@ class NYUv2(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     Example:
         >>> NYUv2("no/such/folder")
         Traceback (most recent call last):
-        FileNotFoundError: no/such/folder holds neither nyu_v2_3task.json nor the folder train/image
+        FileNotFoundError: no/such/folder holds neither nyu_v2_3task.json...
     """
 
     def __init__(

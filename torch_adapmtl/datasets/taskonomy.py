@@ -76,7 +76,7 @@ class TinyTaskonomy(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     Example:
         >>> TinyTaskonomy("no/such/folder")
         Traceback (most recent call last):
-        FileNotFoundError: no/such/folder/taskonomy.json does not exist; it lists the files of...
+        FileNotFoundError: no/such/folder/taskonomy.json does not exist...
     """
 
     classes = 17

@@ -50,8 +50,8 @@ class ACDC(Method):
     Example:
         >>> from torch_adapmtl import ACDC
         >>> phases = ACDC().phases(total_steps=100)
-        >>> len(phases), phases[:4], phases[-2:]
-        (16, [(0, False), (10, True), (15, False), (20, True)], [(75, False), (85, True)])
+        >>> len(phases), phases[:4]
+        (16, [(0, False), (10, True), (15, False), (20, True)])
     """
 
     warmup: float = 0.1

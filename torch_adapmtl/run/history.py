@@ -66,7 +66,8 @@ class History:
         >>> len(history), history.steps[-1], history.sparsity["overall"][-1]
         (30, 30, 0.5)
         >>> list(history.rows()[-1])  # doctest: +NORMALIZE_WHITESPACE
-        ['step', 'sparsity/main', 'sparsity/overall', 'threshold_min/main', 'threshold_max/main',
+        ['step', 'sparsity/main', 'sparsity/overall',
+         'threshold_min/main', 'threshold_max/main',
          'task_weight/main', 'loss/main']
     """
 
