@@ -149,6 +149,7 @@ def draw(
     top.suptitle("Test images: left digit, right digit, distance", fontsize=11.5)
     for index, axis in enumerate(top.subplots(1, 6)):
         axis.axis("off")
+        axis.set_anchor("N")
         axis.imshow(images[index, 0], cmap="gray")
         for line, (name, outputs) in enumerate(readings.items()):
             digits = [int(outputs[task][index]) for task in ("left", "right")]
