@@ -176,8 +176,8 @@ def difference_table(
 ) -> str:
     """Delta_T of methods minus that of a reference, seed by seed, on every problem.
 
-    A cell has a value for each sparsity, in bold where the sign is the same in every seed. Methods
-    without a run are left out.
+    A cell has a value for each sparsity, in bold where the sign is the same in all of several
+    seeds. Methods without a run are left out.
     """
     problems = list(dict.fromkeys(row.problem for row in rows if row.method == reference))
     body = []
@@ -200,7 +200,7 @@ def _difference(
     if not row or not points:
         return ""
     text = Estimate.of(points).format("+.1f")
-    alike = min(points) > 0 or max(points) < 0
+    alike = len(points) > 1 and (min(points) > 0 or max(points) < 0)
     return (f"**{text}**" if alike else text) + _reached(row)
 
 
