@@ -114,7 +114,7 @@ def test_the_schedule_goes_on_from_what_is_there(
 def test_a_report_says_what_was_there() -> None:
     pruner = prepare(sparse_model(), target_sparsity=0.9)
     assert pruner.report().given == 101
-    assert "zero before the run, and kept so: 101 weights" in str(pruner.report())
+    assert "weights that were zero before the run, and are kept so: 101" in str(pruner.report())
     assert "kept so" in pruner.report()._repr_html_()
     assert "kept so" not in str(prepare(TwoTasks()).report())
 

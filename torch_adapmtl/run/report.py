@@ -342,7 +342,7 @@ class Report:
         return f"task weights: {', '.join(weights)}"
 
     def _given_line(self) -> str:
-        return f"zero before the run, and kept so: {self.given:,} weights"
+        return f"weights that were zero before the run, and are kept so: {self.given:,}"
 
     def _dense_line(self) -> str:
         return f"left dense, not counted: {sum(part[2] for part in self.dense):,} weights"

@@ -105,7 +105,7 @@ class SparseFile:
         if narrow:
             worst = max(narrow, key=lambda x: x.error)
             lines.append(
-                f"{len(narrow)} tensors in fewer bits ({CODES[worst.values]}): the largest error "
+                f"tensors in fewer bits ({CODES[worst.values]}): {len(narrow)}; the largest error "
                 f"is {100 * worst.error:.3g} % of the norm, of {worst.name}"
             )
         return "\n".join(lines)
