@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from torch_adapmtl import load_sparse, save_sparse
+from torch_adapmtl import apply_adapmtl, load_sparse, save_sparse
 from torch_adapmtl.__main__ import main
 
 
@@ -38,6 +38,17 @@ def test_there_and_back(
     assert_same(load_sparse(packed), given)
     assert main(["unpack", packed, out]) == 0
     assert_same(torch.load(out, weights_only=True), given)
+
+
+def test_a_checkpoint_of_a_run_is_packed_as_plain_weights(tmp_path: Path) -> None:
+    model = nn.Linear(4, 4)
+    pruner = apply_adapmtl(model, target_sparsity=0.5, total_steps=9, groups={"main": ["*"]})
+    pruner.fix_zeros()
+    torch.save({"model": model.state_dict()}, tmp_path / "run.pt")
+    packed = tmp_path / "packed"
+    assert main(["pack", str(tmp_path / "run.pt"), str(packed), "--key", "model"]) == 0
+    loaded = load_sparse(packed, nn.Linear(4, 4))
+    assert torch.equal(loaded.weight, model.weight)
 
 
 def test_files_of_safetensors(tmp_path: Path) -> None:

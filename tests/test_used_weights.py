@@ -139,6 +139,15 @@ def test_weights_may_be_frozen_before_the_schedule_starts() -> None:
     assert share_of_zeros(model) == round(0.8 * 168) / 168
 
 
+def test_groups_that_stay_frozen_are_warned_of() -> None:
+    model = TwoTasks()
+    model.body.requires_grad_(False)
+    groups = {"shared": ["body"], "a": ["heads.a"], "b": ["heads.b"]}
+    pruner = prepare(model, groups=groups)
+    with pytest.warns(UserWarning, match=r"'body\.weight' is pruned, but has requires_grad=False"):
+        train(model, pruner, sgd(model), range(20))
+
+
 def test_mostly_frozen_models_are_warned_of_and_groups_prune_them() -> None:
     def backbone_frozen() -> TwoTasks:
         model = TwoTasks(64)

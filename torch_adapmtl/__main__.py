@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from torch_adapmtl.run.plain import plain_state_dict
 from torch_adapmtl.storage import SparseFile, load_sparse, save_sparse
 
 __all__ = ["main"]
@@ -89,8 +90,7 @@ def _state_dict(path: str, key: str | None) -> Mapping[str, Any]:
         raise ValueError(
             f"{path} holds no state dict but {_names(found)}: name its place with --key"
         )
-    result: Mapping[str, Any] = found
-    return result
+    return plain_state_dict(found)  # without a pruner, if it was saved during a run
 
 
 def _names(found: Any) -> str:

@@ -198,3 +198,33 @@ def test_a_state_is_refused_by_a_run_with_other_settings() -> None:
     prepare(fresh, method=FirstComeFirstPruned())
     with pytest.raises(ValueError, match=r"method\.rise=0\.02, .* method\.rise=0\.01: prepare it"):
         fresh.load_state_dict(model.state_dict())
+
+
+@dataclass(frozen=True)
+class Broken(Method):
+    """Scores that are not numbers, or of too few layers."""
+
+    missing: bool
+
+    def controller(self, layers: Layers, model: nn.Module, **run: Any) -> MaskController:
+        return BrokenMasks(layers, **run, schedule=SparsitySchedule(), missing=self.missing)
+
+
+class BrokenMasks(MaskController):
+    def __init__(self, *args: Any, missing: bool, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.missing = missing
+
+    def scores(self) -> list[Tensor]:
+        found = [layer.weight.detach().abs() for layer in self.layers]
+        return found[1:] if self.missing else [found[0] / 0 * 0, *found[1:]]
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [(True, "2 tensors for 3 layers"), (False, r"scores\(\) has NaN for 'body\.weight'")],
+)
+def test_scores_that_rank_nothing_are_refused(missing: bool, message: str) -> None:
+    pruner = prepare(TwoTasks(), method=Broken(missing))
+    with pytest.raises(ValueError, match=message):
+        pruner.fix_zeros()

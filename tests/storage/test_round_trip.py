@@ -195,7 +195,7 @@ def test_the_header_says_what_is_stored(tmp_path: Path) -> None:
 
 def test_the_reader_on_the_page_is_short() -> None:
     lines = [line for line in code().splitlines() if line.strip()]
-    assert len(lines) <= 60
+    assert len(lines) <= 90
     imported = {word for line in lines if "import" in line for word in line.split()[1:]}
     assert imported <= {"json,", "math,", "zlib", "numpy", "as", "np", "import"}
 

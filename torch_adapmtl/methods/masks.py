@@ -133,11 +133,24 @@ class MaskController(Controller):
         return lowest(self.open_scores(), budget, self.layers.costs)
 
     def open_scores(self) -> list[Tensor]:
-        """The scores, float32 and flat; -inf for weights that a mask has pruned already."""
-        return [
-            open_score(score, layer)
-            for score, layer in zip(self.scores(), self.layers, strict=True)
-        ]
+        """The scores, float32 and flat; -inf for weights that a mask has pruned already.
+
+        Raises:
+            ValueError: If the scores are not one tensor for each layer, or some are NaN.
+        """
+        scores, name = self.scores(), type(self).__name__
+        if len(scores) != len(self.layers):
+            raise ValueError(
+                f"{name}.scores() returned {len(scores)} tensors for {len(self.layers)} layers: "
+                f"return one for each of self.layers, in their order"
+            )
+        for score, layer in zip(scores, self.layers, strict=True):
+            if bool(score.isnan().any()):
+                raise ValueError(
+                    f"{name}.scores() has NaN for {layer.name!r}, so there is no lowest score: "
+                    f"look at what it computes (0 / 0, inf - inf), and at the weights"
+                )
+        return [open_score(score, layer) for score, layer in zip(scores, self.layers, strict=True)]
 
     def _agreed(self, budget: float) -> list[Tensor]:
         """The result of `choose`, made equal in all processes, whose batches differ."""

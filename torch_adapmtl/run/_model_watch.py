@@ -35,7 +35,6 @@ class ModelWatch:
             for tensor in components[FROZEN]
             if not tensor.parameter.requires_grad
         ]
-        self._trained = {layer.name for layer in layers if layer.weight.requires_grad}
         self._given: set[str] = set()
         self._parametrizations = {layer.name: _parametrizations(layer) for layer in layers}
 
@@ -83,19 +82,15 @@ class ModelWatch:
                 f"groups={{'shared': ['encoder']}}, or call apply_adapmtl when all are trained",
             )
         frozen = [
-            layer.name
-            for layer in layers
-            if layer.name in self._trained
-            and not layer.weight.requires_grad
-            and _is_pruned(layer)
+            layer.name for layer in layers if not layer.weight.requires_grad and _is_pruned(layer)
         ]
         if frozen:
             yield (
                 "frozen",
-                f"{_some(frozen)} {_is(frozen)} pruned, but had requires_grad set to False after "
-                f"apply_adapmtl, so that the weights that remain cannot adapt. If they are to be "
-                f"trained later, let the schedule start then (SparsitySchedule(start=...)); to "
-                f"leave them dense, freeze before apply_adapmtl, or pass them as exclude=",
+                f"{_some(frozen)} {_is(frozen)} pruned, but {_has(frozen)} requires_grad=False, so "
+                f"that the weights that remain cannot adapt. If they are to be trained later, let "
+                f"the schedule start then (SparsitySchedule(start=...)); to leave them dense, pass "
+                f"them as exclude=, or freeze them before apply_adapmtl and in no group",
             )
         pruned = {id(layer.weight) for layer in layers}  # attaching may have changed their names
         added = [
@@ -176,6 +171,10 @@ def _some(names: Sequence[str]) -> str:
 
 def _is(names: Sequence[str]) -> str:
     return "is" if len(names) == 1 else "are"
+
+
+def _has(names: Sequence[str]) -> str:
+    return "has" if len(names) == 1 else "have"
 
 
 def _was(names: Sequence[str]) -> str:
