@@ -35,7 +35,7 @@ def pruned(model: nn.Module, sparsity: float = 0.9) -> nn.Module:
 def all_sparse(model: nn.Module, inputs: Any) -> AcceleratedModel:
     """The model accelerated; each layer that can skip its zeros does, and nothing is decided."""
     with pytest.MonkeyPatch.context() as patch:
-        module = importlib.import_module("torch_adapmtl.inference.accelerate")
+        module = importlib.import_module("torch_adapmtl.inference.accelerated")
         forced = lambda _, layers: {layer.name: "sparse" for layer in layers}  # noqa: E731
         patch.setattr(module, "checked", forced)
         result = accelerate(model, inputs)

@@ -1,6 +1,6 @@
 """Sparse models that run faster on a CPU."""
 
-from .accelerate import AcceleratedModel, accelerate
+from .accelerated import AcceleratedModel, accelerate
 from .report import AccelerationReport, LayerChoice
 
 __all__ = ["AcceleratedModel", "AccelerationReport", "LayerChoice", "accelerate"]
