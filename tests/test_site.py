@@ -41,6 +41,7 @@ class Seen:
     errors: list[str] = field(default_factory=list)
     too_wide: list[int] = field(default_factory=list)
     cut: list[str] = field(default_factory=list)
+    modules: list[str] = field(default_factory=list)
     remote: list[str] = field(default_factory=list)
 
 
@@ -92,6 +93,9 @@ def seen(site: Path, browser: Any) -> dict[str, Seen]:
             own.links |= set(
                 page.eval_on_selector_all("a[href]", "found => found.map(e => e.href)")
             )
+            own.modules += page.eval_on_selector_all(
+                ".doc-heading .doc-symbol-module", "found => found.map(e => e.parentElement.id)"
+            )
             own.errors += errors
             own.remote += [url for url in requests if not url.startswith(("file:", "data:"))]
             if page.evaluate("document.documentElement.scrollWidth") > width:
@@ -121,6 +125,11 @@ def test_every_link_leads_somewhere(seen: dict[str, Seen]) -> None:
             elif not Path(unquote(urlsplit(target).path)).is_file():
                 broken.append((address, link))
     assert broken == []
+
+
+def test_names_are_those_of_functions_and_classes(seen: dict[str, Seen]) -> None:
+    """A module that has the name of its function would be shown in its place."""
+    assert {address: page.modules for address, page in seen.items() if page.modules} == {}
 
 
 def test_pages_fit_wide_and_narrow_windows(seen: dict[str, Seen]) -> None:

@@ -20,7 +20,7 @@ from torch_adapmtl.layers.sparse_weights import (
     watch_forward,
 )
 from torch_adapmtl.pruner import Pruner
-from torch_adapmtl.tensor.soft_threshold import SoftThreshold
+from torch_adapmtl.tensor.thresholding import SoftThreshold
 from torch_adapmtl.tensor.torch_prune import SoftThresholdPruning
 
 __all__ = ["keep_zeros", "release_zeros"]

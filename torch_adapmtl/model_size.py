@@ -19,7 +19,7 @@ from torch_adapmtl.components._unwrap import unwrap
 from torch_adapmtl.inference import AccelerationReport, accelerate
 from torch_adapmtl.run import Report
 from torch_adapmtl.run.report import total_macs
-from torch_adapmtl.run.sparsity import used_weights, zeros_in
+from torch_adapmtl.run.zeros import used_weights, zeros_in
 from torch_adapmtl.storage import SparseFile, save_sparse
 from torch_adapmtl.storage.save import plain_tensors
 

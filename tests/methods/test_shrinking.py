@@ -19,7 +19,7 @@ from toys import TwoTasks, batch, initialise, losses, prepare, tensors, train, w
 from torch_adapmtl import ST3, STR, Feather, Method, SparsitySchedule
 from torch_adapmtl.layers import sampling
 from torch_adapmtl.tensor.shapes import PowerThreshold, RescaledThreshold
-from torch_adapmtl.tensor.soft_threshold import SoftThreshold
+from torch_adapmtl.tensor.thresholding import SoftThreshold
 
 # Layers of a dozen weights do lose them all: nothing in these methods keeps any.
 pytestmark = pytest.mark.filterwarnings("ignore:no weight is left", "ignore:the thresholds of STR")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_adapmtl._distributed import is_sharded, sharded_like, whole
-from torch_adapmtl.tensor.soft_threshold import SoftThreshold
+from torch_adapmtl.tensor.thresholding import SoftThreshold
 from torch_adapmtl.tensor.torch_prune import (
     attach_threshold,
     attached_threshold,

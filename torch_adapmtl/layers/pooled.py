@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_adapmtl._precision import KeepsPrecision
-from torch_adapmtl.tensor.soft_threshold import SoftThreshold
+from torch_adapmtl.tensor.thresholding import SoftThreshold
 
 __all__ = ["Pooled", "PooledThreshold"]
 

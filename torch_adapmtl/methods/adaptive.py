@@ -24,7 +24,7 @@ from torch_adapmtl.layers.pooled import Pooled, PooledThreshold
 from torch_adapmtl.layers.sampling import Sample
 from torch_adapmtl.methods._base import Controller, Method
 from torch_adapmtl.methods._exact import choose
-from torch_adapmtl.tensor.soft_threshold import SoftThreshold
+from torch_adapmtl.tensor.thresholding import SoftThreshold
 
 __all__ = ["Adaptive", "AdaptiveController"]
 

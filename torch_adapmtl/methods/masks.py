@@ -17,7 +17,7 @@ from torch_adapmtl.layers.gradient_hooks import GradientHooks
 from torch_adapmtl.layers.layer import shaped_like
 from torch_adapmtl.methods._base import Controller, Method
 from torch_adapmtl.methods._lowest import lowest, open_score
-from torch_adapmtl.tensor.soft_threshold import SoftThreshold
+from torch_adapmtl.tensor.thresholding import SoftThreshold
 
 __all__ = ["MaskController", "MaskMethod", "OneShotController", "task_gradients"]
 

@@ -19,7 +19,7 @@ from torch_adapmtl.layers.sampling import Sample
 from torch_adapmtl.methods._base import Controller, Method
 from torch_adapmtl.methods._lowest import lowest, open_score
 from torch_adapmtl.tensor.shapes import PowerThreshold, RescaledThreshold
-from torch_adapmtl.tensor.soft_threshold import SoftThreshold
+from torch_adapmtl.tensor.thresholding import SoftThreshold
 
 __all__ = ["ST3", "Feather", "ShrinkingController"]
 

@@ -6,7 +6,7 @@ from torch_adapmtl.run.history import History
 from torch_adapmtl.run.performance import RelativePerformance, relative_performance
 from torch_adapmtl.run.plain import plain_state_dict
 from torch_adapmtl.run.report import ComponentRow, LayerRow, Report
-from torch_adapmtl.run.sparsity import sparsity
+from torch_adapmtl.run.zeros import sparsity
 
 __all__ = [
     "ComponentRow",

@@ -14,7 +14,7 @@ from torch_adapmtl.components.find import FROZEN, UNUSED, Components
 from torch_adapmtl.layers.collection import Layers
 from torch_adapmtl.layers.layer import Layer, count_zeros
 from torch_adapmtl.layers.optimizer_hooks import warn_if_trained
-from torch_adapmtl.tensor.soft_threshold import SoftThreshold
+from torch_adapmtl.tensor.thresholding import SoftThreshold
 
 __all__ = ["ModelWatch", "watch_unreached", "watch_zeros"]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch_adapmtl.run._packing import unpack, unpack_mask
 from torch_adapmtl.tensor import shapes
 from torch_adapmtl.tensor._kernels import rescaled
-from torch_adapmtl.tensor.soft_threshold import soft_threshold
+from torch_adapmtl.tensor.thresholding import soft_threshold
 
 __all__ = ["plain_state_dict"]
 

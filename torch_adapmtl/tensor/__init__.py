@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch_adapmtl.tensor.soft_threshold import SoftThreshold, soft_threshold
+from torch_adapmtl.tensor.thresholding import SoftThreshold, soft_threshold
 from torch_adapmtl.tensor.torch_prune import SoftThresholdPruning, soft_threshold_unstructured
 
 __all__ = [

@@ -13,7 +13,7 @@ from torch.nn.utils.prune import BasePruningMethod, PruningContainer, custom_fro
 
 from torch_adapmtl._checks import check_threshold, obstacle, trouble_of_inference
 from torch_adapmtl.tensor._parametrize import attach, detach
-from torch_adapmtl.tensor.soft_threshold import SoftThreshold, soft_threshold
+from torch_adapmtl.tensor.thresholding import SoftThreshold, soft_threshold
 
 __all__ = ["SoftThresholdPruning", "soft_threshold_unstructured"]
 
