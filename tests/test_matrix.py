@@ -24,7 +24,7 @@ stages = pytest.mark.parametrize("stage", STAGES)
 
 # Rows train beyond the end, some of them attached, and one of them freezes layers in turn.
 @pytest.mark.filterwarnings(
-    "ignore:.*was called more than total_steps", "ignore:'body.weight' is pruned, but had"
+    "ignore:.*was called more than total_steps", "ignore:'body.weight' is pruned, but has"
 )
 @stages
 @pytest.mark.parametrize("name", ROWS)
@@ -52,7 +52,7 @@ MACS = {"heads.a": 3, "heads.b": 2.5}
 
 
 @pytest.mark.filterwarnings(
-    "ignore:.*was called more than total_steps", "ignore:'body.weight' is pruned, but had"
+    "ignore:.*was called more than total_steps", "ignore:'body.weight' is pruned, but has"
 )
 @pytest.mark.parametrize("name", ROWS)
 def test_a_budget_of_multiply_adds_in_the_middle_of_a_run(

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from refusals import Row, assert_refused, call
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import prune
-from toys import TwoTasks, prepare, zeros
+from toys import TwoTasks
 
-from torch_adapmtl import Layers, Magnitude, MaskController, Method, SparsitySchedule
+from torch_adapmtl import Magnitude
 from torch_adapmtl.methods.masks import lowest
 
 
@@ -67,32 +65,6 @@ def test_lowest_takes_what_is_gone_before_nan_and_nan_before_the_rest() -> None:
     for count in range(len(order) + 1):
         (marked,) = lowest([scores], count)
         assert marked.nonzero().flatten().tolist() == sorted(order[:count])
-
-
-@dataclass(frozen=True)
-class Hopeless(Method):
-    """Scores every weight NaN."""
-
-    def controller(
-        self, layers: Layers, model: nn.Module, *, target_sparsity: float, total_steps: int
-    ) -> MaskController:
-        return NotANumber(layers, target_sparsity, total_steps, SparsitySchedule())
-
-
-class NotANumber(MaskController):
-    def scores(self) -> list[Tensor]:
-        return [torch.full_like(layer.weight, torch.nan) for layer in self.layers]
-
-
-@pytest.mark.filterwarnings("ignore:no weight is left")  # in the first layers, of equal scores
-def test_nan_revives_nothing() -> None:
-    model = TwoTasks()
-    prune.random_unstructured(model.body, "weight", amount=40)
-    gone = model.body.weight_mask == 0
-    pruner = prepare(model, method=Hopeless())
-    pruner.fix_zeros()
-    assert zeros(pruner) == 134
-    assert not model.body.weight[gone].any()
 
 
 def with_masks() -> nn.Module:
