@@ -32,7 +32,9 @@ def blocks(page: Path) -> list[tuple[str, int, str]]:
     text = page.read_text(encoding="utf-8")
     return [
         (
-            "measured" if "title=" in match["info"] else match["info"].partition(" ")[0],
+            "measured"
+            if re.match(r"text +title=", match["info"])
+            else match["info"].partition(" ")[0],
             text.count("\n", 0, match.start("code")),
             textwrap.dedent(match["code"]),
         )

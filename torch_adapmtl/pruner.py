@@ -236,8 +236,8 @@ class Pruner(nn.Module):
             UserWarning: Once each: if no weight has changed in the first 50 steps or more, so that
                 nothing trains them; if the loop writes weights from a copy in which nothing is
                 pruned; if `step` was called more than `total_steps` times; for a task that has had
-                no loss for longer than the window of its weight; if weights were frozen, unfrozen
-                or added after `apply_adapmtl`.
+                no loss for longer than the window of its weight; if weights are pruned while they
+                are frozen, or were unfrozen or added after `apply_adapmtl`.
         """
         if self._step_hook is not None:
             raise RuntimeError(
@@ -625,8 +625,8 @@ class Pruner(nn.Module):
             UserWarning: If the run went wrong: a layer has no nonzero weight, one task has more
                 than 80 % of the task weights, a task never had a loss, or only losses of 0 or
                 losses that do not require grad, a loss ended far above its lowest value and near to
-                what a guess costs, weights were frozen, unfrozen or added during the run, or (with
-                `method="paper"`) the target was missed.
+                what a guess costs, weights were pruned while they are frozen, or were unfrozen or
+                added during the run, or (with `method="paper"`) the target was missed.
         """
         self._check_active("finalize")
         self._reshard()

@@ -225,6 +225,10 @@ class BrokenMasks(MaskController):
     [(True, "2 tensors for 3 layers"), (False, r"scores\(\) has NaN for 'body\.weight'")],
 )
 def test_scores_that_rank_nothing_are_refused(missing: bool, message: str) -> None:
-    pruner = prepare(TwoTasks(), method=Broken(missing))
+    model = TwoTasks()
+    pruner = prepare(model, method=Broken(missing))
+    before = copy.deepcopy(tensors(model))
     with pytest.raises(ValueError, match=message):
         pruner.fix_zeros()
+    assert not pruner.zeros_fixed
+    assert all(torch.equal(x, before[name]) for name, x in tensors(model).items())

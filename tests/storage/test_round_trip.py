@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import os
@@ -195,7 +196,8 @@ def test_the_header_says_what_is_stored(tmp_path: Path) -> None:
 
 def test_the_reader_on_the_page_is_short() -> None:
     lines = [line for line in code().splitlines() if line.strip()]
-    assert len(lines) <= 90
+    statements = [node for node in ast.walk(ast.parse(code())) if isinstance(node, ast.stmt)]
+    assert len(statements) <= 60  # lines depend on the width of the page
     imported = {word for line in lines if "import" in line for word in line.split()[1:]}
     assert imported <= {"json,", "math,", "zlib", "numpy", "as", "np", "import"}
 

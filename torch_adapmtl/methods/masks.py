@@ -92,7 +92,8 @@ class MaskController(Controller):
     def scores(self) -> list[Tensor]:
         """Return the score of each weight: a tensor for each layer, in the weight's shape or flat.
 
-        The weights with the lowest scores are pruned.
+        The weights with the lowest scores are pruned. NaN, or another number of tensors, is an
+        error of the update.
         """
 
     def on_gradient(self, index: int, weight: nn.Parameter) -> None:

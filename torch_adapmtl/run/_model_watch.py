@@ -20,7 +20,7 @@ __all__ = ["ModelWatch", "watch_unreached", "watch_zeros"]
 
 
 class ModelWatch:
-    """Finds weights that were frozen, unfrozen or added after the model was prepared.
+    """Finds weights that are pruned while frozen, or were unfrozen or added after the preparation.
 
     Args:
         model: The model when it is prepared.
@@ -82,7 +82,10 @@ class ModelWatch:
                 f"groups={{'shared': ['encoder']}}, or call apply_adapmtl when all are trained",
             )
         frozen = [
-            layer.name for layer in layers if not layer.weight.requires_grad and _is_pruned(layer)
+            layer.name
+            for layer in layers
+            # Reads the weight, so no more once it was warned of.
+            if "frozen" not in self._given and not layer.weight.requires_grad and _is_pruned(layer)
         ]
         if frozen:
             yield (
